@@ -1,0 +1,67 @@
+"""Running statistics as torchmetrics: sums and counts, so that they are right over batches, epochs and processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from interpret.observation import Observation
+from interpret.pse import KIND_NAMES, PromotionSuppression
+from interpret.sensitivity import EPS, unit_change
+
+
+class KindShares(Metric):
+    """Share of suppression-dominated, promotion-dominated, balanced and inactive parts, (4,) in ``KIND_NAMES`` order."""
+
+    full_state_update = False
+    higher_is_better = None
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(len(KIND_NAMES), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, effects: PromotionSuppression) -> None:
+        self.counts += torch.bincount(effects.kind.flatten(), minlength=len(KIND_NAMES))
+
+    def compute(self) -> Tensor:
+        return self.counts / self.counts.sum().clamp_min(1)
+
+
+class RunningSensitivity(Metric):
+    """Relative unit sensitivity v_k = mean |ΔA_k| / std of A_k over all samples seen, (C,).
+
+    States are sums in float64 (means of means would be wrong for unequal batches), saved with the model so that a
+    resumed run goes on from the same estimates.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    change: Tensor
+    total: Tensor
+    squares: Tensor
+    samples: Tensor
+    positions: Tensor
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        for name in ("change", "total", "squares"):
+            self.add_state(name, torch.zeros(units, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        for name in ("samples", "positions"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+
+    @torch.no_grad()
+    def update(self, obs: Observation, layer: str) -> None:
+        clean = obs.clean.acts[layer].detach().double()
+        dims = [d for d in range(clean.dim()) if d != 1]
+        self.change += unit_change(obs, layer).detach().double().sum(0)
+        self.total += clean.sum(dims)
+        self.squares += clean.square().sum(dims)
+        self.samples += len(clean)
+        self.positions += clean.numel() / clean.shape[1]
+
+    def compute(self) -> Tensor:
+        mean = self.total / self.positions
+        variance = (self.squares / self.positions - mean.square()).clamp_min(0)
+        return (self.change / self.samples / (variance.sqrt() + EPS)).float()

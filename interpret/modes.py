@@ -1,0 +1,128 @@
+"""Context managers that borrow a network and give it back as it was: every submodule's mode, every flag, every buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode inside; each submodule gets back its own mode (a net may mix both, e.g. frozen BatchNorm)."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield net
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def frozen(net: nn.Module) -> Iterator[nn.Module]:
+    """No parameter asks for a gradient inside: input gradients cost no weight gradients."""
+    flags = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield net
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def undisturbed(net: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode, frozen, gradients enabled; afterwards modes, flags, buffers and ``.grad`` are what they were, bit for bit.
+
+    Works inside Lightning's ``validate``/``test`` loops too, which run under inference mode where gradients fail; tensors
+    made outside the block under inference mode must still be cloned by the caller.
+    """
+    buffers = [(buffer, buffer.detach().clone()) for buffer in net.buffers()]
+    grads = [(parameter, parameter.grad) for parameter in net.parameters()]
+    for parameter, _ in grads:
+        parameter.grad = None  # set aside, so that nothing inside can add to it
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(net), frozen(net):
+            yield net
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        for parameter, grad in grads:
+            parameter.grad = grad
+
+
+def rng_state(device: torch.device) -> Tensor:
+    """State of the device's global generator, which dropout draws from."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+@contextmanager
+def replaying(state: Tensor, device: torch.device) -> Iterator[None]:
+    """Draw from ``state`` inside (same dropout masks as the pass before); afterwards go on from where we stood."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
+        yield
+
+
+@contextmanager
+def batch_statistics(net: nn.Module, recorded: dict[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Record into ``recorded`` the batch mean and biased variance, in graph, of every BatchNorm that uses them."""
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, _BatchNorm)
+        if module.training or module.running_mean is None:
+            if module in recorded:
+                raise ValueError(
+                    "a BatchNorm layer is used twice in one forward, so its batch statistics are ambiguous; "
+                    "use passes=joined for this network"
+                )
+            x = inputs[0].float()
+            dims = [d for d in range(x.dim()) if d != 1]
+            variance, mean = torch.var_mean(x, dim=dims, correction=0)
+            recorded[module] = (mean, variance)
+
+    handles = [m.register_forward_pre_hook(keep) for m in net.modules() if isinstance(m, _BatchNorm)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def normalised_by(recorded: dict[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, the BatchNorms in ``recorded`` normalise by those statistics and update nothing.
+
+    The statistics stay in the graph: the pass is the same function of its input and of the weights as the pass that
+    recorded them, so its gradients are true ones.
+    """
+
+    def apply(module: nn.Module, mean: Tensor, variance: Tensor, x: Tensor) -> Tensor:
+        assert isinstance(module, _BatchNorm)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = torch.rsqrt(variance + module.eps)
+        shift = -mean * scale
+        if module.affine:
+            scale, shift = scale * module.weight, shift * module.weight + module.bias
+        return (x.float() * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+    for module, (mean, variance) in recorded.items():
+        # An instance attribute shadows the class's forward; deleting it brings the original back, hooks untouched.
+        object.__setattr__(
+            module, "forward", lambda x, module=module, mean=mean, variance=variance: apply(module, mean, variance, x)
+        )
+    try:
+        yield
+    finally:
+        for module in recorded:
+            object.__delattr__(module, "forward")

@@ -1,0 +1,117 @@
+"""What a panel hands on: one immutable :class:`View`, drawn the same in the local page and in W&B.
+
+A panel is a callable ``(Probe) -> View``.  It measures with the pure functions of ``interpret`` and draws nothing twice:
+``charts`` is data that the local page renders, ``figure`` is a picture for W&B and for papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from torch import nn
+
+if TYPE_CHECKING:
+    from interpret.observation import Observation
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One look at the network on the same images each time; every panel reads it, none runs an attack of its own.
+
+    ``obs`` holds the clean and adversarial pass of ``n`` images in eval mode, with gradients available.
+    """
+
+    net: nn.Module
+    obs: Observation
+    layers: tuple[str, ...]  # observed layers, in execution order
+    ids: tuple[str, ...]  # fixed identity of each probe image, e.g. "val-17"
+    class_names: tuple[str, ...]
+    scalars: Mapping[str, float]  # this epoch's metrics, e.g. {"val/robust_acc": 0.61, "train/loss": 1.2}
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Scalars over epochs; the page collects the values from each epoch's ``View.scalars`` and epoch metrics."""
+
+    title: str
+    keys: tuple[str, ...]
+    labels: tuple[str, ...]
+    unit: str = ""
+    style: Literal["line", "share"] = "line"  # "share": stacked areas that sum to 1
+    limits: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars, largest first as given; ``reference`` draws a control value beside each bar."""
+
+    title: str
+    labels: tuple[str, ...]
+    values: tuple[float, ...]
+    unit: str = ""
+    reference: tuple[float, ...] | None = None
+    reference_label: str = ""
+
+
+@dataclass(frozen=True)
+class MapColumn:
+    """One column of a :class:`Maps` chart.  ``values``: (n, H, W, 3) in [0,1] for "image", (n, H, W) otherwise.
+
+    "signed" is centred on zero, "positive" starts at zero; both use the colour scale that the row shares.  "category"
+    holds indices into ``categories``.
+    """
+
+    title: str
+    values: np.ndarray
+    kind: Literal["image", "signed", "positive", "category"]
+    unit: str = ""
+    categories: tuple[str, ...] = ()
+    scale_group: str = "effect"  # columns of one group share one colour scale within a row, over all epochs
+
+
+@dataclass(frozen=True)
+class Maps:
+    """A grid of pictures: one row a probe image, one column a quantity; scales are shared as ``MapColumn`` says."""
+
+    title: str
+    row_titles: tuple[str, ...]
+    columns: tuple[MapColumn, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Plain cells; numbers stay numbers so that W&B can sort them."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str | float | int, ...]]
+
+
+Chart = Trend | Bars | Maps | Table
+
+
+@dataclass(frozen=True)
+class View:
+    """What one panel shows for one epoch.
+
+    ``headline`` is one sentence computed from the numbers shown: what a reader should conclude.
+    """
+
+    name: str  # W&B key and page anchor, e.g. "pse"
+    title: str
+    headline: str
+    charts: tuple[Chart, ...]
+    figure: np.ndarray | None = None  # (H, W, 3) uint8: W&B shows [0,1] floats as black
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    table: Table | None = None  # goes to W&B with fixed example ids
+
+
+class Panel(Protocol):
+    """A panel: measure on the probe, return what to show.  ``name`` is unique within a dashboard."""
+
+    name: str
+
+    def __call__(self, probe: Probe) -> View: ...
