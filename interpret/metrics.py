@@ -62,6 +62,7 @@ class RunningSensitivity(Metric):
         self.positions += clean.numel() / clean.shape[1]
 
     def compute(self) -> Tensor:
-        mean = self.total / self.positions
-        variance = (self.squares / self.positions - mean.square()).clamp_min(0)
-        return (self.change / self.samples / (variance.sqrt() + EPS)).float()
+        positions, samples = self.positions.clamp_min(1), self.samples.clamp_min(1)  # no data: no sensitivity
+        mean = self.total / positions
+        variance = (self.squares / positions - mean.square()).clamp_min(0)
+        return (self.change / samples / (variance.sqrt() + EPS)).float()

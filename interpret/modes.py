@@ -42,7 +42,12 @@ def undisturbed(net: nn.Module) -> Iterator[nn.Module]:
     Works inside Lightning's ``validate``/``test`` loops too, which run under inference mode where gradients fail; tensors
     made outside the block under inference mode must still be cloned by the caller.
     """
-    buffers = [(buffer, buffer.detach().clone()) for buffer in net.buffers()]
+    buffers = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in net.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     grads = [(parameter, parameter.grad) for parameter in net.parameters()]
     for parameter, _ in grads:
         parameter.grad = None  # set aside, so that nothing inside can add to it
@@ -51,9 +56,11 @@ def undisturbed(net: nn.Module) -> Iterator[nn.Module]:
             yield net
     finally:
         with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for owner, name, buffer, value in buffers:
+                # Always: BatchNorm writes its statistics without raising their version.  Through .data: a graph made
+                # before must not take the same value for a change.
+                buffer.data.copy_(value)
+                owner[name] = buffer
         for parameter, grad in grads:
             parameter.grad = grad
 

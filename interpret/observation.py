@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd
 
 from interpret.modes import batch_statistics, evaluating, normalised_by, replaying, rng_state
 
@@ -63,6 +64,8 @@ def record(net: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]
             raise ValueError(f"layers: {name!r} returned {type(output).__name__}, expected one tensor")
         if name in acts:
             raise ValueError(f"layers: {name!r} ran twice in one forward; name a layer that runs once")
+        if torch.is_grad_enabled() and output.is_floating_point() and not output.requires_grad:
+            output.requires_grad_()  # below lies nothing that learns; the activation itself can still be asked
         acts[name] = output
         versions[name] = output._version
 
@@ -129,7 +132,8 @@ class Observation:
         """ΔA = A(x') − A(x) of a layer, fp32, computed once."""
         key = ("delta", layer)
         if key not in self._cache:
-            self._cache[key] = self.adv.acts[layer].float() - self.clean.acts[layer].float()
+            with torch.enable_grad():  # a first reader under no_grad must not cut the graph of the next
+                self._cache[key] = self.adv.acts[layer].float() - self.clean.acts[layer].float()
         return self._cache[key]
 
     def layer_gradient(self, layer: str, side: Side = "adv", label: Label = "true") -> Tensor:
@@ -243,14 +247,20 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
     sizes: list[tuple[str, tuple[int, ...]]] = []
     calls: Counter[str] = Counter()
 
-    def keep(name: str, output: object) -> None:
+    def keep(name: str, module: nn.Module, output: object) -> None:
         calls[name] += 1
         # More channels than an image has: padding, resizing and normalising modules are not features.
-        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[1] > max(3, x.shape[1]):
+        # Adaptive pooling belongs to the head: on small images it can even enlarge the map.
+        if (
+            isinstance(output, Tensor)
+            and output.dim() == 4
+            and output.shape[1] > max(3, x.shape[1])
+            and not isinstance(module, _AdaptiveAvgPoolNd | _AdaptiveMaxPoolNd)
+        ):
             sizes.append((name, tuple(output.shape[-2:])))
 
     handles = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
+        module.register_forward_hook(lambda m, _i, output, name=name: keep(name, m, output))
         for name, module in net.named_modules()
         if name
     ]

@@ -143,14 +143,14 @@ def contribution(obs: Observation, layer: str, label: Label) -> Tensor:
     return slope * obs.delta(layer)
 
 
-def _positions(values: Tensor) -> Tensor:
+def sum_positions(values: Tensor) -> Tensor:
     """Sum over positions: (N, C, …) → (N, C)."""
     return values.flatten(2).sum(2) if values.dim() > 2 else values
 
 
 def unit_effects(obs: Observation, layer: str) -> PromotionSuppression:
     """Promotion and suppression by unit (channel) of a layer, (N, C)."""
-    return _effects(obs, _positions(contribution(obs, layer, "target")), _positions(contribution(obs, layer, "true")))
+    return _effects(obs, sum_positions(contribution(obs, layer, "target")), sum_positions(contribution(obs, layer, "true")))
 
 
 def position_effects(obs: Observation, layer: str) -> PromotionSuppression:
@@ -176,9 +176,10 @@ def _effects(obs: Observation, gain: Tensor, change_of_true: Tensor) -> Promotio
 
 
 def margin_evidence(obs: Observation, layer: str) -> Tensor:
-    """Clean evidence of each unit for the margin Z_t − Z_t0, gradient × activation at x, (N, C).
+    """Clean evidence of every activation for the margin Z_t − Z_t0, gradient × activation at x; the layer's shape.
 
-    Below pooling and a linear head: (w_t − w_t0)_k · mean A_k(x), the scale against which moved evidence is judged.
+    Below pooling and a linear head its sum over positions is (w_t − w_t0)_k · mean A_k(x): the scale against which moved
+    evidence is judged.
     """
     slope = obs.layer_gradient(layer, "clean", "target") - obs.layer_gradient(layer, "clean", "true")
-    return _positions(slope * obs.clean.acts[layer].float())
+    return slope * obs.clean.acts[layer].float()

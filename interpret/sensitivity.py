@@ -10,7 +10,7 @@ EPS = 1e-6  # a dead unit has standard deviation 0 and moves by 0
 
 
 def unit_change(obs: Observation, layer: str) -> Tensor:
-    """Mean over positions of |ΔA_k| per sample, (N, C).  The absolute value comes first: opposite changes must not cancel."""
+    """Mean over positions of |ΔA_k| per sample, (N, C).  Absolute first: opposite changes must not cancel."""
     change = obs.delta(layer).abs()
     return change.flatten(2).mean(2) if change.dim() > 2 else change
 

@@ -1,0 +1,33 @@
+"""Shared settings: one thread (the machines are small), reproducible Hypothesis, and a float64 switch for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "glassarmor",
+    deadline=None,
+    derandomize=True,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("glassarmor")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals are cast to fp32 with ``.float()``; here that cast keeps float64, so that finite differences are sharp."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double())

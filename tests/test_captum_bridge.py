@@ -1,0 +1,77 @@
+"""Captum and our own code answer alike where both apply, and Captum leaves the net as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from interpret import captum_bridge
+from interpret.cam import class_activation_map
+from interpret.observation import observe
+from interpret.pse import grid_regions, region_effects
+from tests.reference.nets import Linear, Residual, batch, conv_bn, unchanged, untidy
+
+
+@pytest.mark.parametrize("make", [conv_bn, Residual])
+@pytest.mark.parametrize("chunk", [1, 7, 128])
+def test_region_effects_equal_feature_ablation_for_both_labels(make, chunk):
+    net = untidy(make())
+    x, x_adv, y = batch(n=3)
+    target = (y + 1) % 5
+    regions = grid_regions(8, 8, (3, 2))
+    with unchanged(net):
+        changes = captum_bridge.region_logit_changes(net, x, x_adv, torch.stack([y, target], 1), regions, chunk)
+    ours = region_effects(net, x, x_adv, y, target, regions)
+    assert changes.shape == (3, 2, 6)
+    torch.testing.assert_close(-changes[:, 0], ours.suppression, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(changes[:, 1], ours.promotion, rtol=1e-4, atol=1e-5)
+    assert ours.promotion.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layer", ["act1", "act2"])
+@pytest.mark.parametrize("label", ["true", "target"])
+def test_cam_equals_grad_cam_times_positions(layer, label):
+    net = conv_bn().eval()
+    x, x_adv, y = batch()
+    obs = observe(net, x, x_adv, y, layers=[layer])
+    untidy(net)
+    with unchanged(net):
+        captum = captum_bridge.grad_cam(net, layer, x_adv, obs.labels(label))
+    ours = class_activation_map(obs, layer, label, "adv")
+    torch.testing.assert_close(captum * captum[0].numel(), ours.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_grad_cam_is_signed():
+    """Without Grad-CAM's ReLU: evidence against a class is evidence too."""
+    net = conv_bn().eval()
+    with torch.no_grad():
+        net.head.weight.neg_()
+    x, _, y = batch()
+    assert captum_bridge.grad_cam(net, "act2", x, y).min() < -1e-3
+
+
+@pytest.mark.parametrize("method", captum_bridge.METHODS)
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
+def test_every_method_runs_and_leaves_the_net_alone(method, context):
+    net = untidy(conv_bn(dropout=0.3))
+    with context():
+        x, _, y = batch(n=2)
+        with unchanged(net):
+            found = captum_bridge.attribute(net, x, y, method)
+    assert found.shape == x.shape
+    assert found.isfinite().all()
+    assert found.abs().sum() > 0
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("method", ["input_x_gradient", "integrated_gradients"])
+def test_on_a_linear_net_attribution_is_weight_times_input(method):
+    net = Linear((3, 8, 8), 5)
+    x, _, y = batch()
+    expected = net.head.weight.detach()[y].view_as(x) * x
+    torch.testing.assert_close(captum_bridge.attribute(net, x, y, method), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match=r"method: expected one of saliency, .*; found 'tea leaves'"):
+        captum_bridge.attribute(conv_bn(), torch.rand(1, 3, 8, 8), torch.tensor([0]), "tea leaves")
