@@ -34,7 +34,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Trend:
-    """Scalars over epochs; the page collects the values from each epoch's ``View.scalars`` and epoch metrics."""
+    """Scalars over epochs; the page collects the values from each epoch's ``View.scalars`` and epoch metrics.
+
+    Unit "%", here and in :class:`Bars`, shows fractions as percent: 0.612 reads "61.2 %".
+    """
 
     title: str
     keys: tuple[str, ...]
@@ -61,7 +64,7 @@ class MapColumn:
     """One column of a :class:`Maps` chart.  ``values``: (n, H, W, 3) in [0,1] for "image", (n, H, W) otherwise.
 
     "signed" is centred on zero, "positive" starts at zero; both use the colour scale that the row shares.  "category"
-    holds indices into ``categories``.
+    holds indices into ``categories``.  Non-finite values of a map are drawn grey: there is no number to show.
     """
 
     title: str
@@ -70,6 +73,7 @@ class MapColumn:
     unit: str = ""
     categories: tuple[str, ...] = ()
     scale_group: str = "effect"  # columns of one group share one colour scale within a row, over all epochs
+    overlay: bool = False  # lay the map over the nearest image column to its left
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ Chart = Trend | Bars | Maps | Table
 class View:
     """What one panel shows for one epoch.
 
-    ``headline`` is one sentence computed from the numbers shown: what a reader should conclude.
+    ``headline`` is one sentence computed from the numbers shown: what a reader should conclude.  ``how_to_read`` is the
+    one line that a newcomer needs before the charts.
     """
 
     name: str  # W&B key and page anchor, e.g. "pse"
@@ -107,6 +112,7 @@ class View:
     figure: np.ndarray | None = None  # (H, W, 3) uint8: W&B shows [0,1] floats as black
     scalars: Mapping[str, float] = field(default_factory=dict)
     table: Table | None = None  # goes to W&B with fixed example ids
+    how_to_read: str = ""
 
 
 class Panel(Protocol):

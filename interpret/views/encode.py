@@ -1,0 +1,144 @@
+"""Charts to compact JSON for the local page: maps quantised with a step of their own, images stored once by content."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+
+from interpret.views.raster import colour_image
+from interpret.views.view import Bars, Chart, MapColumn, Maps, Table, Trend
+
+FINE_CELLS = 256  # maps up to 16×16 cells are cheap: 16 bits each, so that the value under the pointer is exact enough
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A chart as plain JSON.  ``blobs``: content key → base64.  ``limits``: scale group → largest magnitude per row."""
+
+    chart: dict[str, Any]
+    blobs: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, list[float]] = field(default_factory=dict)
+
+
+def to_json(value: Any) -> str:
+    """JSON that is safe inside a script element and strict: non-finite numbers become null, every '<' is escaped."""
+    return json.dumps(_plain(value), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def quantise(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """A map as int8 (int16 where small) and its step: value = code · step, off by at most half a step.
+
+    The lowest code stands for "no value" (NaN, infinity).
+    """
+    dtype = np.int16 if values.size <= FINE_CELLS else np.int8
+    info = np.iinfo(dtype)
+    finite = np.isfinite(values)
+    step = float(np.abs(values[finite]).max(initial=0.0)) / info.max or 1.0
+    codes = np.round(np.where(finite, values, 0) / step).clip(-info.max, info.max)
+    return np.where(finite, codes, info.min).astype(dtype), step
+
+
+def dequantise(codes: np.ndarray, step: float) -> np.ndarray:
+    """The inverse of :func:`quantise`."""
+    return np.where(codes == np.iinfo(codes.dtype).min, np.nan, codes * step)
+
+
+def _base64(array: np.ndarray) -> str:
+    array = np.ascontiguousarray(array)
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")
+
+
+def shrink(values: np.ndarray, max_side: int, average: bool = True) -> np.ndarray:
+    """(n, H, W, …) → no side longer than ``max_side``: block means, or every k-th value for indices."""
+    factor = math.ceil(max(values.shape[1:3]) / max_side)
+    if factor <= 1:
+        return values
+    n, height, width = values.shape[0], values.shape[1] // factor, values.shape[2] // factor
+    values = values[:, : height * factor, : width * factor]
+    if not average:
+        return values[:, factor // 2 :: factor, factor // 2 :: factor]
+    return values.reshape(n, height, factor, width, factor, *values.shape[3:]).mean((2, 4))
+
+
+@singledispatch
+def encode(chart: Chart, max_side: int = 64) -> Encoded:
+    """One chart as JSON; a new chart type registers here and in ``page/charts.js``."""
+    raise TypeError(f"chart: expected Trend, Bars, Maps or Table; found {type(chart).__name__}")
+
+
+@encode.register
+def _(chart: Trend, max_side: int = 64) -> Encoded:
+    return Encoded({"type": "trend", **asdict(chart)})
+
+
+@encode.register
+def _(chart: Bars, max_side: int = 64) -> Encoded:
+    return Encoded({"type": "bars", **asdict(chart)})
+
+
+@encode.register
+def _(chart: Table, max_side: int = 64) -> Encoded:
+    return Encoded({"type": "table", "title": chart.title, "columns": chart.columns, "rows": list(chart.rows)})
+
+
+@encode.register
+def _(chart: Maps, max_side: int = 64) -> Encoded:
+    blobs: dict[str, str] = {}
+    limits: dict[str, list[float]] = {}
+    columns = []
+    for column in chart.columns:
+        values = shrink(np.asarray(column.values), max_side, average=column.kind != "category")
+        if len(values) != len(chart.row_titles):
+            raise ValueError(f"{chart.title}: {column.title}: expected {len(chart.row_titles)} maps, found {len(values)}")
+        columns.append(
+            {
+                "title": column.title,
+                "kind": column.kind,
+                "unit": column.unit,
+                "categories": column.categories,
+                "group": column.scale_group,
+                "overlay": column.overlay,
+                "height": values.shape[1],
+                "width": values.shape[2],
+                "cells": [_cell(column, cell, blobs) for cell in values],
+            }
+        )
+        if column.kind in ("signed", "positive"):
+            largest = [float(np.abs(cell[np.isfinite(cell)]).max(initial=0.0)) for cell in values]
+            before = limits.get(column.scale_group, [0.0] * len(largest))
+            limits[column.scale_group] = [max(a, b) for a, b in zip(before, largest, strict=True)]
+    return Encoded({"type": "maps", "title": chart.title, "rows": chart.row_titles, "columns": columns}, blobs, limits)
+
+
+def _cell(column: MapColumn, values: np.ndarray, blobs: dict[str, str]) -> dict[str, Any]:
+    if column.kind == "image":
+        pixels = colour_image(values)
+        if (pixels == pixels[..., :1]).all():
+            pixels = pixels[..., :1]
+        data = _base64(pixels)
+        key = hashlib.blake2b(data.encode(), digest_size=9).hexdigest()
+        blobs[key] = data
+        return {"blob": key, "channels": pixels.shape[-1]}
+    if column.kind == "category":
+        return {"data": _base64(values.astype(np.uint8))}
+    codes, step = quantise(values.astype(np.float64))
+    return {"data": _base64(codes), "step": step, "bits": codes.dtype.itemsize * 8}

@@ -1,0 +1,252 @@
+"""The local report: one page a run, opened straight from disk, that grows by an epoch at a time.
+
+    report/index.html                the page: markup, style, program, colour tables
+    report/data/manifest.js          what every epoch shares: numbers over epochs, headlines, colour scales, results
+    report/data/epoch_00003.js       the maps and tables of one epoch, loaded when it is looked at
+
+Data come as classic scripts because browsers refuse fetch and module scripts on file://.  Every file is replaced
+atomically, data before the manifest that names them, so an open page never sees half an epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+from markupsafe import Markup
+
+from interpret.views import raster
+from interpret.views.encode import _base64, encode, to_json
+from interpret.views.view import Table, Trend, View
+
+SCHEMA: Final = 1
+_MANIFEST_CALL, _EPOCH_CALL = "GLASSARMOR.manifest(", "GLASSARMOR.epoch("
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """A number of the overview, with its change since the previous and the first epoch."""
+
+    key: str
+    label: str
+    unit: str = ""
+    higher_is_better: bool | None = None  # None: a change is neither good nor bad
+
+
+KEY_FIGURES: Final = (
+    KeyFigure("val/robust_acc", "Robust accuracy, held out", "%", True),
+    KeyFigure("val/clean_acc", "Clean accuracy, held out", "%", True),
+    KeyFigure("train/robust_acc", "Robust accuracy, training", "%", True),
+    KeyFigure("train/loss", "Training loss", "", False),
+)
+OVERVIEW: Final = Trend(
+    "Held-out accuracy over epochs", ("val/clean_acc", "val/robust_acc"), ("clean", "robust"), "%", limits=(0.0, 1.0)
+)
+
+
+class ReportPage:
+    """Writes and extends the report of one run.  Opening an existing folder keeps its epochs.
+
+    Args:
+        folder: where ``index.html`` lives, made when missing.
+        title: name of the run.
+        meta: what the run was, shown in the overview in this order, e.g. dataset, defense, ε, seed, commit.
+        key_figures, overview: the numbers and the trend of the overview.
+        max_side: larger images and maps are stored as block means of at most this many pixels a side.
+
+    Raises:
+        ValueError: the folder holds a report of another format.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        title: str,
+        meta: Mapping[str, object] | None = None,
+        *,
+        key_figures: Sequence[KeyFigure] = KEY_FIGURES,
+        overview: Trend = OVERVIEW,
+        max_side: int = 64,
+    ) -> None:
+        self.folder = Path(folder)
+        self.data = self.folder / "data"
+        self.data.mkdir(parents=True, exist_ok=True)
+        self.max_side = max_side
+        before = self._read_manifest()
+        self._manifest: dict[str, Any] = {
+            "schema": SCHEMA,
+            "title": title,
+            "meta": [[key, str(value)] for key, value in (meta or {}).items()],
+            "keyFigures": [asdict(figure) for figure in key_figures],
+            "overview": encode(overview).chart,
+            "results": before.get("results"),
+            "complete": False,
+            "epochs": before.get("epochs", []),
+        }
+        self._write_index(inline=False)
+        self._write_manifest()
+
+    @property
+    def index(self) -> Path:
+        """The file to open."""
+        return self.folder / "index.html"
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """The epochs the page holds."""
+        return tuple(entry["epoch"] for entry in self._manifest["epochs"])
+
+    def write_epoch(
+        self, epoch: int, step: int, scalars: Mapping[str, float], views: Sequence[View], note: str = ""
+    ) -> None:
+        """Add an epoch, or replace the one of this number.  ``note`` is shown as a warning beside the headlines."""
+        stored = {key: e["epoch"] for e in self._manifest["epochs"] if e["epoch"] < epoch for key in e["blobs"]}
+        numbers = dict(scalars)
+        limits: dict[str, list[float]] = {}
+        blobs: dict[str, str] = {}
+        needs: set[int] = set()
+        shown = []
+        for view in views:
+            numbers.update(view.scalars)
+            charts = []
+            for i, chart in enumerate(view.charts):
+                encoded = encode(chart, self.max_side)
+                charts.append(encoded.chart)
+                limits.update({f"{view.name}/{i}/{group}": values for group, values in encoded.limits.items()})
+                for key, data in encoded.blobs.items():
+                    if key in stored:
+                        needs.add(stored[key])
+                    else:
+                        blobs[key] = data
+            shown.append(
+                {
+                    "name": view.name,
+                    "title": view.title,
+                    "headline": view.headline,
+                    "howToRead": view.how_to_read,
+                    "charts": charts,
+                }
+            )
+        body = to_json({"epoch": epoch, "views": shown, "blobs": blobs})
+        entry: dict[str, Any] = {
+            "epoch": epoch,
+            "step": step,
+            "note": note,
+            "file": f"epoch_{epoch:05d}.js",
+            "tag": hashlib.blake2b(body.encode(), digest_size=6).hexdigest(),  # a rewritten epoch is loaded afresh
+            "needs": sorted(needs),
+            "blobs": list(blobs),
+            "scalars": numbers,
+            "headlines": [{"name": v.name, "title": v.title, "headline": v.headline} for v in views],
+            "limits": limits,
+        }
+        write_atomic(self.data / entry["file"], f"{_EPOCH_CALL}{body});\n")
+        # Later epochs may lean on the images of the epoch that is replaced, so they go: they are a past that is rewritten.
+        kept = [e for e in self._manifest["epochs"] if e["epoch"] < epoch]
+        self._replace_epochs([*kept, entry])
+
+    def write_results(self, table: Table) -> None:
+        """The final comparison, shown first in the overview from now on."""
+        self._manifest["results"] = encode(table).chart
+        self._write_manifest()
+
+    def drop_from(self, epoch: int) -> None:
+        """Forget every epoch ≥ ``epoch``: a resumed run will write them again."""
+        self._replace_epochs([e for e in self._manifest["epochs"] if e["epoch"] < epoch])
+
+    def finish(self, inline: bool = True) -> Path:
+        """Mark the run as complete; with ``inline``, ``index.html`` then holds everything and can be sent alone."""
+        self._manifest["complete"] = True
+        self._write_manifest()
+        self._write_index(inline)
+        return self.index
+
+    def _replace_epochs(self, entries: list[dict[str, Any]]) -> None:
+        gone = {e["file"] for e in self._manifest["epochs"]} - {e["file"] for e in entries}
+        self._manifest["epochs"] = entries
+        self._write_manifest()
+        for name in gone:
+            (self.data / name).unlink(missing_ok=True)
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.data / "manifest.js"
+        if not path.exists():
+            return {}
+        try:
+            manifest: dict[str, Any] = read_script(path)
+            if manifest["schema"] != SCHEMA:
+                raise ValueError(f"schema {manifest['schema']}, expected {SCHEMA}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no report of this version ({error}); move the folder away") from error
+        return manifest
+
+    def _write_manifest(self) -> None:
+        write_atomic(self.data / "manifest.js", f"{_MANIFEST_CALL}{to_json(self._manifest)});\n")
+
+    def _write_index(self, inline: bool) -> None:
+        files = resources.files("interpret.views").joinpath("page")
+        environment = jinja2.Environment(autoescape=True, keep_trailing_newline=True)
+        page = environment.from_string(files.joinpath("index.html").read_text(encoding="utf-8")).render(
+            title=self._manifest["title"],
+            style=_trusted(files, "style.css"),
+            program=_trusted(files, "charts.js") + _trusted(files, "app.js"),
+            colours=_json_markup(colour_tables()),
+            manifest=_json_markup(self._manifest) if inline else None,
+            epochs=[
+                (e["file"], Markup(_script_body(self.data / e["file"]).replace("<", "\\u003c")))
+                for e in self._manifest["epochs"]
+                if inline
+            ],
+        )
+        write_atomic(self.index, page)
+
+
+def _trusted(files: Traversable, name: str) -> Markup:
+    return Markup(files.joinpath(name).read_text(encoding="utf-8"))
+
+
+def _json_markup(value: Any) -> Markup:
+    return Markup(to_json(value))
+
+
+def colour_tables() -> dict[str, Any]:
+    """The colours of :mod:`interpret.views.raster` for the page, so that both draw alike."""
+    return {
+        "signed": _base64(raster.DIVERGING),
+        "positive": _base64(raster.SEQUENTIAL),
+        "noValue": raster.NO_VALUE.tolist(),
+        "categories": raster.CATEGORIES,
+        "series": raster.SERIES,
+    }
+
+
+def read_script(path: Path) -> Any:
+    """The JSON inside one of the data scripts."""
+    return json.loads(_script_body(path))
+
+
+def _script_body(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    return text[text.index("(") + 1 : text.rindex(")")]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader sees the old one or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; reports are shared like any other file
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

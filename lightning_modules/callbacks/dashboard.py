@@ -1,0 +1,93 @@
+"""Each epoch: the same images, attacked once, observed once; every panel measures and draws from that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from defenses.attacks import Attack
+from interpret.modes import undisturbed
+from interpret.observation import feature_layers, find_layers, observe
+from interpret.views.view import Panel, Probe, View
+from lightning_modules.logging import RunLog
+
+
+class Dashboard(pl.Callback):
+    """Draws the panels at the end of each epoch and hands them, with the epoch's metrics, to the run's log.
+
+    Leaves the module as it was: weights, buffers, gradients, modes and random numbers are the same with it and without.
+
+    Args:
+        panels: by name; empty logs the metrics alone.
+        x, y, ids: the probe images (N, C, H, W) in [0,1], their labels (N,) and names.
+        attack: draws the same random numbers each epoch, so that pictures of different epochs compare.
+        class_names: by class index.
+        layers: observed layers; by default the stages of the network.
+        every_n_epochs: how often panels are drawn (the last epoch always); metrics go out each epoch.
+        log: where it all goes; may be set later as ``log_to``.
+    """
+
+    def __init__(
+        self,
+        panels: Mapping[str, Panel],
+        x: Tensor,
+        y: Tensor,
+        ids: Sequence[str],
+        attack: Attack,
+        class_names: Sequence[str],
+        layers: Sequence[str] = (),
+        every_n_epochs: int = 1,
+        log: RunLog | None = None,
+    ) -> None:
+        self.panels = dict(panels)
+        self.x, self.y, self.ids = x, y, tuple(ids)
+        self.attack = attack
+        self.class_names = tuple(class_names)
+        self.log_to = log
+        self.layers = tuple(layers)
+        self.every_n_epochs = every_n_epochs
+
+    def prepare(self, net: nn.Module) -> None:
+        """Choose and check the layers before training.
+
+        Raises:
+            ValueError: a layer that the network does not have.
+        """
+        if self.layers:
+            find_layers(net, self.layers, key="dashboard.layers")
+        else:
+            self.layers = feature_layers(net, self.x[:2])
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        epoch = int(trainer.current_epoch)
+        scalars = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+        for optimizer in trainer.optimizers[:1]:
+            scalars["train/lr"] = float(optimizer.param_groups[0]["lr"])
+        last = trainer.max_epochs is not None and epoch + 1 >= trainer.max_epochs
+        views: list[View] = []
+        if self.panels and (last or epoch % self.every_n_epochs == 0):
+            net = getattr(pl_module, "net", pl_module)
+            views = self.look(net, pl_module.device, scalars)
+        assert self.log_to is not None, "Dashboard.log_to was never set"
+        self.log_to.epoch(epoch, int(trainer.global_step), scalars, views)
+
+    def look(self, net: nn.Module, device: torch.device, scalars: Mapping[str, float]) -> list[View]:
+        """The views of all panels for the network as it is now."""
+        x, y = self.x.to(device), self.y.to(device)
+        if not self.layers:
+            self.prepare(net)
+        self.attack.reseed(0)
+        forked = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False):
+            x_adv = self.attack(net, x, y)
+            with undisturbed(net):
+                # Inputs that ask for a gradient give the passes a graph although the parameters are frozen.
+                obs = observe(net, x.clone().requires_grad_(), x_adv.requires_grad_(), y, layers=self.layers)
+                probe = Probe(net, obs, self.layers, self.ids, self.class_names, scalars)
+                return [panel(probe) for panel in self.panels.values()]

@@ -1,0 +1,107 @@
+"""The one LightningModule: a network, a defense, and the metrics that tell whether it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from defenses.attacks import Attack
+from defenses.defense import Defense
+
+Batch = tuple[Tensor, Tensor]
+
+
+class RobustClassifier(pl.LightningModule):
+    """Robust training of a classifier.
+
+    Args:
+        net: images in [0,1], (N, C, H, W), to logits (N, K); normalisation inside.
+        defense: computes the training loss; prepared (:meth:`Defense.prepare`) before training starts.
+        val_attack: attack for the held-out robust accuracy that selects the best checkpoint.
+        num_classes: K.
+        optimizer: parameters → optimizer.
+        scheduler: (optimizer, total_steps) → per-step schedule.
+        seed: every random number of a step is a function of this seed and the step, so that a resumed run repeats an
+            uninterrupted one without saving generator states.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        defense: Defense,
+        val_attack: Attack,
+        num_classes: int,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.defense = defense
+        self.val_attack = val_attack
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.seed = seed
+        self.train_robust = MulticlassAccuracy(num_classes, average="micro")
+        self.train_loss = MeanMetric()
+        self.clean = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
+        self.robust = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, K) of images in [0,1]: the plain network, no interpretation inside."""
+        return self.net(x)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x, y = batch
+        draw = self.global_step * self.trainer.world_size + self.global_rank
+        torch.manual_seed((self.seed * 1_000_003 + draw) % 2**63)  # dropout and the like
+        self.defense.at(self.current_epoch + batch_idx / max(1, float(self.trainer.num_training_batches)), draw)
+        out = self.defense(self.net, x, y)
+        self.train_robust(out.obs.adv.logits.detach(), y)
+        self.train_loss(out.loss.detach())
+        self.log("train/robust_acc", self.train_robust, on_step=False, on_epoch=True, prog_bar=True)
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
+        for name, value in out.terms.items():
+            self.log(f"train/loss/{name}", value, on_step=True, on_epoch=True, batch_size=len(y), sync_dist=True)
+        return out.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # Before any checkpoint of this epoch, and on every process: the estimates are reduced over processes here.
+        if self.trainer.is_last_batch:
+            self.defense.end_epoch()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._judge("val", batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._judge("test", batch, batch_idx)
+
+    def _judge(self, split: str, batch: Batch, batch_idx: int) -> None:
+        """Clean and robust accuracy, in full precision whatever the training used."""
+        x, y = batch
+        clean, robust = self.clean[split], self.robust[split]
+        assert isinstance(clean, MulticlassAccuracy)
+        assert isinstance(robust, MulticlassAccuracy)
+        self.val_attack.reseed(batch_idx)
+        with torch.autocast(self.device.type, enabled=False):
+            x_adv = self.val_attack(self.net, x, y)
+            with torch.no_grad():
+                clean(self.net(x).float(), y)
+                robust(self.net(x_adv).float(), y)
+        self.log(f"{split}/clean_acc", clean, prog_bar=True)
+        self.log(f"{split}/robust_acc", robust, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.net.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = self.make_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

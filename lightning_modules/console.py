@@ -1,0 +1,53 @@
+"""What the scripts say in the terminal: one-line errors, and the final table."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from interpret.views.view import Table
+
+console = Console(soft_wrap=True)
+
+
+@contextmanager
+def clear_errors(debug: bool) -> Iterator[None]:
+    """While a run is put together: one line instead of a stack trace, and exit code 2.
+
+    What went wrong first is what the user can mend, so the innermost cause is shown.
+    """
+    try:
+        yield
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        kind = "" if isinstance(root, (ValueError, OSError)) else f"{type(root).__name__}: "
+        print(f"error: {kind}{root}\n(debug=true shows the stack trace)", file=sys.stderr)
+        sys.exit(2)
+
+
+def accuracy_table(title: str, records: Mapping[str, Mapping[str, float]]) -> Table:
+    """Rows of networks, columns of attacks, accuracies in percent."""
+    names = list(next(iter(records.values())))
+    rows: list[tuple[str | float, ...]] = [
+        (network, *[round(100 * record[name], 2) for name in names]) for network, record in records.items()
+    ]
+    return Table(title, ("network", *[f"{name} (%)" for name in names]), rows)
+
+
+def show(table: Table) -> None:
+    """Print a table."""
+    shown = RichTable(title=table.title)
+    for i, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if i else "left")
+    for row in table.rows:
+        shown.add_row(*[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row])
+    console.print(shown)

@@ -1,0 +1,170 @@
+"""Where a run's numbers and pictures go: metrics.csv, the local report and W&B.  The only place that imports wandb."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+from pytorch_lightning.loggers import WandbLogger
+
+from interpret.views.page import ReportPage, write_atomic
+from interpret.views.view import Table, View
+
+WandbMode = Literal["auto", "online", "offline", "disabled"]
+
+
+class RunLog:
+    """One run's record by epoch.
+
+    Args:
+        folder: the run folder; ``metrics.csv`` and ``report/`` live in it.
+        page: the local report, or None.
+        wandb_logger: Lightning's logger of the run, or None.
+    """
+
+    def __init__(self, folder: Path, page: ReportPage | None, wandb_logger: WandbLogger | None = None) -> None:
+        self.folder = folder
+        self.page = page
+        self.wandb_logger = wandb_logger
+        self.history: list[dict[str, float]] = []
+        metrics = folder / "metrics.csv"
+        if metrics.exists():
+            with metrics.open(newline="", encoding="utf-8") as file:
+                self.history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+    def resume_from(self, epoch: int) -> None:
+        """Forget epochs that will be trained again."""
+        self.history = [row for row in self.history if row["epoch"] < epoch]
+        if self.page is not None:
+            self.page.drop_from(epoch)
+
+    def epoch(self, epoch: int, step: int, scalars: Mapping[str, float], views: Sequence[View]) -> None:
+        """Record an epoch: once more in each place, W&B in a single call."""
+        for view in views:
+            scalars = {**scalars, **view.scalars}
+        self.history.append({"epoch": epoch, "step": step, **scalars})
+        self._write_csv()
+        if self.page is not None:
+            self.page.write_epoch(epoch, step, scalars, views)
+        if self.wandb_logger is not None:
+            # No step=: W&B would drop what arrives behind Lightning's own counter.
+            payload: dict[str, Any] = {"epoch": epoch, "trainer/global_step": step}
+            for view in views:
+                payload.update(view.scalars)
+                if view.figure is not None:
+                    payload[f"dashboard/{view.name}"] = wandb.Image(view.figure, caption=view.headline)
+                if view.table is not None:
+                    rows = [list(row) for row in view.table.rows]
+                    payload[f"tables/{view.name}"] = wandb.Table(columns=list(view.table.columns), data=rows)
+            _survive("log an epoch", lambda: self.wandb_logger.experiment.log(payload))  # type: ignore[union-attr]
+
+    def results(self, table: Table, records: Mapping[str, Any]) -> None:
+        """The final comparison: ``results.json``, on top of the report, and in W&B's summary."""
+        write_atomic(self.folder / "results.json", json.dumps(records, indent=2) + "\n")
+        if self.page is not None:
+            self.page.write_results(table)
+        if self.wandb_logger is not None:
+            rows = [list(row) for row in table.rows]
+            payload = {"tables/results": wandb.Table(columns=list(table.columns), data=rows)}
+            _survive("log the results", lambda: self.wandb_logger.experiment.log(payload))  # type: ignore[union-attr]
+
+    def finish(self) -> None:
+        """Close the report into one self-contained file, and the W&B run."""
+        if self.page is not None:
+            self.page.finish()
+        if self.wandb_logger is not None:
+            _survive("finish", wandb.finish)
+
+    def _write_csv(self) -> None:
+        columns = list(dict.fromkeys(name for row in self.history for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_atomic(self.folder / "metrics.csv", text.getvalue())
+
+
+def _survive(what: str, call: Callable[[], Any]) -> None:
+    """W&B is a guest: when it fails, training goes on."""
+    try:
+        call()
+    except Exception as error:
+        warnings.warn(f"W&B could not {what} ({type(error).__name__}: {error}); training goes on", stacklevel=3)
+
+
+class _PatientWandbLogger(WandbLogger):
+    """Lightning's logger, whose failures do not end a run."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        _survive("log metrics", lambda: super(_PatientWandbLogger, self).log_metrics(metrics, step))
+
+
+def wandb_logger(
+    folder: Path,
+    project: str,
+    mode: WandbMode,
+    run_id: str,
+    name: str,
+    config: Mapping[str, Any],
+    tags: Sequence[str] = (),
+) -> WandbLogger | None:
+    """A W&B run whose files lie in the run folder.  Never prompts; without a key, or without a server, it is offline.
+
+    Args:
+        mode: "auto" is online where a key is configured, else offline; "disabled" gives None.
+        run_id: the same id continues the same run.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    if mode not in ("auto", "online", "offline", "disabled"):
+        raise ValueError(f"wandb.mode: expected auto, online, offline or disabled; found {mode!r}")
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ["WANDB_DATA_DIR"] = str(folder / "wandb")  # else images inside Tables land outside the run folder
+    (folder / "wandb").mkdir(parents=True, exist_ok=True)
+    asked = os.environ.get("WANDB_MODE", "")
+    offline = mode == "offline" or asked in ("offline", "dryrun") or not _has_key()
+    if mode == "online" and offline:
+        warnings.warn("wandb.mode=online, but no API key is configured: this run is recorded offline", stacklevel=2)
+    for attempt_offline in dict.fromkeys((offline, True)):
+        run_logger = _PatientWandbLogger(
+            name=name,
+            project=project,
+            id=run_id,
+            save_dir=str(folder),
+            offline=attempt_offline,
+            resume="allow",
+            tags=list(tags),
+            config=dict(config),
+            settings=wandb.Settings(silent=True, init_timeout=30),
+        )
+        try:
+            run_logger.experiment.define_metric("*", step_metric="trainer/global_step")
+        except Exception as error:
+            if attempt_offline:
+                warnings.warn(f"W&B is unavailable ({error}); this run is recorded locally only", stacklevel=2)
+                return None
+            warnings.warn(f"W&B server not reached ({error}); this run is recorded offline", stacklevel=2)
+        else:
+            return run_logger
+    return None
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc(os.environ.get("NETRC")).hosts
+    except (OSError, NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)

@@ -1,0 +1,127 @@
+"""The run folder: what was run, with which versions, and where its files are."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from interpret.views.page import write_atomic
+
+_PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "captum", "wandb", "hydra-core", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run.
+
+    ``config.yaml``, ``run.json`` (versions, commit, W&B id), ``metrics.csv``, ``results.json``, ``checkpoints/``,
+    ``report/``, ``wandb/``.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What ``run.json`` says."""
+        result: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        return result
+
+    @classmethod
+    def create(cls, out: str | Path, name: str | None, what: str, config: str, **info: str) -> RunFolder:
+        """Make a new folder and write what is known at the start.
+
+        Args:
+            out: where run folders go.
+            name: of the folder; by default date, time and ``what``.
+            config: the composed configuration as YAML.
+            info: further entries of ``run.json``.
+
+        Raises:
+            ValueError: a folder of this name exists: nothing is ever overwritten.
+        """
+        stem = name or f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{re.sub(r'[^A-Za-z0-9_+.-]+', '-', what)}"
+        path = Path(out) / stem
+        for i in range(2, 1000):
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if name is not None:
+                    raise ValueError(
+                        f"name: the run folder {path} exists; choose another name, or go on with it: resume={path}"
+                    ) from None
+                path = Path(out) / f"{stem}-{i}"
+        folder = cls(path)
+        write_atomic(folder.config, config)
+        record = {
+            "what": what,
+            "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "wandb_id": hashlib.sha256(f"{path.resolve()}{os.urandom(8).hex()}".encode()).hexdigest()[:10],
+            "commit": commit(),
+            "versions": {"python": platform.python_version()}
+            | {package: importlib.metadata.version(package) for package in _PACKAGES},
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+            **info,
+        }
+        write_atomic(path / "run.json", json.dumps(record, indent=2) + "\n")
+        return folder
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunFolder:
+        """A folder to go on with.
+
+        Raises:
+            ValueError: no run folder, or one without a checkpoint.
+        """
+        folder = cls(Path(path))
+        if not folder.config.is_file() or not (folder.path / "run.json").is_file():
+            raise ValueError(f"resume: expected a run folder with config.yaml and run.json, found none at {path}")
+        if not folder.last.is_file():
+            raise ValueError(f"resume: {folder.last} does not exist: no epoch was finished; start anew")
+        return folder
+
+
+def commit() -> str:
+    """Commit of the source tree, marked when files differ from it; "unknown" outside a repository."""
+    root = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,194 @@
+"""Train a robust classifier: compose the config → instantiate → fit → test → report.
+
+python train.py defense=trades regularizers=[pse,sensitivity] data=digits
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from datamodules.images import ImageDataModule
+from defenses.evaluation import accuracy_under
+from interpret.views.page import ReportPage
+from lightning_modules.callbacks.checkpointing import checkpoints
+from lightning_modules.callbacks.dashboard import Dashboard
+from lightning_modules.callbacks.progress import ProgressBar
+from lightning_modules.classifier import RobustClassifier
+from lightning_modules.console import accuracy_table, clear_errors, console, show
+from lightning_modules.logging import RunLog, wandb_logger
+from lightning_modules.networks.check import check_network
+from lightning_modules.run_folder import RunFolder
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a config instantiates to, checked."""
+
+    data: ImageDataModule
+    module: RobustClassifier
+    panels: dict[str, Any]
+
+
+def build(cfg: DictConfig) -> Parts:
+    """Instantiate everything that is trained, and check that it fits together, before anything is written."""
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    data: ImageDataModule = instantiate(cfg.data, _convert_="all")
+    data.setup("fit")
+    channels = data.image_shape[0]
+    net = instantiate(cfg.network)(num_classes=data.num_classes, in_channels=channels, mean=data.mean, std=data.std)
+    check_network(net, data.image_shape, data.num_classes)
+    if cfg.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    defense = instantiate(cfg.defense, _convert_="all")
+    few = data.probe(2)
+    defense.prepare(net, few.x, few.y)
+    module = RobustClassifier(
+        net=net,
+        defense=defense,
+        val_attack=instantiate(cfg.val_attack, _convert_="all"),
+        num_classes=data.num_classes,
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        scheduler=instantiate(cfg.scheduler, _convert_="all"),
+        seed=cfg.seed,
+    )
+    return Parts(data, module, instantiate(cfg.panels, _convert_="all"))
+
+
+def undefended(cfg: DictConfig) -> DictConfig:
+    """The same run without defense, regularisers and panels."""
+    twin = cfg.copy()
+    OmegaConf.set_struct(twin, False)
+    twin.regularizers, twin.panels = {}, {}
+    twin.defense = OmegaConf.load(CONFIGS / "defense" / "none.yaml")
+    return twin
+
+
+def train(cfg: DictConfig, what: str) -> float:
+    """Train, test, report; returns the robust accuracy on the test set of the best checkpoint, for sweeps."""
+    with clear_errors(cfg.debug):
+        resumed = cfg.resume is not None
+        folder = RunFolder.existing(cfg.resume) if resumed else None
+        parts = build(cfg)
+        data, module = parts.data, parts.module
+        probe = data.probe(cfg.probe.size)
+        attacks = instantiate(cfg.test_attacks, _convert_="all")
+        dashboard = Dashboard(
+            parts.panels,
+            probe.x,
+            probe.y,
+            probe.ids,
+            instantiate(cfg.probe.attack, _convert_="all"),
+            data.class_names,
+            layers=list(cfg.probe.layers),
+            every_n_epochs=cfg.probe.every_n_epochs,
+        )
+        dashboard.prepare(module.net)
+        instantiate(cfg.trainer, logger=False, enable_progress_bar=False, enable_checkpointing=False)  # refuses bad values
+        if folder is None:
+            folder = RunFolder.create(cfg.out, cfg.name, what, OmegaConf.to_yaml(cfg, resolve=True), probe=probe.hash)
+
+    info = folder.info
+    meta = {
+        "what": info["what"],
+        "threat": str(dashboard.attack.threat),
+        "data": f"{len(data.train.images)} training, {len(data.val.images)} validation, {len(data.test.images)} test images",
+        "probe": f"{len(probe.ids)} validation images, hash {probe.hash}",
+        "seed": cfg.seed,
+        "commit": info["commit"],
+        "started": info["started"],
+    }
+    logger = wandb_logger(
+        folder.path,
+        cfg.wandb.project,
+        cfg.wandb.mode,
+        info["wandb_id"],
+        folder.path.name,
+        OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+        list(cfg.wandb.tags),
+    )
+    dashboard.log_to = log = RunLog(folder.path, ReportPage(folder.report, folder.path.name, meta), logger)
+    if resumed:
+        log.resume_from(int(torch.load(folder.last, weights_only=True, map_location="cpu")["epoch"]) + 1)
+    console.print(
+        f"run folder  {folder.path}\ndashboard   {folder.report / 'index.html'} (open it now: it grows while we train)"
+    )
+    trainer: pl.Trainer = instantiate(
+        cfg.trainer,
+        logger=logger or False,
+        callbacks=[dashboard, ProgressBar(), *checkpoints(folder.checkpoints)],
+        default_root_dir=str(folder.path),
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=str(folder.last) if resumed else None, weights_only=True)
+
+    def judge(net: torch.nn.Module) -> dict[str, float]:
+        return accuracy_under(
+            net.to(trainer.strategy.root_device), data.test_dataloader(), attacks, trainer.strategy.root_device
+        )
+
+    records = {}
+    for name, path in (("defended, best epoch", folder.best), ("defended, last epoch", folder.last)):
+        module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
+        records[name] = judge(module.net)
+    if cfg.compare_undefended:
+        console.print("training the same network without defense, for comparison")
+        plain = build(undefended(cfg))
+        instantiate(
+            cfg.trainer, logger=False, callbacks=[ProgressBar()], enable_checkpointing=False, limit_val_batches=0
+        ).fit(plain.module, datamodule=plain.data)
+        records["undefended"] = judge(plain.module.net)
+    table = accuracy_table(f"Accuracy on the test set, {meta['threat']}", records)
+    log.results(table, {"threat": meta["threat"], **records})
+    log.finish()
+    show(table)
+    console.print(f"dashboard    {folder.report / 'index.html'}\nmetrics      {folder.path / 'metrics.csv'}")
+    console.print(f"checkpoints  {folder.best} and {folder.last.name}")
+    if logger is not None:
+        console.print(f"W&B          {folder.path / 'wandb'} (an offline run is sent with: wandb sync DIRECTORY)")
+    return float(list(records["defended, best epoch"].values())[-1])
+
+
+def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """The saved config of a run folder, with the plain keys given on the command line.
+
+    Raises:
+        ValueError: no run folder, or an override that the saved config does not hold.
+    """
+    saved = OmegaConf.load(RunFolder.existing(cfg.resume).config)
+    assert isinstance(saved, DictConfig)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "resume" and OmegaConf.is_config(OmegaConf.select(saved, key, default=OmegaConf.create())):
+            raise ValueError(
+                f"resume: {key!r} is no single value of the saved config; allowed is e.g. trainer.max_epochs=50"
+            )
+        OmegaConf.update(saved, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+    return saved
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Entry point; see ``python train.py --help`` for the groups."""
+    choices, overrides = HydraConfig.get().runtime.choices, list(HydraConfig.get().overrides.task)
+    regularizers = "".join(f"+{name}" for name in cfg.regularizers)
+    what = f"{choices['data']}-{choices['network']}-{choices['defense']}{regularizers}-s{cfg.seed}"
+    if cfg.resume is not None:
+        with clear_errors(cfg.debug):
+            cfg = resumed_config(cfg, overrides)
+    return train(cfg, what)
+
+
+if __name__ == "__main__":
+    main()
