@@ -16,10 +16,11 @@ from interpret.observation import Observation, feature_layers, find_layers, obse
 
 @dataclass(frozen=True)
 class StepOutput:
-    """``loss`` to minimise, mean value of each term before its weight (detached), and the observation they read."""
+    """``loss`` to minimise; by term its mean value (detached) and its weight now; the observation they all read."""
 
     loss: Tensor
     terms: Mapping[str, Tensor]
+    weights: Mapping[str, float]
     obs: Observation
 
 
@@ -130,12 +131,13 @@ class Defense(nn.Module):
             )
         loss = torch.zeros((), device=x.device)
         values: dict[str, Tensor] = {}
+        weights = {name: term.weight_at(self.epoch) for name, term in self.named_terms().items()}
         for name, term in self.named_terms().items():
-            weight = term.weight_at(self.epoch)
+            weight = weights[name]
             # At weight 0 a ramped term only keeps its running estimates warm.
             with torch.set_grad_enabled(learning and weight != 0):
                 value = term(obs).mean()
             values[name] = value.detach()
             if weight != 0:
                 loss = loss + weight * value
-        return StepOutput(loss, values, obs)
+        return StepOutput(loss, values, weights, obs)

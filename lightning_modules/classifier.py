@@ -69,8 +69,15 @@ class RobustClassifier(pl.LightningModule):
         self.train_loss(out.loss.detach())
         self.log("train/robust_acc", self.train_robust, on_step=False, on_epoch=True, prog_bar=True)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        for name, value in out.terms.items():
-            self.log(f"train/loss/{name}", value, on_step=True, on_epoch=True, batch_size=len(y), sync_dist=True)
+        for name, value in out.terms.items():  # as they enter the total, so that they add up to it
+            self.log(
+                f"train/loss/{name}",
+                out.weights[name] * value,
+                on_step=True,
+                on_epoch=True,
+                batch_size=len(y),
+                sync_dist=True,
+            )
         return out.loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

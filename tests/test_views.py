@@ -410,7 +410,7 @@ def test_page_opens_from_disk(tmp_path: Path, inline: bool) -> None:
     assert "&lt;/script&gt;&lt;script&gt;document.title" in body  # shown as text
     assert "<img" not in body
     assert "<script" not in body
-    assert body.count("<canvas") == 2 * 5 + 2 * 2  # two rows of five maps, two colour bars each
+    assert body.count("<canvas") == 2 * 5  # two rows of five maps
     assert "Final comparison" in body
     assert "epoch 3 · step 30" in dom
 

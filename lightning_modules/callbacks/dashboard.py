@@ -66,7 +66,11 @@ class Dashboard(pl.Callback):
         if not trainer.is_global_zero:
             return
         epoch = int(trainer.current_epoch)
-        scalars = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+        scalars = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if not name.endswith(("_step", "_epoch"))  # Lightning's second names of what it logs per step and epoch
+        }
         for optimizer in trainer.optimizers[:1]:
             scalars["train/lr"] = float(optimizer.param_groups[0]["lr"])
         last = trainer.max_epochs is not None and epoch + 1 >= trainer.max_epochs
@@ -87,7 +91,6 @@ class Dashboard(pl.Callback):
         with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False):
             x_adv = self.attack(net, x, y)
             with undisturbed(net):
-                # Inputs that ask for a gradient give the passes a graph although the parameters are frozen.
-                obs = observe(net, x.clone().requires_grad_(), x_adv.requires_grad_(), y, layers=self.layers)
+                obs = observe(net, x, x_adv, y, layers=self.layers)
                 probe = Probe(net, obs, self.layers, self.ids, self.class_names, scalars)
                 return [panel(probe) for panel in self.panels.values()]

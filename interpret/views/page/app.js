@@ -118,7 +118,8 @@ const GLASSARMOR = (() => {
     id("overview").replaceChildren(...overview(after));
     id("panels").replaceChildren(...(shown ? shown.views.map((view) => panel(view, after)) : []));
     id("tabs").replaceChildren(tab("overview", "Overview"), ...(shown ? shown.views.map((v) => tab(anchor(v.name), v.title)) : []));
-    for (const draw of after) draw();
+    const widths = after.map((chart) => chart.holder.clientWidth); // all measured before any is drawn: one layout, not many
+    after.forEach((chart, i) => chart.draw(widths[i]));
     document.body.dataset.ready = "1";
     document.body.dataset.epoch = shown ? shown.epoch : "";
   }
@@ -145,7 +146,8 @@ const GLASSARMOR = (() => {
     const chart = draw.trend(manifest.overview, { ...context(after), height: 290 });
     const says = entry.headlines.map((h) => el("li", {}, el("a", { href: `#${anchor(h.name)}` }, h.title), " ", el("span", {}, tidy(h.headline))));
     parts.push(el("div", { class: "two" }, chart,
-      el("div", { class: "card" }, el("h3", {}, `What the panels say at epoch ${entry.epoch}`), el("ul", { class: "says" }, says))));
+      el("div", { class: "card" }, el("h3", {}, `What the panels say at epoch ${entry.epoch}`), 
+        says.length ? el("ul", { class: "says" }, says) : el("p", { class: "muted" }, "No panel was drawn in this epoch."))));
     return parts;
   }
 

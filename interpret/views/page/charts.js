@@ -4,8 +4,15 @@
 
 const Charts = (() => {
   const colours = JSON.parse(document.getElementById("colours").textContent);
-  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  function bytes(base64) {
+    const text = atob(base64), data = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) data[i] = text.charCodeAt(i); // Uint8Array.from is ten times slower
+    return data;
+  }
   const tables = { signed: bytes(colours.signed), positive: bytes(colours.positive) };
+  const ramp = (table) => `linear-gradient(90deg,${Array.from({ length: 33 }, (_, i) =>
+    `rgb(${table.slice(3 * Math.round((i * (table.length / 3 - 1)) / 32)).slice(0, 3).join(" ")})`).join(",")})`;
+  const ramps = { signed: ramp(tables.signed), positive: ramp(tables.positive) };
   const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
   const categories = colours.categories.map(rgb);
   const at = (list, i) => list[i % list.length];
@@ -67,12 +74,12 @@ const Charts = (() => {
     const legend = el("div", { class: "legend" }, series.map((s, i) =>
       el("span", {}, el("i", { class: share ? "" : "stroke", style: `background:${s.colour}` }), s.label, readings[i])));
     const holder = el("div", {});
-    ctx.after.push(() => drawTrend(chart, ctx, series, readings, holder, share));
+    ctx.after.push({ holder, draw: (width) => drawTrend(chart, ctx, series, readings, holder, width, share) });
     return el("figure", { class: "card" }, title, legend, holder);
   }
 
-  function drawTrend(chart, ctx, series, readings, holder, share) {
-    const width = Math.max(holder.clientWidth, 200), height = ctx.height || 216, left = 50, right = width - 12, top = chart.unit && chart.unit !== "%" ? 20 : 8, bottom = height - 34;
+  function drawTrend(chart, ctx, series, readings, holder, space, share) {
+    const width = Math.max(space, 200), height = ctx.height || 216, left = 50, right = width - 12, top = chart.unit && chart.unit !== "%" ? 20 : 8, bottom = height - 34;
     const epochs = ctx.history.map((e) => e.epoch);
     const all = series.flatMap((s) => s.values.filter((v) => v !== null));
     let [low, high] = share ? [0, 1] : chart.limits || [Math.min(0, ...all), Math.max(...all)];
@@ -94,7 +101,7 @@ const Charts = (() => {
     picture.append(svg("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),
       svg("text", { x: (left + right) / 2, y: height - 3, "text-anchor": "middle" }, "epoch"));
     if (chart.unit && chart.unit !== "%") picture.append(svg("text", { x: left, y: 9, "text-anchor": "start" }, chart.unit));
-    if (share) drawShares(picture, series, epochs, x, y, span ? 0 : 40);
+    if (share) drawShares(picture, series, epochs, x, y, 6);
     else drawLines(picture, series, epochs, x, y);
     const now = svg("line", { class: "now", y1: top, y2: bottom });
     const dots = share ? [] : series.map((s) => svg("circle", { r: 4, fill: s.colour, stroke: "var(--card)", "stroke-width": 1.5 }));
@@ -120,19 +127,21 @@ const Charts = (() => {
 
   function drawLines(picture, series, epochs, x, y) {
     for (const s of series) {
-      let path = "";
-      s.values.forEach((v, i) => {
-        if (v !== null) path += `${path && s.values[i - 1] !== null ? "L" : "M"}${x(i).toFixed(1)} ${y(v).toFixed(1)}`;
-      });
+      let path = ""; // straight over epochs without a value: panels may be drawn every n epochs only
+      s.values.forEach((v, i) => { if (v !== null) path += `${path ? "L" : "M"}${x(i).toFixed(1)} ${y(v).toFixed(1)}`; });
       picture.append(svg("path", { d: path, fill: "none", stroke: s.colour, "stroke-width": 2.2, "stroke-linejoin": "round", "stroke-dasharray": s.dash }));
     }
   }
 
   function drawShares(picture, series, epochs, x, y, half) {
-    let floor = epochs.map(() => 0);
+    const known = epochs.map((_, i) => i).filter((i) => series.some((s) => s.values[i] !== null));
+    let floor = known.map(() => 0);
     for (const s of series) {
-      const roof = floor.map((f, i) => f + (s.values[i] ?? 0));
-      const edge = (level) => level.flatMap((v, i) => half ? [[x(i) - half, y(v)], [x(i) + half, y(v)]] : [[x(i), y(v)]]);
+      const roof = floor.map((f, k) => f + (s.values[known[k]] ?? 0));
+      const edge = (level) => level.flatMap((v, k) => {
+        const p = x(known[k]);
+        return known.length > 1 ? [[p, y(v)]] : [[p - half, y(v)], [p + half, y(v)]];
+      });
       const points = [...edge(roof), ...edge(floor).reverse()].map((p) => p.map((v) => v.toFixed(1)).join(",")).join(" ");
       picture.append(svg("polygon", { points, fill: s.colour, stroke: "var(--card)", "stroke-width": 0.8 }));
       floor = roof;
@@ -225,41 +234,48 @@ const Charts = (() => {
 
   const isMap = (column) => column.kind === "signed" || column.kind === "positive";
 
-  /* Values of a cell: {at(row, column) → number | null | index | [r, g, b], h, w} */
+  /* Values of a cell: h, w, at(i) → what the tooltip says of position i, rgb(limit) → three bytes a position. */
   function decode(cell, column, ctx) {
     const { height: h, width: w } = column;
     const data = bytes(cell.blob ? ctx.blob(cell.blob) : cell.data);
+    const rgb = new Uint8Array(3 * h * w);
     if (column.kind === "image") {
       const n = cell.channels;
-      return { h, w, at: (r, c) => [0, 1, 2].map((k) => data[(r * w + c) * n + (n === 3 ? k : 0)]) };
+      for (let i = 0; i < h * w; i++) for (let k = 0; k < 3; k++) rgb[3 * i + k] = data[i * n + (n === 3 ? k : 0)];
+      return { h, w, rgb: () => rgb };
     }
-    if (column.kind === "category") return { h, w, at: (r, c) => data[r * w + c] };
+    if (column.kind === "category") {
+      data.forEach((kind, i) => rgb.set(at(categories, kind), 3 * i));
+      return { h, w, rgb: () => rgb, at: (i) => column.categories[data[i]] };
+    }
     const codes = cell.bits === 16 ? new Int16Array(data.buffer) : new Int8Array(data.buffer);
-    const none = cell.bits === 16 ? -32768 : -128;
-    return { h, w, codes, none, step: cell.step, at: (r, c) => (codes[r * w + c] === none ? null : codes[r * w + c] * cell.step) };
+    const none = cell.bits === 16 ? -32768 : -128; // "no value", e.g. NaN
+    const low = codes.reduce((m, c) => (c !== none && c < m ? c : m), 0), high = codes.reduce((m, c) => Math.max(m, c), 0);
+    return { h, w, low: low * cell.step, high: high * cell.step,
+      at: (i) => (codes[i] === none ? "no value" : signed(codes[i] * cell.step, column.unit)),
+      rgb: (limit) => { colourMap(rgb, codes, none, cell.step, limit, column.kind); return rgb; } };
   }
 
-  function colour(value, column, limit) {
-    if (column.kind === "image") return value;
-    if (column.kind === "category") return at(categories, value);
-    if (value === null) return colours.noValue;
-    const table = tables[column.kind], levels = table.length / 3 - 1;
-    const root = limit > 0 ? Math.sqrt(Math.min(Math.abs(value) / limit, 1)) * Math.sign(value) : 0;
-    const i = 3 * Math.round((column.kind === "signed" ? (root + 1) / 2 : Math.max(root, 0)) * levels);
-    return [table[i], table[i + 1], table[i + 2]];
+  function colourMap(rgb, codes, none, step, limit, kind) {
+    const table = tables[kind], levels = table.length / 3 - 1, unit = limit > 0 ? step / limit : 0;
+    for (let i = 0; i < codes.length; i++) {
+      if (codes[i] === none) { rgb.set(colours.noValue, 3 * i); continue; }
+      const root = Math.sqrt(Math.min(Math.abs(codes[i]) * unit, 1)) * Math.sign(codes[i]);
+      const level = 3 * Math.round((kind === "signed" ? (root + 1) / 2 : Math.max(root, 0)) * levels);
+      rgb[3 * i] = table[level]; rgb[3 * i + 1] = table[level + 1]; rgb[3 * i + 2] = table[level + 2];
+    }
   }
 
-  function paint({ canvas, column, values, limit, image }, overlay) {
-    const shade = overlay && image ? image.values : null;
-    const { h, w } = shade || values;
+  function paint({ canvas, values, limit, image }, overlay) {
+    const under = overlay && image ? image.values : null;
+    const shade = under && under.rgb(), base = values.rgb(limit), { h, w } = under || values;
     canvas.width = w; canvas.height = h;
     const context = canvas.getContext("2d"), pixels = context.createImageData(w, h);
-    for (let r = 0, k = 0; r < h; r++) for (let c = 0; c < w; c++, k += 4) {
-      const base = colour(values.at(Math.floor((r * values.h) / h), Math.floor((c * values.w) / w)), column, limit);
-      let light = 1;
-      if (shade) { const p = shade.at(r, c); light = 0.7 + (0.3 * (0.2126 * p[0] + 0.7152 * p[1] + 0.0722 * p[2])) / 255; }
-      for (let i = 0; i < 3; i++) pixels.data[k + i] = base[i] * light;
-      pixels.data[k + 3] = 255;
+    for (let r = 0, i = 0; r < h; r++) for (let c = 0; c < w; c++, i++) {
+      const from = 3 * (Math.floor((r * values.h) / h) * values.w + Math.floor((c * values.w) / w));
+      const light = shade ? 0.7 + (0.3 * (0.2126 * shade[3 * i] + 0.7152 * shade[3 * i + 1] + 0.0722 * shade[3 * i + 2])) / 255 : 1;
+      for (let k = 0; k < 3; k++) pixels.data[4 * i + k] = base[from + k] * light;
+      pixels.data[4 * i + 3] = 255;
     }
     context.putImageData(pixels, 0, 0);
   }
@@ -267,20 +283,14 @@ const Charts = (() => {
   function scale(chart, group, limit) {
     const columns = chart.columns.filter((c) => isMap(c) && c.group === group);
     const kind = columns.some((c) => c.kind === "signed") ? "signed" : "positive";
-    const table = tables[kind], canvas = el("canvas", { width: table.length / 3, height: 1, "aria-hidden": "true" });
-    const pixels = canvas.getContext("2d").createImageData(canvas.width, 1);
-    for (let i = 0; i < canvas.width; i++) pixels.data.set([table[3 * i], table[3 * i + 1], table[3 * i + 2], 255], 4 * i);
-    canvas.getContext("2d").putImageData(pixels, 0, 0);
     const ends = kind === "signed" ? [-limit, 0, limit] : [0, limit];
-    return el("div", { class: "scale" }, canvas, el("div", { class: "ticks" }, ends.map((v) => el("span", {}, short(v)))),
+    return el("div", { class: "scale" }, el("div", { class: "ramp", style: `background:${ramps[kind]}` }), el("div", { class: "ticks" }, ends.map((v) => el("span", {}, short(v)))),
       el("div", {}, `${group}${columns[0].unit ? ", " + columns[0].unit : ""}`));
   }
 
   function describe({ column, values }, title) {
-    if (!isMap(column)) return `${column.title}, ${title}`;
-    let low = 0, high = 0;
-    for (const code of values.codes) if (code !== values.none) { low = Math.min(low, code); high = Math.max(high, code); }
-    return `${column.title}, ${title}: from ${number(low * values.step)} to ${number(high * values.step)} ${column.unit}`;
+    const range = isMap(column) ? `: from ${number(values.low)} to ${number(values.high)} ${column.unit}` : "";
+    return `${column.title}, ${title}${range}`;
   }
 
   const tip = document.getElementById("tip");
@@ -291,11 +301,9 @@ const Charts = (() => {
     const down = Math.min(Math.max((event.clientY - box.top) / box.height, 0), 0.9999);
     const lines = [];
     for (const cell of cells) {
-      const { h, w } = cell.values, r = Math.floor(down * h), c = Math.floor(across * w), value = cell.values.at(r, c);
+      const { h, w } = cell.values, r = Math.floor(down * h), c = Math.floor(across * w);
       cell.mark.style.cssText = `left:${(100 * c) / w}%;top:${(100 * r) / h}%;width:max(7px,${100 / w}%);height:max(7px,${100 / h}%)`;
-      if (cell.column.kind === "image") continue;
-      const text = cell.column.kind === "category" ? cell.column.categories[value] : value === null ? "no value" : signed(value, cell.column.unit);
-      lines.push(`${cell === pointed ? "▸" : " "} ${cell.column.title}: ${text}`);
+      if (cell.values.at) lines.push(`${cell === pointed ? "▸" : " "} ${cell.column.title}: ${cell.values.at(r * w + c)}`);
     }
     row.classList.add("pointing");
     tip.textContent = lines.join("\n");

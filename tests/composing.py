@@ -1,0 +1,22 @@
+"""Compose configs in tests as the command line does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SMALL = ("network.width=0.25", "data.train_limit=160", "data.test_limit=40", "data.batch_size=32", "trainer.accelerator=cpu")
+
+
+def config(*overrides: str) -> DictConfig:
+    """The training config with these command-line overrides."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def options(group: str) -> list[str]:
+    """Names of the YAML files of a group."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
