@@ -5,6 +5,7 @@ python train.py defense=trades regularizers=[pse,sensitivity] data=digits
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.classifier import RobustClassifier
 from lightning_modules.console import accuracy_table, clear_errors, console, show
-from lightning_modules.logging import RunLog, wandb_logger
+from lightning_modules.logging import RunLog, check_wandb_mode, wandb_logger
 from lightning_modules.networks.check import check_network
 from lightning_modules.run_folder import RunFolder
 
@@ -77,7 +78,7 @@ def undefended(cfg: DictConfig) -> DictConfig:
 
 
 def train(cfg: DictConfig, what: str) -> float:
-    """Train, test, report; returns the robust accuracy on the test set of the best checkpoint, for sweeps."""
+    """Train, test, report; returns the best held-out robust accuracy, for sweeps: the test set selects nothing."""
     with clear_errors(cfg.debug):
         resumed = cfg.resume is not None
         folder = RunFolder.existing(cfg.resume) if resumed else None
@@ -96,6 +97,9 @@ def train(cfg: DictConfig, what: str) -> float:
             every_n_epochs=cfg.probe.every_n_epochs,
         )
         dashboard.prepare(module.net)
+        check_wandb_mode(cfg.wandb.mode)
+        if not isinstance(cfg.trainer.max_epochs, int) or cfg.trainer.max_epochs < 1:
+            raise ValueError(f"trainer.max_epochs: expected a whole number >= 1, found {cfg.trainer.max_epochs!r}")
         instantiate(cfg.trainer, logger=False, enable_progress_bar=False, enable_checkpointing=False)  # refuses bad values
         if folder is None:
             folder = RunFolder.create(cfg.out, cfg.name, what, OmegaConf.to_yaml(cfg, resolve=True), probe=probe.hash)
@@ -122,42 +126,43 @@ def train(cfg: DictConfig, what: str) -> float:
     dashboard.log_to = log = RunLog(folder.path, ReportPage(folder.report, folder.path.name, meta), logger)
     if resumed:
         log.resume_from(int(torch.load(folder.last, weights_only=True, map_location="cpu")["epoch"]) + 1)
-    console.print(
-        f"run folder  {folder.path}\ndashboard   {folder.report / 'index.html'} (open it now: it grows while we train)"
-    )
-    trainer: pl.Trainer = instantiate(
-        cfg.trainer,
-        logger=logger or False,
-        callbacks=[dashboard, ProgressBar(), *checkpoints(folder.checkpoints)],
-        default_root_dir=str(folder.path),
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=str(folder.last) if resumed else None, weights_only=True)
-
-    def judge(net: torch.nn.Module) -> dict[str, float]:
-        return accuracy_under(
-            net.to(trainer.strategy.root_device), data.test_dataloader(), attacks, trainer.strategy.root_device
+    with closing(log):
+        console.print(
+            f"run folder  {folder.path}\ndashboard   {folder.report / 'index.html'} (open it now: it grows while we train)"
         )
+        best, last = checkpoints(folder.checkpoints)
+        trainer: pl.Trainer = instantiate(
+            cfg.trainer,
+            logger=logger or False,
+            callbacks=[dashboard, ProgressBar(), best, last],
+            default_root_dir=str(folder.path),
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=str(folder.last) if resumed else None, weights_only=True)
 
-    records = {}
-    for name, path in (("defended, best epoch", folder.best), ("defended, last epoch", folder.last)):
-        module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
-        records[name] = judge(module.net)
-    if cfg.compare_undefended:
-        console.print("training the same network without defense, for comparison")
-        plain = build(undefended(cfg))
-        instantiate(
-            cfg.trainer, logger=False, callbacks=[ProgressBar()], enable_checkpointing=False, limit_val_batches=0
-        ).fit(plain.module, datamodule=plain.data)
-        records["undefended"] = judge(plain.module.net)
-    table = accuracy_table(f"Accuracy on the test set, {meta['threat']}", records)
-    log.results(table, {"threat": meta["threat"], **records})
-    log.finish()
+        def judge(net: torch.nn.Module) -> dict[str, float]:
+            return accuracy_under(
+                net.to(trainer.strategy.root_device), data.test_dataloader(), attacks, trainer.strategy.root_device
+            )
+
+        records = {}
+        for name, path in (("defended, best epoch", folder.best), ("defended, last epoch", folder.last)):
+            module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
+            records[name] = judge(module.net)
+        if cfg.compare_undefended:
+            console.print("training the same network without defense, for comparison")
+            plain = build(undefended(cfg))
+            instantiate(
+                cfg.trainer, logger=False, callbacks=[ProgressBar()], enable_checkpointing=False, limit_val_batches=0
+            ).fit(plain.module, datamodule=plain.data)
+            records["undefended"] = judge(plain.module.net)
+        table = accuracy_table(f"Accuracy on the test set, {meta['threat']}", records)
+        log.results(table, {"threat": meta["threat"], **records})
     show(table)
     console.print(f"dashboard    {folder.report / 'index.html'}\nmetrics      {folder.path / 'metrics.csv'}")
     console.print(f"checkpoints  {folder.best} and {folder.last.name}")
     if logger is not None:
         console.print(f"W&B          {folder.path / 'wandb'} (an offline run is sent with: wandb sync DIRECTORY)")
-    return float(list(records["defended, best epoch"].values())[-1])
+    return float(best.best_model_score or 0.0)
 
 
 def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
@@ -178,7 +183,7 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     return saved
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> float:
     """Entry point; see ``python train.py --help`` for the groups."""
     choices, overrides = HydraConfig.get().runtime.choices, list(HydraConfig.get().overrides.task)

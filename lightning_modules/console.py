@@ -19,7 +19,7 @@ console = Console(soft_wrap=True)
 def clear_errors(debug: bool) -> Iterator[None]:
     """While a run is put together: one line instead of a stack trace, and exit code 2.
 
-    What went wrong first is what the user can mend, so the innermost cause is shown.
+    The wrapper that Hydra puts around an error in a constructor is taken off.
     """
     try:
         yield
@@ -27,7 +27,7 @@ def clear_errors(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         root: BaseException = error
-        while root.__cause__ is not None:
+        while type(root).__module__.startswith("hydra") and root.__cause__ is not None:
             root = root.__cause__
         kind = "" if isinstance(root, (ValueError, OSError)) else f"{type(root).__name__}: "
         print(f"error: {kind}{root}\n(debug=true shows the stack trace)", file=sys.stderr)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import wandb
 from pytorch_lightning.loggers import WandbLogger
@@ -19,6 +19,7 @@ from interpret.views.page import ReportPage, write_atomic
 from interpret.views.view import Table, View
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
+INIT_TIMEOUT = 30  # seconds to wait for a W&B server before a run is recorded offline
 
 
 class RunLog:
@@ -39,6 +40,8 @@ class RunLog:
         if metrics.exists():
             with metrics.open(newline="", encoding="utf-8") as file:
                 self.history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+            for row in self.history:
+                row |= {"epoch": int(row["epoch"]), "step": int(row["step"])}
 
     def resume_from(self, epoch: int) -> None:
         """Forget epochs that will be trained again."""
@@ -71,15 +74,14 @@ class RunLog:
         write_atomic(self.folder / "results.json", json.dumps(records, indent=2) + "\n")
         if self.page is not None:
             self.page.write_results(table)
+            self.page.finish()  # one self-contained file from now on
         if self.wandb_logger is not None:
             rows = [list(row) for row in table.rows]
             payload = {"tables/results": wandb.Table(columns=list(table.columns), data=rows)}
             _survive("log the results", lambda: self.wandb_logger.experiment.log(payload))  # type: ignore[union-attr]
 
-    def finish(self) -> None:
-        """Close the report into one self-contained file, and the W&B run."""
-        if self.page is not None:
-            self.page.finish()
+    def close(self) -> None:
+        """End the W&B run, also after a failure: in a sweep the next run must not go on with it."""
         if self.wandb_logger is not None:
             _survive("finish", wandb.finish)
 
@@ -107,6 +109,12 @@ class _PatientWandbLogger(WandbLogger):
         _survive("log metrics", lambda: super(_PatientWandbLogger, self).log_metrics(metrics, step))
 
 
+def check_wandb_mode(mode: str) -> None:
+    """Raises ValueError for an unknown mode."""
+    if mode not in get_args(WandbMode):
+        raise ValueError(f"wandb.mode: expected {', '.join(get_args(WandbMode))}; found {mode!r}")
+
+
 def wandb_logger(
     folder: Path,
     project: str,
@@ -121,12 +129,7 @@ def wandb_logger(
     Args:
         mode: "auto" is online where a key is configured, else offline; "disabled" gives None.
         run_id: the same id continues the same run.
-
-    Raises:
-        ValueError: unknown mode.
     """
-    if mode not in ("auto", "online", "offline", "disabled"):
-        raise ValueError(f"wandb.mode: expected auto, online, offline or disabled; found {mode!r}")
     if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -142,11 +145,11 @@ def wandb_logger(
             project=project,
             id=run_id,
             save_dir=str(folder),
-            offline=attempt_offline,
+            mode="offline" if attempt_offline else "online",  # Lightning's own offline=True would outlive the run
             resume="allow",
             tags=list(tags),
             config=dict(config),
-            settings=wandb.Settings(silent=True, init_timeout=30),
+            settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT),
         )
         try:
             run_logger.experiment.define_metric("*", step_metric="trainer/global_step")
@@ -155,6 +158,7 @@ def wandb_logger(
                 warnings.warn(f"W&B is unavailable ({error}); this run is recorded locally only", stacklevel=2)
                 return None
             warnings.warn(f"W&B server not reached ({error}); this run is recorded offline", stacklevel=2)
+            wandb.teardown()  # else its service holds the run id of the failed attempt
         else:
             return run_logger
     return None

@@ -42,8 +42,12 @@ def history(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.rglob("run-*.wandb")):
         for record in records(path):
             if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+                row: dict[str, Any] = {}
+                for item in record.history.item:
+                    *outer, key = [item.key] if item.key else item.nested_key
+                    place = row.setdefault(outer[0], {}) if outer else row
+                    place[key] = json.loads(item.value_json)
+                rows.append(row)
     return rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from interpret.captum_bridge import attribute
+from interpret.captum_bridge import METHODS, attribute
 from interpret.views.figures import maps_figure, to_array
 from interpret.views.rows import image_columns, numpy, row_titles
 from interpret.views.view import MapColumn, Maps, Probe, Trend, View
@@ -18,11 +18,16 @@ class AttributionPanel:
         method: a name that :func:`interpret.captum_bridge.attribute` knows.
         images: how many of the probe images are attributed and drawn.
         limit: attribution at which the colours of the still picture saturate, the same every epoch.
+
+    Raises:
+        ValueError: unknown method.
     """
 
     name = "attribution"
 
     def __init__(self, method: str = "integrated_gradients", images: int = 8, limit: float = 0.5) -> None:
+        if method not in METHODS:
+            raise ValueError(f"panels.attribution.method: expected one of {', '.join(METHODS)}; found {method!r}")
         self.method = method
         self.images = images
         self.limit = limit

@@ -58,7 +58,7 @@ class Dashboard(pl.Callback):
             ValueError: a layer that the network does not have.
         """
         if self.layers:
-            find_layers(net, self.layers, key="dashboard.layers")
+            find_layers(net, self.layers, key="probe.layers")
         else:
             self.layers = feature_layers(net, self.x[:2])
 

@@ -1,0 +1,326 @@
+"""A whole run as a user makes it: folder, W&B log, report, exact resume, errors, and dashboards that change nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+import train
+from defenses.attacks import PGD
+from defenses.threat import Linf
+from interpret.views.page import ReportPage, read_script
+from interpret.views.pse import PSEPanel
+from lightning_modules.callbacks.dashboard import Dashboard
+from lightning_modules.logging import RunLog, wandb_logger
+from tests.composing import SMALL
+from tests.wandb_log import history, run_ids
+
+ROOT = Path(__file__).resolve().parents[1]
+# One thread: another number of threads adds in another order and ends in other last bits.
+STEPS = ("defense.attack.steps=2", "val_attack.steps=2", "probe.attack.steps=2")
+QUICK = (*SMALL, *STEPS, "trainer.max_epochs=3", "threads=1")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DATA_DIR"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    """``python train.py overrides``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    train.main()
+
+
+def weights(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / f"{which}.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted default run, small."""
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        for key in ("WANDB_API_KEY", "WANDB_MODE"):
+            patch.delenv(key, raising=False)
+        patch.setenv("NETRC", os.devnull)
+        command(patch, *QUICK, f"out={out}", "name=whole")
+    return out / "whole"
+
+
+def test_the_run_folder_is_complete(run: Path) -> None:
+    for name in ("config.yaml", "run.json", "metrics.csv", "results.json", "checkpoints/best.ckpt", "report/index.html"):
+        assert (run / name).stat().st_size > 0, name
+    info = json.loads((run / "run.json").read_text())
+    assert {"commit", "versions", "probe", "wandb_id", "what"} <= info.keys()
+    assert info["versions"]["torch"] == torch.__version__.split("+")[0]
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    for row in rows:
+        assert 0 <= float(row["val/robust_acc"]) <= float(row["val/clean_acc"]) + 1e-6 <= 1.1
+        total = sum(float(v) for k, v in row.items() if k.startswith("train/loss/"))
+        assert total == pytest.approx(float(row["train/loss"]), rel=1e-4), "the terms must add up to the loss"
+    records = json.loads((run / "results.json").read_text())
+    assert set(records) == {"threat", "defended, best epoch", "defended, last epoch", "undefended"}
+    for name in ("defended, best epoch", "undefended"):
+        assert list(records[name]) == ["clean", "FGSM", "PGD-20"]
+
+
+def test_the_best_checkpoint_is_the_best_epoch_held_out(run: Path) -> None:
+    with (run / "metrics.csv").open() as file:
+        robust = [float(row["val/robust_acc"]) for row in csv.DictReader(file)]
+    epoch = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["epoch"]
+    assert robust[epoch] == max(robust)
+
+
+def test_the_wandb_log_read_back_holds_every_epoch(run: Path) -> None:
+    rows = history(run / "wandb")
+    drawn = [row for row in rows if "dashboard/pse" in row]
+    assert [row["epoch"] for row in drawn] == [0, 1, 2]
+    steps = [row["trainer/global_step"] for row in drawn]
+    assert steps == sorted(set(steps)), "one call an epoch, in order"
+    for row in drawn:
+        for panel in ("pse", "units", "cam", "attribution"):
+            media = row[f"dashboard/{panel}"]
+            assert media["_type"] == "image-file"
+            assert media["caption"]
+            assert media["width"] > 200
+            assert media["height"] > 100
+            path = next((run / "wandb").glob(f"*run-*/files/{media['path']}"))
+            assert path.stat().st_size > 2000, "a black picture compresses to nothing"
+        assert row["tables/pse"]["_type"] == "table-file"
+        assert row["tables/pse"]["nrows"] == 8
+        assert sum(row[f"pse/share_{k}"] for k in ("suppression", "promotion", "balanced", "inactive")) == pytest.approx(1)
+    tables = [next((run / "wandb").glob(f"*run-*/files/{row['tables/pse']['path']}")) for row in drawn]
+    ids = [[cells[0] for cells in json.loads(path.read_text())["data"]] for path in tables]
+    assert ids[0] == ids[1] == ids[2], "fixed example ids"
+    assert any("train/loss/pse" in key for row in rows for key in row)
+    assert any("val/robust_acc" in row for row in rows)
+    assert any("tables/results" in row for row in rows)
+    assert not list(run.parent.glob("wandb")), "no W&B file outside the run folder"
+
+
+def test_the_report_holds_every_epoch_in_one_file(run: Path) -> None:
+    manifest = read_script(run / "report" / "data" / "manifest.js")
+    assert [entry["epoch"] for entry in manifest["epochs"]] == [0, 1, 2]
+    assert manifest["results"] is not None
+    page = (run / "report" / "index.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    assert all(f"epoch_0000{i}.js" in page for i in range(3))
+
+
+def test_the_same_config_and_seed_end_in_the_same_weights(run: Path, tmp_path: Path, monkeypatch) -> None:
+    """Without panels and without W&B: they must not have changed anything either."""
+    command(
+        monkeypatch, *QUICK, f"out={tmp_path}", "name=bare", "panels=[]", "wandb.mode=disabled", "compare_undefended=false"
+    )
+    assert_same(weights(run), weights(tmp_path / "bare"))
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_resumes_exactly_into_the_same_wandb_run(run: Path, tmp_path: Path, monkeypatch) -> None:
+    seen = 0
+
+    def fail(module: Any, batch: Any, batch_idx: int) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen > 6:  # 4 batches an epoch: in the middle of the second
+            raise _Interrupted
+        return original(module, batch, batch_idx)
+
+    original = train.RobustClassifier.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(train.RobustClassifier, "training_step", fail)
+        with pytest.raises(SystemExit):  # Hydra's way to end a failed job
+            command(monkeypatch, *QUICK, f"out={tmp_path}", "name=cut")
+    assert not (tmp_path / "cut" / "results.json").exists()
+    command(monkeypatch, f"resume={tmp_path / 'cut'}")
+    assert_same(weights(run), weights(tmp_path / "cut"))
+    assert_same(weights(run, "best"), weights(tmp_path / "cut", "best"))
+    with (run / "metrics.csv").open() as one, (tmp_path / "cut" / "metrics.csv").open() as other:
+        assert [r["val/robust_acc"] for r in csv.DictReader(one)] == [r["val/robust_acc"] for r in csv.DictReader(other)]
+    assert len(run_ids(tmp_path / "cut" / "wandb")) == 1
+    assert (tmp_path / "cut" / "results.json").read_text() == (run / "results.json").read_text()
+
+
+@pytest.mark.long
+def test_kill_minus_nine_and_resume(run: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, str(ROOT / "train.py")]
+    process = subprocess.Popen([*arguments, *QUICK, f"out={tmp_path}", "name=killed"], env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([*arguments, f"resume={tmp_path / 'killed'}"], env=environment, check=True)
+    assert_same(weights(run), weights(tmp_path / "killed"))
+
+
+def test_a_finished_run_can_be_trained_longer(run: Path, tmp_path: Path, monkeypatch) -> None:
+    command(
+        monkeypatch, *QUICK, f"out={tmp_path}", "name=more", "compare_undefended=false", "panels=[]", "trainer.max_epochs=1"
+    )
+    command(monkeypatch, f"resume={tmp_path / 'more'}", "trainer.max_epochs=2")
+    with (tmp_path / "more" / "metrics.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
+
+
+def test_nothing_is_overwritten(run: Path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command(monkeypatch, *QUICK, f"out={run.parent}", f"name={run.name}")
+    assert f"resume={run}" in capsys.readouterr().err
+
+
+ERRORS = [
+    (["threat.eps=8"], ["threat.eps", "8/255"]),
+    (["threat.eps=-0.1"], ["threat.eps"]),
+    (["threat.eps=eight"], ["threat.eps", "'8/255'"]),
+    (["regularizers.sensitivity.layers=[stage9]"], ["regularizers.sensitivity.layers", "stage9", "stage3"]),
+    (["probe.layers=[nowhere]"], ["probe.layers", "nowhere"]),
+    (["regularizers.pse.scale=big"], ["regularizers.pse.scale", "share"]),
+    (["defense=none"], ["regularizers.pse", "no attack"]),
+    (["defense.attack.steps=0"], ["steps"]),
+    (["defense.attack.start=none"], ["attack.start"]),
+    (["data=arrays", "data.path=/nowhere/at/all"], ["data.path", "/nowhere/at/all"]),
+    (["data=arrays"], ["data.path"]),
+    (["data=cifar10", "data.root=/nowhere"], ["data.download"]),
+    (["data.batch_size=100000"], ["data.batch_size"]),
+    (["data.val_fraction=2"], ["data.val_fraction"]),
+    (["probe.size=100000"], ["probe"]),
+    (["network=torchvision", "network.name=resnet999"], ["network.name", "resnet999"]),
+    (["network=imported"], ["network.target"]),
+    (["network=imported", "network.target=no_such_module:f"], ["network.target", "no_such_module"]),
+    (["wandb.mode=sometimes"], ["wandb.mode", "offline"]),
+    (["trainer.max_epochs=none"], ["trainer"]),
+    (["trainer.precision=3"], ["precision"]),
+    (["resume=/nowhere"], ["resume", "/nowhere"]),
+    (["panels.attribution.method=magic"], ["magic", "integrated_gradients"]),
+]
+
+
+def clash(setting: str, overrides: list[str]) -> bool:
+    """Whether a setting belongs to an option that the overrides exchange."""
+    groups = [o.split("=")[0] for o in overrides if "." not in o.split("=")[0]]
+    return setting.split(".")[0] in groups
+
+
+@pytest.mark.parametrize(("overrides", "words"), ERRORS, ids=[" ".join(o) for o, _ in ERRORS])
+def test_bad_input_gets_one_clear_message(overrides, words, tmp_path: Path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, *[q for q in QUICK if not clash(q, overrides)], f"out={tmp_path}", *overrides)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert [word for word in words if word not in said] == []
+    assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+def test_unknown_keys_and_groups_are_named(tmp_path: Path) -> None:
+    for override, word in (("data.batchsize=3", "batchsize"), ("defense=nothing", "nothing")):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), f"out={tmp_path}", override],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode != 0
+        assert word in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_stack_trace(tmp_path: Path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command(monkeypatch, *QUICK, f"out={tmp_path}", "threat.eps=8", "debug=true")
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_dead_wandb_server_does_not_end_the_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr("lightning_modules.logging.INIT_TIMEOUT", 2)
+    with pytest.warns(UserWarning, match="offline"):
+        logger = wandb_logger(tmp_path, "glassarmor", "online", "abc123", "run", {})
+    assert logger is not None
+    logger.log_metrics({"value": 1.0}, 0)
+    RunLog(tmp_path, None, logger).close()
+    assert any(row.get("value") == 1.0 for row in history(tmp_path / "wandb"))
+
+
+def _any_module(base: type) -> Any:
+    """Somebody's own LightningModule, of either Lightning."""
+
+    class Own(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
+            self.head = nn.Linear(8, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(nn.functional.dropout(self.body(x).mean((2, 3)), 0.1, self.training))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+    return Own()
+
+
+@pytest.mark.parametrize("library", [pl, lightning.pytorch], ids=["pytorch_lightning", "lightning.pytorch"])
+def test_the_dashboard_serves_any_module_and_leaves_it_alone(library: Any, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.rand(24, 1, 16, 16, generator=generator), torch.arange(24) % 10
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8)
+    ends = []
+    for watched in (False, True):
+        callbacks = []
+        if watched:
+            log = RunLog(tmp_path, ReportPage(tmp_path / "report", "own"))
+            ids = tuple(f"image-{i}" for i in range(4))
+            names = tuple("abcdefghij")
+            callbacks = [Dashboard({"pse": PSEPanel((4, 4))}, x[:4], y[:4], ids, PGD(Linf("8/255"), 2), names, log=log)]
+        module = _any_module(library.LightningModule)
+        torch.manual_seed(3)
+        library.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            default_root_dir=str(tmp_path),
+        ).fit(module, batches)
+        ends.append({**module.state_dict(), "random": torch.rand(3)})
+    assert_same(ends[0], ends[1])
+    assert [e["epoch"] for e in read_script(tmp_path / "report" / "data" / "manifest.js")["epochs"]] == [0, 1]
