@@ -5,6 +5,8 @@ python train.py defense=trades regularizers=[pse,sensitivity] data=digits
 
 from __future__ import annotations
 
+import logging
+import warnings
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,4 +198,7 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its hints are not about this run
+    # torch's notice to Lightning 2.6, which a user can do nothing about
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     main()

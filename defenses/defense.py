@@ -67,6 +67,7 @@ class Defense(nn.Module):
         self.needs_graph = any(term.needs_graph for term in live.values())
         self.regularizer_names = tuple(name for name in live if name in regularizers)
         self.epoch = 0.0
+        self.prepared = False
 
     def named_terms(self) -> dict[str, Term]:
         return {name: term for name, term in self.terms.items() if isinstance(term, Term)}
@@ -78,6 +79,9 @@ class Defense(nn.Module):
 
     def prepare(self, net: nn.Module, x: Tensor, y: Tensor) -> None:
         """Resolve and check every layer on a few images, before any training; the net is left as it was.
+
+        Without it the first batch does so; call it yourself where a checkpoint is to be loaded, whose running estimates
+        need a place.
 
         Raises:
             ValueError: a layer that does not exist, stays silent, or does not suit its term.
@@ -97,6 +101,7 @@ class Defense(nn.Module):
             obs = observe(net, x, x.clone(), y, layers=layers)
         for term in self.named_terms().values():
             term.prepare(obs, features)
+        self.prepared = True
 
     def at(self, epoch: float, step: int) -> None:
         """Tell ramps the epoch and the attack the step, so that a resumed run repeats an uninterrupted one."""
@@ -114,8 +119,10 @@ class Defense(nn.Module):
 
         Args:
             net: in the mode it trains in; maps images in [0,1], (N, C, H, W), to logits (N, K).
-            x, y: a batch; y (N,) int64.
+            x, y: a batch; x (N, C, H, W) in [0,1], y (N,) int64.
         """
+        if not self.prepared:
+            self.prepare(net, x[:2], y[:2])
         x_adv = x if self.attack is None else self.attack(net, x, y)
         learning = torch.is_grad_enabled()
         with torch.set_grad_enabled(learning or self.needs_graph):

@@ -13,11 +13,11 @@ _SHOWN = {"train/robust_acc": "train_robust", "val/clean_acc": "clean", "val/rob
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar with accuracies in percent; the line of each epoch stays on the screen.
 
-    Where the output is no terminal, it is drawn once an epoch.
+    Where the output is no terminal, it is drawn every 25 steps.
     """
 
     def __init__(self) -> None:
-        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 10**6, leave=True)
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 25, leave=True)
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, pl_module)

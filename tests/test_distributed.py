@@ -1,0 +1,56 @@
+"""Two real processes (gloo): running statistics are those of all the data, not of one process."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from interpret.metrics import KindShares, RunningSensitivity
+from interpret.observation import Observation, observe
+from interpret.pse import region_effects
+from tests.reference.nets import batch, conv_bn
+
+
+def observations(sizes: tuple[int, ...]) -> list[tuple[Observation, tuple[torch.Tensor, ...]]]:
+    net = conv_bn().eval()
+    found = []
+    for seed, n in enumerate(sizes):
+        x, x_adv, y = batch(n, seed=seed)
+        found.append((observe(net, x, x_adv, y, layers=["act1"]), (x, x_adv, y)))
+    return found
+
+
+def measure(rank: int, sizes: tuple[int, ...], world: int) -> dict[str, torch.Tensor]:
+    net = conv_bn().eval()
+    found = observations(sizes)
+    sensitivity, shares = RunningSensitivity(found[0][0].adv.acts["act1"].shape[1]), KindShares()
+    for obs, (x, x_adv, y) in found[rank::world]:
+        sensitivity.update(obs, "act1")
+        shares.update(region_effects(net, x, x_adv, y, regions=(2, 2)))
+    return {"sensitivity": sensitivity.compute(), "shares": shares.compute()}
+
+
+def process(rank: int, sizes: tuple[int, ...], port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save(measure(rank, sizes, 2), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    sizes = (5, 2, 3)  # the first process sees 8 samples, the second 2: a mean of means would be wrong
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(process, (sizes, port, str(tmp_path)), nprocs=2)
+    alone = measure(0, sizes, 1)
+    for rank in range(2):
+        together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(together["sensitivity"], alone["sensitivity"])
+        torch.testing.assert_close(together["shares"], alone["shares"])
+    own = measure(1, sizes, 2)  # outside a process group: one process's own part, to show that the parts differ
+    assert not torch.allclose(own["sensitivity"], alone["sensitivity"], rtol=1e-3)
