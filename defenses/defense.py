@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from defenses.attacks import Attack
 from defenses.terms import Term
-from interpret.modes import undisturbed
+from interpret.modes import evaluating, undisturbed
 from interpret.observation import Observation, feature_layers, find_layers, observe
 
 
@@ -113,6 +113,21 @@ class Defense(nn.Module):
         """After the last batch of an epoch, on every process: running estimates become next epoch's weights."""
         for term in self.named_terms().values():
             term.end_epoch()
+
+    def signal_gap(self, net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, tuple[float, float]]:
+        """By regulariser, its mean value in eval mode and how much more it is under batch statistics, as in training.
+
+        A large gap says that what is trained on is not what the deployed net does.  The net and the running estimates
+        are left as they were.
+        """
+        values: dict[str, list[float]] = {name: [] for name in self.regularizer_names}
+        with undisturbed(net), evaluating(self):
+            for training in (False, True):
+                net.train(training)
+                obs = observe(net, x, x_adv, y, layers=self.layers, joined=self.joined)
+                for name, found in values.items():
+                    found.append(float(self.named_terms()[name](obs).mean()))
+        return {name: (in_eval, in_training - in_eval) for name, (in_eval, in_training) in values.items()}
 
     def forward(self, net: nn.Module, x: Tensor, y: Tensor) -> StepOutput:
         """One step's loss.

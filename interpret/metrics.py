@@ -23,7 +23,7 @@ class KindShares(Metric):
         self.add_state("counts", torch.zeros(len(KIND_NAMES), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, effects: PromotionSuppression) -> None:
-        self.counts += torch.bincount(effects.kind.flatten(), minlength=len(KIND_NAMES))
+        self.counts += torch.bincount(effects.kind.flatten(), minlength=len(KIND_NAMES)).to(self.counts.device)
 
     def compute(self) -> Tensor:
         return self.counts / self.counts.sum().clamp_min(1)

@@ -103,6 +103,10 @@ class RobustClassifier(pl.LightningModule):
             with torch.no_grad():
                 clean(self.net(x).float(), y)
                 robust(self.net(x_adv).float(), y)
+            if split == "val" and batch_idx == 0 and self.defense.prepared:
+                for name, (value, gap) in self.defense.signal_gap(self.net, x.clone(), x_adv, y.clone()).items():
+                    self.log(f"val/signal/{name}", value, batch_size=len(y), sync_dist=True)
+                    self.log(f"val/signal_gap/{name}", gap, batch_size=len(y), sync_dist=True)
         self.log(f"{split}/clean_acc", clean, prog_bar=True)
         self.log(f"{split}/robust_acc", robust, prog_bar=True)
 

@@ -296,3 +296,26 @@ def test_training_time_signal_sees_a_channel_shift():
     obs = observe(net, x, x + 0.1, y, layers=["bn1"])
     term.prepare(obs, ())
     assert float(term(obs).mean().detach()) > 0.01
+
+
+def without_normalisation(net: nn.Module) -> nn.Module:
+    for name, module in list(net.named_children()):
+        if isinstance(module, nn.BatchNorm2d):
+            setattr(net, name, nn.Identity())
+    return net
+
+
+@pytest.mark.parametrize(("net", "gapless"), [(conv_bn(), False), (without_normalisation(conv_bn()), True)])
+def test_signal_gap_compares_modes_and_disturbs_nothing(net, gapless):
+    """Without BatchNorm both modes are one; with running statistics far from the batch's they are not."""
+    x, x_adv, y = batch(8)
+    defense = compose("pgd_at", REGULARIZERS["pse+sensitivity"](), untidy(net))
+    before = {key: value.clone() for key, value in defense.state_dict().items()}
+    with unchanged(net):
+        gaps = defense.signal_gap(net, x, x_adv, y)
+    assert set(gaps) == {"pse", "sensitivity"}
+    assert all(torch.equal(value, before[key]) for key, value in defense.state_dict().items())
+    assert all(mode.training for mode in defense.modules())
+    for value, gap in gaps.values():
+        assert value > 0
+        assert (abs(gap) < 1e-5 * value) == gapless

@@ -6,6 +6,7 @@ from typing import Final
 
 import numpy as np
 
+from interpret.metrics import KindShares
 from interpret.pse import BALANCED, INACTIVE, KIND_NAMES, PROMOTION, SUPPRESSION, PromotionSuppression, region_effects
 from interpret.views.figures import maps_figure, to_array
 from interpret.views.rows import answers, class_name, flipped, image_columns, margins, numpy, row_titles
@@ -92,8 +93,10 @@ def kind_shares(kinds: np.ndarray) -> np.ndarray:
 
 def summarise(effects: PromotionSuppression) -> dict[str, float]:
     """Shares of kinds; mean sums of promotion and suppression and mean |interaction gap| per image, in logits."""
+    shares = KindShares()
+    shares.update(effects)
     return {
-        **dict(zip(SHARE_KEYS, kind_shares(numpy(effects.kind)).tolist(), strict=True)),
+        **dict(zip(SHARE_KEYS, shares.compute().tolist(), strict=True)),
         "pse/promotion": float(effects.promotion.sum(1).mean()),
         "pse/suppression": float(effects.suppression.sum(1).mean()),
         "pse/gap": float(effects.gap.abs().mean()),
