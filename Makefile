@@ -4,6 +4,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 export PYTHONUNBUFFERED := 1
+# Threads of small networks meet often.  With the default they spin while they wait, and one busy neighbour on the machine
+# then slows training tenfold; a short spin costs nothing on a quiet machine.
+export GOMP_SPINCOUNT ?= 3000
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all lint types check clean

@@ -50,7 +50,7 @@ class RobustClassifier(pl.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.seed = seed
-        self.train_robust = MulticlassAccuracy(num_classes, average="micro")
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.train_loss = MeanMetric()
         self.clean = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
         self.robust = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
@@ -65,9 +65,10 @@ class RobustClassifier(pl.LightningModule):
         torch.manual_seed((self.seed * 1_000_003 + draw) % 2**63)  # dropout and the like
         self.defense.at(self.current_epoch + batch_idx / max(1, float(self.trainer.num_training_batches)), draw)
         out = self.defense(self.net, x, y)
-        self.train_robust(out.obs.adv.logits.detach(), y)
+        self.train_accuracy(out.obs.adv.logits.detach(), y)
         self.train_loss(out.loss.detach())
-        self.log("train/robust_acc", self.train_robust, on_step=False, on_epoch=True, prog_bar=True)
+        name = "train/clean_acc" if self.defense.attack is None else "train/robust_acc"
+        self.log(name, self.train_accuracy, on_step=False, on_epoch=True, prog_bar=True)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         for name, value in out.terms.items():  # as they enter the total, so that they add up to it
             self.log(

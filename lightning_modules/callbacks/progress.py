@@ -7,7 +7,12 @@ from typing import Any
 
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-_SHOWN = {"train/robust_acc": "train_robust", "val/clean_acc": "clean", "val/robust_acc": "robust"}
+_SHOWN = {
+    "train/clean_acc": "train_clean",
+    "train/robust_acc": "train_robust",
+    "val/clean_acc": "clean",
+    "val/robust_acc": "robust",
+}
 
 
 class ProgressBar(TQDMProgressBar):
