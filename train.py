@@ -6,6 +6,7 @@ python train.py defense=trades regularizers=[pse,sensitivity] data=digits
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from contextlib import closing
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ class Parts:
 
 def build(cfg: DictConfig) -> Parts:
     """Instantiate everything that is trained, and check that it fits together, before anything is written."""
+    for key, least in (("seed", 0), ("threads", 1)):
+        if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < least):
+            raise ValueError(f"{key}: expected a whole number >= {least}, found {cfg[key]!r}")
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -56,6 +60,8 @@ def build(cfg: DictConfig) -> Parts:
     if cfg.channels_last:
         net = net.to(memory_format=torch.channels_last)
     defense = instantiate(cfg.defense, _convert_="all")
+    if defense.attack is not None:
+        defense.attack.threat.check(data.image_shape)
     few = data.probe(2)
     defense.prepare(net, few.x, few.y)
     module = RobustClassifier(
@@ -67,6 +73,12 @@ def build(cfg: DictConfig) -> Parts:
         scheduler=instantiate(cfg.scheduler, _convert_="all"),
         seed=cfg.seed,
     )
+    try:
+        rates = [group["lr"] for group in module.make_optimizer(net.parameters()).param_groups]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer: {error}") from error
+    if not all(math.isfinite(rate) for rate in rates):
+        raise ValueError(f"optimizer.lr: expected a finite number, found {rates[0]}")
     return Parts(data, module, instantiate(cfg.panels, _convert_="all"))
 
 
@@ -100,9 +112,13 @@ def train(cfg: DictConfig, what: str) -> float:
         )
         dashboard.prepare(module.net)
         check_wandb_mode(cfg.wandb.mode)
-        if not isinstance(cfg.trainer.max_epochs, int) or cfg.trainer.max_epochs < 1:
-            raise ValueError(f"trainer.max_epochs: expected a whole number >= 1, found {cfg.trainer.max_epochs!r}")
+        for key in ("max_epochs", "limit_train_batches", "limit_val_batches"):
+            if not isinstance(cfg.trainer[key], int | float) or not cfg.trainer[key] > 0:
+                raise ValueError(f"trainer.{key}: expected a number above 0, found {cfg.trainer[key]!r}")
+        if not attacks:
+            raise ValueError("test_attacks: expected at least one attack for the final table, found none")
         instantiate(cfg.trainer, logger=False, enable_progress_bar=False, enable_checkpointing=False)  # refuses bad values
+        first_epoch = folder.resume_epoch() if folder is not None else 0
         if folder is None:
             folder = RunFolder.create(cfg.out, cfg.name, what, OmegaConf.to_yaml(cfg, resolve=True), probe=probe.hash)
 
@@ -127,7 +143,7 @@ def train(cfg: DictConfig, what: str) -> float:
     )
     dashboard.log_to = log = RunLog(folder.path, ReportPage(folder.report, folder.path.name, meta), logger)
     if resumed:
-        log.resume_from(int(torch.load(folder.last, weights_only=True, map_location="cpu")["epoch"]) + 1)
+        log.resume_from(first_epoch)
     with closing(log):
         console.print(
             f"run folder  {folder.path}\ndashboard   {folder.report / 'index.html'} (open it now: it grows while we train)"

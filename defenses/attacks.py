@@ -55,8 +55,10 @@ class PGD:
         objective: Objective | None = None,
         seed: int = 0,
     ) -> None:
-        if steps < 1 or restarts < 1:
-            raise ValueError(f"attack: expected steps >= 1 and restarts >= 1, found steps={steps}, restarts={restarts}")
+        if not all(isinstance(count, int) and count >= 1 for count in (steps, restarts)):
+            raise ValueError(
+                f"attack: expected whole numbers steps >= 1 and restarts >= 1, found steps={steps!r}, restarts={restarts!r}"
+            )
         if start not in ("uniform", "gaussian", "none"):
             raise ValueError(f"attack.start: expected uniform, gaussian or none; found {start!r}")
         if restarts > 1 and start == "none":

@@ -84,7 +84,7 @@ class Defense(nn.Module):
         need a place.
 
         Raises:
-            ValueError: a layer that does not exist, stays silent, or does not suit its term.
+            ValueError: a layer that does not exist, stays silent, or does not suit its term; a loss that is not finite.
         """
         for name, term in self.named_terms().items():
             if term.layers:
@@ -102,6 +102,11 @@ class Defense(nn.Module):
         for term in self.named_terms().values():
             term.prepare(obs, features)
         self.prepared = True
+        with undisturbed(net), evaluating(self):  # a rehearsal: what fails, fails here
+            loss = self(net, x, y).loss.detach()
+        self.at(self.epoch, 0)
+        if not torch.isfinite(loss):
+            raise ValueError(f"defense: expected a finite loss on the first images, found {float(loss)}")
 
     def at(self, epoch: float, step: int) -> None:
         """Tell ramps the epoch and the attack the step, so that a resumed run repeats an uninterrupted one."""
@@ -126,7 +131,7 @@ class Defense(nn.Module):
                 net.train(training)
                 obs = observe(net, x, x_adv, y, layers=self.layers, joined=self.joined)
                 for name, found in values.items():
-                    found.append(float(self.named_terms()[name](obs).mean()))
+                    found.append(float(self.named_terms()[name](obs).detach().mean()))
         return {name: (in_eval, in_training - in_eval) for name, (in_eval, in_training) in values.items()}
 
     def forward(self, net: nn.Module, x: Tensor, y: Tensor) -> StepOutput:

@@ -36,6 +36,9 @@ class Term(nn.Module):
     Args:
         weight: a number or a :class:`Ramp` over epochs.  A weight that is 0 throughout makes the term absent.
         layers: layers to observe; empty asks :meth:`prepare` to choose.
+
+    Raises:
+        ValueError: a weight that is no finite number >= 0.
     """
 
     needs_clean: ClassVar[bool] = False  # reads obs.clean
@@ -44,6 +47,9 @@ class Term(nn.Module):
 
     def __init__(self, weight: float | Ramp = 1.0, layers: Sequence[str] = ()) -> None:
         super().__init__()
+        for value in (weight.start, weight.end) if isinstance(weight, Ramp) else (weight,):
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"{type(self).__name__}.weight: expected a finite number >= 0 or a Ramp, found {value!r}")
         self.weight = weight
         self.layers = tuple([layers] if isinstance(layers, str) else layers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from fractions import Fraction
 from typing import ClassVar
@@ -58,6 +59,19 @@ class Threat(ABC):
     def scaled(self, factor: float) -> Threat:
         """The same ball, ``factor`` times as large."""
         return type(self)(self.eps * factor)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse a ball that holds every image of this shape: its radius was meant in other units.
+
+        Raises:
+            ValueError: eps above the diameter of [0,1]^(C·H·W) in this norm.
+        """
+        diameter = math.prod(shape) ** (1 / self.p)
+        if self.eps > diameter:
+            raise ValueError(
+                f"threat.eps: images live in [0,1], where no two of shape {tuple(shape)} are further apart than "
+                f"{diameter:.4g} in {self.name}; found {self.eps:.4g}"
+            )
 
     @abstractmethod
     def project(self, x: Tensor, x_adv: Tensor) -> Tensor:

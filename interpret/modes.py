@@ -121,7 +121,7 @@ def normalised_by(recorded: dict[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[
         shift = -mean * scale
         if module.affine:
             scale, shift = scale * module.weight, shift * module.weight + module.bias
-        return (x.float() * scale.view(shape) + shift.view(shape)).to(x.dtype)
+        return torch.addcmul(shift.view(shape), x.float(), scale.view(shape)).to(x.dtype)  # one pass over the maps
 
     for module, (mean, variance) in recorded.items():
         # An instance attribute shadows the class's forward; deleting it brings the original back, hooks untouched.

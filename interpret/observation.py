@@ -139,9 +139,9 @@ class Observation:
     def layer_gradient(self, layer: str, side: Side = "adv", label: Label = "true") -> Tensor:
         """∂Z_c/∂A of a layer, c the true or the target class of each sample; the layer's shape, fp32.
 
-        One backward serves all observed layers, is kept, and is differentiable if the observation was made with
-        ``create_graph``.  Under batch statistics the samples of a batch are coupled by the BatchNorms above the layer; the
-        gradient then holds their cross terms too.
+        One backward serves this layer and all observed layers after it, is kept, and is differentiable if the observation
+        was made with ``create_graph``.  So ask for early layers first.  Under batch statistics the samples of a batch are
+        coupled by the BatchNorms above the layer; the gradient then holds their cross terms too.
 
         Raises:
             ValueError: the pass was made without a graph.
@@ -154,14 +154,16 @@ class Observation:
                 forward, labels = self.joined, labels.repeat(2)
             if not forward.logits.requires_grad:
                 raise ValueError("this observation holds no graph; observe under enable_grad")
+            # The backward passes the later layers anyway; the earlier ones would cost the rest of the network.
+            names = list(forward.acts)[list(forward.acts).index(layer) :]
             with torch.enable_grad():
                 gradients = torch.autograd.grad(
                     forward.logits.gather(1, labels[:, None]).sum(),
-                    list(forward.acts.values()),
+                    [forward.acts[name] for name in names],
                     create_graph=self.create_graph,
                     retain_graph=True,
                 )
-            for name, gradient in zip(forward.acts, gradients, strict=True):
+            for name, gradient in zip(names, gradients, strict=True):
                 if self.joined is not None:
                     clean, adv = gradient.float().split(len(self.y))
                     self._cache["gradient", "clean", label, name] = clean

@@ -51,7 +51,7 @@ class RobustClassifier(pl.LightningModule):
         self.make_scheduler = scheduler
         self.seed = seed
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.train_loss = MeanMetric()
+        self.train_loss = MeanMetric(nan_strategy="ignore")
         self.clean = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
         self.robust = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
 
@@ -67,6 +67,14 @@ class RobustClassifier(pl.LightningModule):
         out = self.defense(self.net, x, y)
         self.train_accuracy(out.obs.adv.logits.detach(), y)
         self.train_loss(out.loss.detach())
+        # Reading the loss waits for the device: each step on a CPU, else as often as losses are logged.
+        look = self.device.type == "cpu" or self.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
+        if look and not torch.isfinite(out.loss):
+            terms = ", ".join(f"{name} {float(value):.4g}" for name, value in out.terms.items())
+            raise FloatingPointError(
+                f"training diverged at step {self.global_step}: {terms}; the last checkpoint holds the epoch before. "
+                "Try a lower optimizer.lr or trainer.gradient_clip_val=1"
+            )
         name = "train/clean_acc" if self.defense.attack is None else "train/robust_acc"
         self.log(name, self.train_accuracy, on_step=False, on_epoch=True, prog_bar=True)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)

@@ -30,7 +30,7 @@ def clear_errors(debug: bool) -> Iterator[None]:
         while type(root).__module__.startswith("hydra") and root.__cause__ is not None:
             root = root.__cause__
         kind = "" if isinstance(root, (ValueError, OSError)) else f"{type(root).__name__}: "
-        print(f"error: {kind}{root}\n(debug=true shows the stack trace)", file=sys.stderr)
+        print(f"error: {kind}{' '.join(str(root).split())}\n(debug=true shows the stack trace)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -57,6 +57,19 @@ class RunFolder:
         result: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         return result
 
+    def resume_epoch(self) -> int:
+        """The epoch that a resumed run trains first.
+
+        Raises:
+            ValueError: the last checkpoint cannot be read.
+        """
+        try:
+            return int(torch.load(self.last, weights_only=True, map_location="cpu")["epoch"]) + 1
+        except Exception as error:
+            raise ValueError(
+                f"resume: {self.last} is no readable checkpoint ({type(error).__name__}); {self.best} may still be one"
+            ) from error
+
     @classmethod
     def create(cls, out: str | Path, name: str | None, what: str, config: str, **info: str) -> RunFolder:
         """Make a new folder and write what is known at the start.
@@ -68,8 +81,10 @@ class RunFolder:
             info: further entries of ``run.json``.
 
         Raises:
-            ValueError: a folder of this name exists: nothing is ever overwritten.
+            ValueError: a folder of this name exists (nothing is ever overwritten), or the name is a path.
         """
+        if name is not None and Path(name).name != name:
+            raise ValueError(f"name: expected the plain name of a folder inside out={out}, found {name!r}")
         stem = name or f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{re.sub(r'[^A-Za-z0-9_+.-]+', '-', what)}"
         path = Path(out) / stem
         for i in range(2, 1000):

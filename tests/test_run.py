@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,26 @@ def test_a_finished_run_can_be_trained_longer(run: Path, tmp_path: Path, monkeyp
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
 
 
+def test_a_corrupt_checkpoint_is_named_before_anything_is_touched(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    shutil.copytree(run, tmp_path / "copy", symlinks=True)
+    last = tmp_path / "copy" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:3000])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, f"resume={tmp_path / 'copy'}")
+    assert stop.value.code == 2
+    assert str(last) in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*")} == before
+
+
+def test_a_diverged_run_stops_and_says_where(tmp_path: Path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, *QUICK, f"out={tmp_path}", "optimizer.lr=1e30", "scheduler.warmup=0", "wandb.mode=disabled")
+    assert stop.value.code != 0
+    assert "training diverged at step" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_nothing_is_overwritten(run: Path, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit):
         command(monkeypatch, *QUICK, f"out={run.parent}", f"name={run.name}")
@@ -222,6 +243,20 @@ ERRORS = [
     (["trainer.max_epochs=none"], ["trainer"]),
     (["trainer.precision=3"], ["precision"]),
     (["resume=/nowhere"], ["resume", "/nowhere"]),
+    (["regularizers.pse.weight=abc"], ["PSE.weight", "abc"]),
+    (["regularizers.pse.weight=-1"], ["PSE.weight"]),
+    (["regularizers.pse.weight=nan"], ["PSE.weight"]),
+    (["optimizer.lr=abc"], ["optimizer"]),
+    (["optimizer.lr=-1"], ["optimizer", "-1"]),
+    (["optimizer.lr=nan"], ["optimizer.lr"]),
+    (["defense.attack.steps=2.5"], ["steps", "2.5"]),
+    (["threat=l2", "threat.eps=128"], ["threat.eps", "128"]),
+    (["trainer.limit_val_batches=0"], ["trainer.limit_val_batches"]),
+    (["test_attacks=null"], ["test_attacks"]),
+    (["name=../../evil"], ["name", "../../evil"]),
+    (["probe.every_n_epochs=0"], ["probe.every_n_epochs"]),
+    (["threads=-3"], ["threads"]),
+    (["seed=abc"], ["seed", "abc"]),
     (["panels.attribution.method=magic"], ["magic", "integrated_gradients"]),
 ]
 

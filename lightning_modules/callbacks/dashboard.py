@@ -43,6 +43,8 @@ class Dashboard(pl.Callback):
         every_n_epochs: int = 1,
         log: RunLog | None = None,
     ) -> None:
+        if not isinstance(every_n_epochs, int) or every_n_epochs < 1:
+            raise ValueError(f"probe.every_n_epochs: expected a whole number >= 1, found {every_n_epochs!r}")
         self.panels = dict(panels)
         self.x, self.y, self.ids = x, y, tuple(ids)
         self.attack = attack
@@ -59,8 +61,11 @@ class Dashboard(pl.Callback):
         """
         if self.layers:
             find_layers(net, self.layers, key="probe.layers")
-        else:
-            self.layers = feature_layers(net, self.x[:2])
+        elif self.panels:
+            try:
+                self.layers = feature_layers(net, self.x[:2])
+            except ValueError as error:
+                raise ValueError(f"probe.{error}, or leave the panels out with panels=[]") from None
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero:
