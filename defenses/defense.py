@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -102,9 +103,12 @@ class Defense(nn.Module):
         for term in self.named_terms().values():
             term.prepare(obs, features)
         self.prepared = True
-        with undisturbed(net), evaluating(self):  # a rehearsal: what fails, fails here
-            loss = self(net, x, y).loss.detach()
-        self.at(self.epoch, 0)
+        attack, self.attack = self.attack, copy.copy(self.attack)  # the real one keeps its place among its random draws
+        try:
+            with undisturbed(net), evaluating(self):  # a rehearsal: what fails, fails here
+                loss = self(net, x, y).loss.detach()
+        finally:
+            self.attack = attack
         if not torch.isfinite(loss):
             raise ValueError(f"defense: expected a finite loss on the first images, found {float(loss)}")
 
