@@ -248,7 +248,7 @@ def test_the_gradient_of_kl_to_clean_vanishes_at_the_image():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "attack: expected steps >= 1 and restarts >= 1, found steps=0"),
+        ({"steps": 0}, "attack: expected whole numbers steps >= 1 and restarts >= 1, found steps=0"),
         ({"restarts": 0}, "found steps=10, restarts=0"),
         ({"start": "middle"}, "attack.start: expected uniform, gaussian or none; found 'middle'"),
         ({"start": "none", "restarts": 2}, "attack.restarts: several restarts need a random start"),
