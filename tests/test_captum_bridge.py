@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from captum import attr
 
 from interpret import captum_bridge
 from interpret.cam import class_activation_map
 from interpret.observation import observe
-from interpret.pse import grid_regions, region_effects
+from interpret.pse import grid_regions, region_effects, unit_effects
 from tests.reference.nets import Linear, Residual, batch, conv_bn, unchanged, untidy
+from tests.reference.trained import attacked
 
 
 @pytest.mark.parametrize("make", [conv_bn, Residual])
@@ -75,3 +77,65 @@ def test_on_a_linear_net_attribution_is_weight_times_input(method):
 def test_unknown_method():
     with pytest.raises(ValueError, match=r"method: expected one of saliency, .*; found 'tea leaves'"):
         captum_bridge.attribute(conv_bn(), torch.rand(1, 3, 8, 8), torch.tensor([0]), "tea leaves")
+
+
+# Layers.
+
+
+@pytest.mark.parametrize("method", captum_bridge.LAYER_METHODS)
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
+def test_every_layer_method_runs_and_leaves_the_net_alone(method, context):
+    net = untidy(conv_bn(dropout=0.3))
+    own = {name: set(module.__dict__) for name, module in net.named_modules()}
+    with context():
+        x, x_adv, y = batch(n=2)
+        with unchanged(net):
+            found = captum_bridge.attribute_layer(net, "act2", x_adv, y, method, baselines=x)
+    assert found.shape == (2, 1 if method == "grad_cam" else 8, 4, 4)
+    assert found.isfinite().all()
+    assert found.abs().sum() > 0
+    assert {name: set(module.__dict__) for name, module in net.named_modules()} == own  # DeepLift leaves tensors
+
+
+@pytest.mark.parametrize("method", ["conductance", "deep_lift", "feature_ablation"])
+def test_from_the_clean_image_below_a_linear_head_they_are_our_promotion(method):
+    net, x, x_adv, y, target = attacked(n=3)
+    ours = unit_effects(observe(net, x, x_adv, y, target=target, layers=["act2"]), "act2")
+    theirs = captum_bridge.attribute_layer(net, "act2", x_adv, target, method, baselines=x)
+    # Ablation gives each position its unit's whole effect; paths and multipliers give it its own part.
+    units = theirs.mean((2, 3)) if method == "feature_ablation" else theirs.sum((2, 3))
+    torch.testing.assert_close(units, ours.promotion.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_unknown_layer_method():
+    with pytest.raises(ValueError, match=r"method: expected one of conductance, .*; found 'tea leaves'"):
+        captum_bridge.attribute_layer(conv_bn(), "act1", torch.rand(1, 3, 8, 8), torch.tensor([0]), "tea leaves")
+
+
+# Our signals in Captum's shape.
+
+
+@pytest.mark.parametrize("label", ["tensor", "number"])
+def test_region_effect_stands_in_for_feature_ablation(label):
+    net = conv_bn().eval()
+    x, x_adv, y = batch(n=3)
+    target = y if label == "tensor" else 2
+    regions = grid_regions(8, 8, (3, 2))
+    theirs = attr.FeatureAblation(net).attribute(x_adv, baselines=x, target=target, feature_mask=regions[None, None])
+    ours = captum_bridge.RegionEffect(net)
+    assert isinstance(ours, attr.Attribution)
+    torch.testing.assert_close(
+        ours.attribute(x_adv, baselines=x, target=target, feature_mask=(3, 2)), theirs.detach(), rtol=1e-4, atol=1e-5
+    )
+    regions[0, 0] = -1
+    assert (ours.attribute(x_adv, target=target, feature_mask=regions)[:, :, 0, 0] == 0).all()
+
+
+def test_unit_conductance_stands_in_for_layer_conductance():
+    net, x, x_adv, _, target = attacked(n=3)
+    theirs = attr.LayerConductance(net, net.act1).attribute(x_adv, baselines=x, target=target, n_steps=200)
+    ours = captum_bridge.UnitConductance(net, net.act1)
+    assert isinstance(ours, attr.LayerAttribution)
+    found = ours.attribute(x_adv, baselines=x, target=target, n_steps=50)
+    assert found.shape == theirs.shape
+    assert (found - theirs).abs().max() < 0.02 * theirs.abs().max()
