@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,12 @@ def test_configs_stay_few_and_hold_no_programs() -> None:
     assert len(files) <= 60
     for path in files:
         assert "eval" not in path.read_text(encoding="utf-8").replace("eval_batch_size", ""), path
+
+
+def test_the_readme_is_whole() -> None:
+    """Every picture it shows exists, and no place-holder was left."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert pictures
+    assert [name for name in pictures if not (ROOT / name).is_file()] == []
+    assert not re.findall(r"@[A-Z]+@", text)
