@@ -77,7 +77,7 @@ def resnet_18() -> Case:
     generator = torch.Generator().manual_seed(0)
     net = resnet18(num_classes=10, in_channels=3, mean=[0.5] * 3, std=[0.25] * 3)
     x, y = torch.rand(2, 3, 32, 32, generator=generator), torch.randint(10, (2,), generator=generator)
-    layers = ("stem", "layer1", "layer2", "layer3", "layer4")
+    layers = ("stem", *(f"layer{layer}.{block}" for layer in (1, 2, 3, 4) for block in (0, 1)))
     return attacked(net, x, y, 8 / 255, layers, (8, 8))
 
 
