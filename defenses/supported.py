@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defenses.attacks import Attack
 from defenses.objectives import Targeted
 from defenses.threat import Threat
-from interpret.cam import class_activation_map
+from interpret.cam import class_activation_map, class_region
 from interpret.modes import undisturbed
 from interpret.observation import feature_layers, find_layers, observe, strongest_wrong
 
@@ -49,18 +48,10 @@ class Masked(nn.Module):
         return logits
 
 
-def highest(maps: Tensor, quantile: float) -> Tensor:
-    """[map ≥ its own ``quantile``], bool: a share of at least 1 − quantile of each map (N, H, W) is True."""
-    flat = maps.flatten(1)
-    # kthvalue, for torch.quantile refuses large inputs.
-    rank = 1 + int(quantile * (flat.shape[1] - 1))
-    return (flat >= flat.kthvalue(rank, dim=1, keepdim=True).values).view_as(maps)
-
-
 class Supported:
     """Any attack with δ = 0 outside the discriminative regions B_t0 ∪ B_t of the clean image.
 
-    B_c = [CAM_c ≥ its q-quantile], the map enlarged bilinearly to the image first.  That C&W and PGD can be refined so is
+    B_c is :func:`interpret.cam.class_region`.  That C&W and PGD can be refined so is
     the idea of arXiv 1904.02057; the choice of layer, of t, and the way it is done (:class:`Masked`) are ours.
 
     Is a base attack right that knows nothing of the support?  Minimum-norm attacks: yes, the gradient outside is zero and
@@ -84,7 +75,7 @@ class Supported:
         self,
         attack: Attack,
         layer: str | None = None,
-        quantile: float = 0.75,
+        quantile: float = 0.8,
         where: Literal["cam", "shifted", "random"] = "cam",
         seed: int = 0,
     ) -> None:
@@ -134,10 +125,12 @@ class Supported:
             aim = aim_of(self.attack)
             target = strongest_wrong(logits, y) if aim is None else aim.target(y, logits.shape[1])
             obs = observe(net, x, x, y, target=target, layers=[layer])
-            maps = [class_activation_map(obs, layer, label)[:, None] for label in ("true", "target")]
-            large = [F.interpolate(m, x.shape[-2:], mode="bilinear", align_corners=False) for m in maps]
-            inside = (highest(large[0], self.quantile) | highest(large[1], self.quantile)).detach()
-        return self._moved(inside)
+            size = (x.shape[-2], x.shape[-1])
+            true, promoted = (
+                class_region(class_activation_map(obs, layer, label).detach(), size, self.quantile)
+                for label in ("true", "target")
+            )
+        return self._moved((true | promoted)[:, None])
 
     def _moved(self, support: Tensor) -> Tensor:
         """The support itself, or the control of the same size."""

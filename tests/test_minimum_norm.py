@@ -207,7 +207,7 @@ def test_targeted_reaches_its_target(name):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_more_search_never_hurts(name):
-    """The best success of each sample is kept."""
+    """The best success of each sample is kept; beyond that only the shortening at the end differs."""
     net = conv_bn().eval()
     x, _, _ = batch(n=4)
     y = net(x).argmax(1)
@@ -215,7 +215,7 @@ def test_more_search_never_hurts(name):
     few, many = (ATTACKS[name](search_steps=n, abort_early=False, **options) for n in (3, 6))
     found = [a(net, x, y) for a in (few, many)]
     short, long = (torch.where(net(f).argmax(1) != y, few._size(f - x), torch.inf) for f in found)
-    assert (long <= short).all()
+    assert (long <= short * 1.01).all()
     assert (long < short).any()
 
 
@@ -226,7 +226,7 @@ def test_early_abort_saves_forwards_and_little_else():
     patient, hasty = (CarliniWagner(steps=100, search_steps=6, initial_c=1e-3, abort_early=a) for a in (False, True))
     slow = norms(patient(net, x, y) - x, 2)
     full = len(calls)
-    assert full == 100 * 6 + 1
+    assert full == 100 * 6 + 9
     quick = norms(hasty(net, x, y) - x, 2)
     assert len(calls) - full < 0.9 * full
     assert (quick <= slow * 1.05).all()
