@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,11 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from interpret.conductance import conductance
 from interpret.observation import observe
-from interpret.pse import KIND_NAMES
+from interpret.pse import KIND_NAMES, region_effects
+from interpret.restoration import restoration_curve
+from interpret.sensitivity import sensitivity_control
 from interpret.views import attribution, cam, encode, figures, pse, raster, training, units
 from interpret.views.page import ReportPage, read_script, write_atomic
-from interpret.views.view import Bars, Chart, MapColumn, Maps, Probe, Table, Trend, View
+from interpret.views.restoration import RestorationPanel
+from interpret.views.sensitivity import SensitivityPanel
+from interpret.views.view import Bars, Chart, Lines, MapColumn, Maps, Probe, Scatter, Table, Trend, View
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
@@ -102,12 +108,15 @@ def assert_picture(picture: np.ndarray) -> None:
 def test_figures_are_pictures(tmp_path: Path) -> None:
     assert_picture(figures.to_array(figures.maps_figure(some_maps(), {"effect": 1.0}, "A $heading_ of one line")))
     bars = Bars("Units", ("a", "b"), (2.0, -1.0), "σ", reference=(0.5, 0.5), reference_label="control")
-    assert_picture(figures.to_array(figures.bars_figure([bars, bars, bars, bars], "Bars")))
+    assert_picture(figures.to_array(figures.charts_figure([bars, bars, bars, bars], "Bars")))
+    lines = Lines("Curves", (0.0, 1.0), "strength", ("a", "b"), ((0.0, 1.0), (float("nan"), 2.0)), "logits")
+    points = Scatter("Units", "x", "y", ("a", "b"), (0.0, 1.0), (1.0, 0.0), (1.0, 2.0), "σ", (0, 1), ("l", "m"), "equal")
+    assert_picture(figures.to_array(figures.charts_figure([lines, points], "Curves and points")))
     history = [{"a": 0.2, "b": 0.8}, {"a": 0.4, "b": 0.6}]
     for style in ("line", "share"):
         trend = Trend("Shares", ("a", "b"), ("a", "b"), "%", style=style)
         assert_picture(figures.to_array(figures.trend_figure(trend, (1, 2), history)))
-    figure = figures.bars_figure([bars])
+    figure = figures.charts_figure([bars])
     for name in ("bars.png", "bars.svg"):
         figures.save(figure, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
@@ -171,6 +180,22 @@ def some_views(epoch: int, name: str = "val-0") -> list[View]:
         Bars("Bars", (name, "unit 1"), (2.0, -1.0), "σ", reference=(1.0, 1.0), reference_label="mean"),
         some_maps(seed=epoch, name=name),
         Table("Cells", ("id", "value"), [(name, 0.5), ("val-1", float("nan"))]),
+        Lines("Curves", (0.0, 0.5, 1.0), "strength", (name, "b"), ((0.0, float("nan"), 1.0), (2.0, 1.0, 0.5)), "logits"),
+        Scatter(
+            "Points",
+            "x",
+            "y",
+            (name, "unit 1", "unit 2"),
+            (0.0, 1.0, float("nan")),
+            (1.0, 0.5, 2.0),
+            (1.0, 2.0, 3.0),
+            "σ",
+            (0, 0, 0),
+            (name,),
+            "alike",
+            some_maps(seed=epoch, name=name),
+            (1, 0, -1),
+        ),
     )
     return [
         View("one", "First panel", f"Headline {epoch} {name}", charts, scalars={"a": 0.25, "b": 0.75}, how_to_read="So.")
@@ -349,7 +374,7 @@ def test_training_headline_names_the_figures(probe: Probe) -> None:
 
 def test_pse_view_shows_the_effects_and_the_fixed_ids(probe: Probe) -> None:
     panel = pse.PSEPanel(grid=(4, 4), images=3)
-    view, effects = panel(probe), panel.measure(probe)
+    view, effects = panel(probe), probe.region_effects(panel.grid)
     assert sum(view.scalars[key] for key in pse.SHARE_KEYS) == pytest.approx(1)
     maps = next(c for c in view.charts if isinstance(c, Maps))
     promotion = next(c for c in maps.columns if c.title.startswith("Promotion"))
@@ -367,8 +392,76 @@ def test_units_panel_ranks_by_relative_sensitivity(probe: Probe) -> None:
     rows = [row for row in view.table.rows if row[0] == "4"]
     values = [row[2] for row in rows]
     assert values == sorted(values, reverse=True)
-    assert len(rows) == 3
-    assert set(view.scalars) == {"units/sensitivity/1", "units/sensitivity/4"}
+    assert {row[1] for row in rows} == set(range(len(rows)))  # every unit, once
+    assert set(view.scalars) == {f"units/{kind}/{layer}" for kind in ("sensitivity", "gap") for layer in ("1", "4")}
+    assert view.scalars["units/gap/4"] < 1e-4  # below pooling and a linear head nothing is left out
+
+
+def test_the_unit_scatter_shows_conductance_and_the_units_own_maps(probe: Probe) -> None:
+    view = units.UnitsPanel(detailed=2)(probe)
+    scatter = next(c for c in view.charts if isinstance(c, Scatter))
+    obs = probe.obs
+    expected = conductance(probe.net, obs.clean.x, obs.adv.x, obs.y, obs.target, layers=["1", "4"], steps=10).units
+    np.testing.assert_allclose(
+        scatter.y, np.concatenate([expected[layer].promotion.mean(0).numpy() for layer in ("1", "4")]), atol=1e-5
+    )
+    assert scatter.details is not None
+    shown = [i for i, row in enumerate(scatter.detail_rows) if row >= 0]
+    assert len(shown) == len(scatter.details.row_titles)
+    for i in shown:  # the row of a unit is that unit's activation at x' less that at x
+        layer, unit = scatter.names[i].split(", unit ")
+        clean, adv, difference = (c.values[scatter.detail_rows[i]] for c in scatter.details.columns[:3])
+        act = obs.adv.acts[layer][0, int(unit)].detach().numpy()
+        np.testing.assert_allclose(adv[:: len(adv) // len(act), :: len(adv) // len(act)], act, atol=1e-6)
+        np.testing.assert_allclose(adv - clean, difference, atol=1e-6)
+
+
+def test_sensitivity_panel_sets_the_attack_beside_noise_of_equal_norm(probe: Probe) -> None:
+    obs = probe.obs
+    view = SensitivityPanel(draws=2, points=3)(probe)
+    controls = sensitivity_control(probe.net, obs.clean.x, obs.adv.x, obs.y, ["1", "4"], draws=2)
+    scatter = next(c for c in view.charts if isinstance(c, Scatter))
+    np.testing.assert_allclose(scatter.x, np.concatenate([c.noise.numpy() for c in controls.values()]), atol=1e-6)
+    np.testing.assert_allclose(scatter.y, np.concatenate([c.attack.numpy() for c in controls.values()]), atol=1e-6)
+    share = float((controls["4"].attack > controls["4"].noise).float().mean())
+    assert view.scalars["sensitivity/attack_sensitive/4"] == pytest.approx(share)
+    logits = next(c for c in view.charts if isinstance(c, Lines) and c.title.startswith("Logits"))
+    assert logits.series[1][-1] == pytest.approx(float(obs.logit("target", "adv").detach().mean()), abs=1e-5)
+    assert logits.series[0][0] == pytest.approx(float(obs.logit("true", "clean").detach().mean()), abs=1e-5)
+
+
+def test_restoration_panel_draws_the_three_orders_or_says_that_nothing_was_turned(probe: Probe) -> None:
+    panel = RestorationPanel(grid=(4, 4), draws=2)
+    obs = probe.obs
+    right = replace(obs, y=obs.clean.logits.argmax(1))  # then what changes its answer was turned
+    view = panel(replace(probe, obs=right, _effects={}))
+    expected = restoration_curve(
+        probe.net,
+        obs.clean.x,
+        obs.adv.x,
+        right.y,
+        region_effects(probe.net, obs.clean.x, obs.adv.x, right.y, obs.target, regions=(4, 4)),
+        (4, 4),
+        draws=2,
+    )
+    if expected.samples:
+        lines = next(c for c in view.charts if isinstance(c, Lines))
+        assert lines.series[0] == tuple(expected.by_effect.tolist())
+        assert view.scalars["restoration/effect"] == pytest.approx(expected.areas["effect"])
+    wrong = replace(obs, y=(obs.clean.logits.argmax(1) + 1) % obs.clean.logits.shape[1])
+    nothing = panel(replace(probe, obs=wrong, _effects={}))
+    assert nothing.charts == ()
+    assert "nothing to restore" in nothing.headline
+
+
+def test_cam_panel_shows_the_score_with_its_controls_and_the_overlap(probe: Probe) -> None:
+    view = cam.CAMPanel(images=2, quantile=0.5, grid=(4, 4))(probe)
+    table = next(c for c in view.charts if isinstance(c, Table))
+    assert sum(row[2] for row in table.rows if row[1] == "target, adversarial") == 16 * len(probe.ids)  # type: ignore[misc]
+    bars = next(c for c in view.charts if isinstance(c, Bars))
+    assert bars.values[0] == pytest.approx(view.scalars["cam/interpretability"])
+    assert bars.reference is not None
+    assert bars.reference[0] == pytest.approx(np.sqrt(0.5), abs=0.02)  # half of the places
 
 
 def test_cam_difference_is_the_difference_of_the_maps(probe: Probe) -> None:
@@ -410,7 +503,8 @@ def test_page_opens_from_disk(tmp_path: Path, inline: bool) -> None:
     assert "&lt;/script&gt;&lt;script&gt;document.title" in body  # shown as text
     assert "<img" not in body
     assert "<script" not in body
-    assert body.count("<canvas") == 2 * 5  # two rows of five maps
+    assert body.count("<canvas") == 2 * 5 + 5  # two rows of five maps, and the details of one point
+    assert body.count("mark-point") == 2  # a point without a number is left out
     assert "Final comparison" in body
     assert "epoch 3 · step 30" in dom
 

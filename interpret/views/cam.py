@@ -7,13 +7,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from interpret.cam import class_activation_map
+from interpret.cam import Interpretability, class_activation_map, interpretability
 from interpret.observation import Label, Side
+from interpret.overlap import Overlap, region_overlap
+from interpret.pse import KIND_NAMES
 from interpret.views.figures import maps_figure, to_array
 from interpret.views.rows import image_columns, numpy, row_titles
-from interpret.views.view import MapColumn, Maps, Probe, Trend, View
+from interpret.views.view import Bars, MapColumn, Maps, Probe, Table, Trend, View
 
 TITLE = "Class activation"
+MAPS: dict[str, tuple[Label, Side]] = {  # the four maps of the paper's image-level question
+    "true class, clean": ("true", "clean"),
+    "target, clean": ("target", "clean"),
+    "true class, adversarial": ("true", "adv"),
+    "target, adversarial": ("target", "adv"),
+}
 
 
 class CAMPanel:
@@ -23,14 +31,25 @@ class CAMPanel:
         layer: the layer to map; by default the last observed one with positions.
         images: how many of the probe images are drawn; numbers are over all of them.
         limit: logits at which the colours of the still picture saturate, the same every epoch.
+        quantile: q of the discriminative region B_c = [CAM_c ≥ its q-quantile].
+        grid: rows and columns of the regions whose kinds are compared with the maps; capped by the image size.
     """
 
     name = "cam"
 
-    def __init__(self, layer: str | None = None, images: int = 8, limit: float = 40.0) -> None:
+    def __init__(
+        self,
+        layer: str | None = None,
+        images: int = 8,
+        limit: float = 40.0,
+        quantile: float = 0.8,
+        grid: tuple[int, int] = (8, 8),
+    ) -> None:
         self.layer = layer
         self.images = images
         self.limit = limit
+        self.quantile = quantile
+        self.grid = (int(grid[0]), int(grid[1]))
 
     def __call__(self, probe: Probe) -> View:
         layer = self.layer or last_map(probe)
@@ -38,8 +57,18 @@ class CAMPanel:
             return View(self.name, TITLE, "No observed layer has positions, so there is no class activation map.", ())
         cams = measure(probe, layer)
         maps = draw(probe, cams, layer, min(self.images, len(probe.ids)))
-        scalars = summarise(cams)
-        title = headline(cams, layer)
+        delta = probe.obs.adv.x - probe.obs.clean.x
+        scores = {name: interpretability(cams[key], delta, self.quantile) for name, key in MAPS.items()}
+        overlap = region_overlap(
+            probe.region_effects(self.grid),
+            cams["true", "clean"],
+            cams["target", "adv"],
+            (delta.shape[-2], delta.shape[-1]),
+            probe.grid(self.grid),
+            quantile=self.quantile,
+        )
+        scalars = summarise(cams) | summarise_scores(scores)
+        title = headline(cams, layer) + score_sentence(scores)
         return View(
             name=self.name,
             title=TITLE,
@@ -52,11 +81,21 @@ class CAMPanel:
                     ("true class", "target"),
                     "logits",
                 ),
+                score_bars(scores),
+                Trend(
+                    "Interpretability score, mean over the images",
+                    ("cam/interpretability", "cam/interpretability_shuffled", "cam/interpretability_chance"),
+                    ("true class, clean", "its map shuffled", "δ spread evenly"),
+                    limits=(0.0, 1.0),
+                ),
+                overlap_table(overlap),
             ),
             figure=to_array(maps_figure(maps, {"class evidence": self.limit}, title)),
             scalars=scalars,
             how_to_read="Orange places speak for the class, blue ones against it; the mean of a map is the class's logit "
-            "up to the bias (exact where pooling and a linear head follow). Differences are adversarial minus clean.",
+            "up to the bias (exact where pooling and a linear head follow). Differences are adversarial minus clean. The "
+            "interpretability score is the share of the perturbation's norm inside the discriminative region of a map; it "
+            "says something only where it beats its controls.",
         )
 
 
@@ -111,6 +150,77 @@ def summarise(cams: dict[tuple[Label, Side], Tensor]) -> dict[str, float]:
         "cam/change_target": float(change(cams, "target").abs().mean()),
         "cam/similarity_true": float(torch.cosine_similarity(clean, adv).mean()),
     }
+
+
+def _mean(values: Tensor) -> float:
+    return float(values[values.isfinite()].mean())
+
+
+def summarise_scores(scores: dict[str, Interpretability]) -> dict[str, float]:
+    """Mean score of the clean map of the true class with its controls, and of the target's adversarial map."""
+    true, target = scores["true class, clean"], scores["target, adversarial"]
+    return {
+        "cam/interpretability": _mean(true.score),
+        "cam/interpretability_chance": _mean(true.chance),
+        "cam/interpretability_shuffled": _mean(true.shuffled),
+        "cam/interpretability_swapped": _mean(true.swapped),
+        "cam/interpretability_target": _mean(target.score),
+    }
+
+
+def score_bars(scores: dict[str, Interpretability]) -> Bars:
+    """The score of each of the four maps beside the level of a δ spread evenly; below it its shuffled control."""
+    labels, values, chance = [], [], []
+    for name, found in scores.items():
+        labels += [name, f"{name}, shuffled"]
+        values += [_mean(found.score), _mean(found.shuffled)]
+        chance += [_mean(found.chance)] * 2
+    return Bars(
+        "Interpretability score: share of ‖δ‖ inside the discriminative region",
+        tuple(labels),
+        tuple(values),
+        reference=tuple(chance),
+        reference_label="δ spread evenly",
+    )
+
+
+def score_sentence(scores: dict[str, Interpretability]) -> str:
+    found = scores["true class, clean"]
+    score, shuffled = _mean(found.score), _mean(found.shuffled)
+    if not np.isfinite(score):
+        return ""
+    word = "gathers" if score > 1.05 * shuffled else "avoids" if score < 0.95 * shuffled else "does not gather"
+    return f" The perturbation {word} in the true class's region: score {score:.2f}, {shuffled:.2f} with the map shuffled."
+
+
+def overlap_table(overlap: Overlap) -> Table:
+    """Where the kinds of regions lie relative to C(x, true) and C(x', target)."""
+    rows: list[tuple[str | float | int, ...]] = []
+    for k, kind in enumerate(KIND_NAMES):
+        for j, name in enumerate(("true class, clean", "target, adversarial")):
+            rows.append(
+                (
+                    kind,
+                    name,
+                    int(overlap.count[k]),
+                    *(
+                        round(float(values[k, j]), 4)
+                        for values in (
+                            overlap.percentile,
+                            overlap.percentile_shuffled,
+                            overlap.percentile_p,
+                            overlap.iou,
+                            overlap.iou_shuffled,
+                            overlap.iou_p,
+                        )
+                    ),
+                )
+            )
+    return Table(
+        "Where the kinds of regions lie relative to the maps",
+        ("kind", "map", "regions", "CAM percentile", "by chance", "p", "IoU with the region", "by chance (IoU)", "p (IoU)"),
+        rows,
+    )
 
 
 def headline(cams: dict[tuple[Label, Side], Tensor], layer: str) -> str:

@@ -6,14 +6,14 @@ import base64
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import singledispatch
 from typing import Any
 
 import numpy as np
 
 from interpret.views.raster import colour_image
-from interpret.views.view import Bars, Chart, MapColumn, Maps, Table, Trend
+from interpret.views.view import Bars, Chart, Lines, MapColumn, Maps, Scatter, Table, Trend
 
 FINE_CELLS = 256  # maps up to 16×16 cells are cheap: 16 bits each, so that the value under the pointer is exact enough
 
@@ -82,7 +82,7 @@ def shrink(values: np.ndarray, max_side: int, average: bool = True) -> np.ndarra
 @singledispatch
 def encode(chart: Chart, max_side: int = 64) -> Encoded:
     """One chart as JSON; a new chart type registers here and in ``page/charts.js``."""
-    raise TypeError(f"chart: expected Trend, Bars, Maps or Table; found {type(chart).__name__}")
+    raise TypeError(f"chart: expected Trend, Bars, Lines, Scatter, Maps or Table; found {type(chart).__name__}")
 
 
 @encode.register
@@ -93,6 +93,20 @@ def _(chart: Trend, max_side: int = 64) -> Encoded:
 @encode.register
 def _(chart: Bars, max_side: int = 64) -> Encoded:
     return Encoded({"type": "bars", **asdict(chart)})
+
+
+@encode.register
+def _(chart: Lines, max_side: int = 64) -> Encoded:
+    return Encoded({"type": "lines", **asdict(chart)})
+
+
+@encode.register
+def _(chart: Scatter, max_side: int = 64) -> Encoded:
+    plain = {field.name: getattr(chart, field.name) for field in fields(chart) if field.name != "details"}
+    if chart.details is None:
+        return Encoded({"type": "scatter", **plain, "details": None})
+    inner = encode(chart.details, max_side)
+    return Encoded({"type": "scatter", **plain, "details": inner.chart, "detail_limits": inner.limits}, inner.blobs)
 
 
 @encode.register

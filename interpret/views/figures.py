@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from interpret.views import raster
-from interpret.views.view import Bars, MapColumn, Maps, Trend
+from interpret.views.view import Bars, Lines, MapColumn, Maps, Scatter, Trend
 
 DPI = 100
 INK, MUTED = "#171b22", "#5a6472"
@@ -169,7 +169,7 @@ def _colour_bar(figure: Figure, axes: Axes, columns: Sequence[MapColumn], limit:
     bar.set_label(f"{name}\n{note}", size=7.5, color=INK, loc="left")
 
 
-# ---- bars and trends ------------------------------------------------------------------------------------------------
+# ---- bars, lines, points, trends ------------------------------------------------------------------------------------
 
 
 def _plain_axes(axes: Axes, title: str) -> None:
@@ -194,8 +194,50 @@ def _draw_bars(axes: Axes, bars: Bars) -> None:
     axes.set_xlabel(unit, fontsize=8, color=MUTED)
 
 
-def bars_figure(charts: Sequence[Bars], heading: str = "", columns: int = 3) -> Figure:
-    """Several bar charts side by side."""
+def _draw_lines(axes: Axes, lines: Lines) -> None:
+    across, up = (100 if unit == "%" else 1 for unit in (lines.x_unit, lines.unit))
+    for i, (label, values) in enumerate(zip(lines.labels, lines.series, strict=True)):
+        axes.plot(
+            np.array(lines.x) * across,
+            np.array(values, float) * up,
+            ("-", "-", "-", "--", ":", "-.")[i % 6],
+            label=label,
+            color=raster.SERIES[i % len(raster.SERIES)],
+            lw=1.8,
+        )
+    if lines.limits:
+        axes.set_ylim(lines.limits[0] * up, lines.limits[1] * up)
+    _plain_axes(axes, lines.title)
+    axes.set_xlabel(lines.x_label + (" (%)" if across == 100 else ""), fontsize=8, color=MUTED)
+    axes.set_ylabel(lines.unit, fontsize=8, color=MUTED)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _draw_scatter(axes: Axes, scatter: Scatter) -> None:
+    """All groups at once, each in a colour; a still picture has no group to choose."""
+    largest = max([*scatter.size, 1e-12])
+    for g, name in enumerate(scatter.groups):
+        inside = [i for i, group in enumerate(scatter.group) if group == g]
+        axes.scatter(
+            [scatter.x[i] for i in inside],
+            [scatter.y[i] for i in inside],
+            [6 + 90 * max(scatter.size[i], 0) / largest if scatter.size_label else 20 for i in inside],
+            color=raster.SERIES[g % len(raster.SERIES)],
+            marker=("o", "s", "^", "D", "v", "P")[g % 6],
+            alpha=0.65,
+            linewidths=0,
+            label=name,
+        )
+    if scatter.diagonal:
+        axes.axline((0, 0), slope=1, color=MUTED, ls="--", lw=1)
+    _plain_axes(axes, scatter.title)
+    axes.set_xlabel(scatter.x_label, fontsize=8, color=MUTED)
+    axes.set_ylabel(scatter.y_label, fontsize=8, color=MUTED)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def charts_figure(charts: Sequence[Bars | Lines | Scatter], heading: str = "", columns: int = 3) -> Figure:
+    """Several charts side by side."""
     columns = max(1, min(columns, len(charts)))
     rows = max(1, -(-len(charts) // columns))
     width, row = 380 * columns, 250  # pixels; fixed places, since a layout engine draws everything twice
@@ -206,11 +248,18 @@ def bars_figure(charts: Sequence[Bars], heading: str = "", columns: int = 3) -> 
     figure.text(
         14 / width, 1 - 10 / height, "\n".join(title), va="top", size=10.5, weight="bold", color=INK, parse_math=False
     )
-    for i, bars in enumerate(charts):
+    for i, chart in enumerate(charts):
         across, down = i % columns, i // columns
-        box = (across * 380 + 110, height - head - down * row - 42 - (row - 42 - 46), 380 - 110 - 20, row - 42 - 46)
+        left = 110 if isinstance(chart, Bars) else 62
+        inside = row - 42 - 46
+        box = (across * 380 + left, height - head - down * row - 42 - inside, 380 - left - 20, inside)
         axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
-        _draw_bars(axes, bars)
+        if isinstance(chart, Bars):
+            _draw_bars(axes, chart)
+        elif isinstance(chart, Lines):
+            _draw_lines(axes, chart)
+        else:
+            _draw_scatter(axes, chart)
     return figure
 
 

@@ -60,7 +60,7 @@ class ReportPage:
         folder: where ``index.html`` lives, made when missing.
         title: name of the run.
         meta: what the run was, shown in the overview in this order, e.g. dataset, defense, ε, seed, commit.
-        key_figures, overview: the numbers and the trend of the overview.
+        key_figures, overview: the numbers and the trend of the overview; no trend suits a page of one moment.
         max_side: larger images and maps are stored as block means of at most this many pixels a side.
 
     Raises:
@@ -74,7 +74,7 @@ class ReportPage:
         meta: Mapping[str, object] | None = None,
         *,
         key_figures: Sequence[KeyFigure] = KEY_FIGURES,
-        overview: Trend = OVERVIEW,
+        overview: Trend | None = OVERVIEW,
         max_side: int = 64,
     ) -> None:
         self.folder = Path(folder)
@@ -87,7 +87,7 @@ class ReportPage:
             "title": title,
             "meta": [[key, str(value)] for key, value in (meta or {}).items()],
             "keyFigures": [asdict(figure) for figure in key_figures],
-            "overview": encode(overview).chart,
+            "overview": None if overview is None else encode(overview).chart,
             "results": before.get("results"),
             "complete": False,
             "epochs": before.get("epochs", []),

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from interpret.metrics import KindShares
-from interpret.pse import BALANCED, INACTIVE, KIND_NAMES, PROMOTION, SUPPRESSION, PromotionSuppression, region_effects
+from interpret.pse import BALANCED, INACTIVE, KIND_NAMES, PROMOTION, SUPPRESSION, PromotionSuppression
 from interpret.views.figures import maps_figure, to_array
 from interpret.views.rows import answers, class_name, flipped, image_columns, margins, numpy, row_titles
 from interpret.views.view import MapColumn, Maps, Probe, Table, Trend, View
@@ -32,7 +32,7 @@ class PSEPanel:
         self.limit = limit
 
     def __call__(self, probe: Probe) -> View:
-        effects = self.measure(probe)
+        effects = probe.region_effects(self.grid)
         maps = self.maps(probe, effects)
         scalars = summarise(effects)
         title = headline(probe, scalars)
@@ -59,15 +59,9 @@ class PSEPanel:
             "by one effect when it is more than twice the other.",
         )
 
-    def measure(self, probe: Probe) -> PromotionSuppression:
-        """Effects (N, G) of the regions of the grid."""
-        obs = probe.obs
-        rows, columns = (min(cells, side) for cells, side in zip(self.grid, obs.adv.x.shape[-2:], strict=True))
-        return region_effects(probe.net, obs.clean.x, obs.adv.x, obs.y, obs.target, regions=(rows, columns))
-
     def maps(self, probe: Probe, effects: PromotionSuppression) -> Maps:
         obs, count = probe.obs, min(self.images, len(probe.ids))
-        rows, columns = (min(cells, side) for cells, side in zip(self.grid, obs.adv.x.shape[-2:], strict=True))
+        rows, columns = probe.grid(self.grid)
         delta = 255 * (obs.adv.x - obs.clean.x)[:count].mean(1)
 
         def grid(values: np.ndarray) -> np.ndarray:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from torch import nn
 
-if TYPE_CHECKING:
-    from interpret.observation import Observation
+from interpret.observation import Observation
+from interpret.pse import PromotionSuppression, region_effects
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,19 @@ class Probe:
     ids: tuple[str, ...]  # fixed identity of each probe image, e.g. "val-17"
     class_names: tuple[str, ...]
     scalars: Mapping[str, float]  # this epoch's metrics, e.g. {"val/robust_acc": 0.61, "train/loss": 1.2}
+    _effects: dict[tuple[int, int], PromotionSuppression] = field(default_factory=dict, repr=False, compare=False)
+
+    def grid(self, wanted: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of regions, capped by the image size."""
+        height, width = self.obs.adv.x.shape[-2:]
+        return min(wanted[0], height), min(wanted[1], width)
+
+    def region_effects(self, wanted: tuple[int, int]) -> PromotionSuppression:
+        """Effects (N, G) of the regions of :meth:`grid`, computed once for all panels."""
+        grid, obs = self.grid(wanted), self.obs
+        if grid not in self._effects:
+            self._effects[grid] = region_effects(self.net, obs.clean.x, obs.adv.x, obs.y, obs.target, regions=grid)
+        return self._effects[grid]
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,20 @@ class Bars:
     unit: str = ""
     reference: tuple[float, ...] | None = None
     reference_label: str = ""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Curves over one common axis, e.g. attack strength; unit "%" as in :class:`Trend`, for either axis."""
+
+    title: str
+    x: tuple[float, ...]
+    x_label: str
+    labels: tuple[str, ...]
+    series: tuple[tuple[float, ...], ...]  # one a label, as long as ``x``; NaN breaks the line
+    unit: str = ""
+    x_unit: str = ""
+    limits: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +121,29 @@ class Table:
     rows: Sequence[tuple[str | float | int, ...]]
 
 
-Chart = Trend | Bars | Maps | Table
+@dataclass(frozen=True)
+class Scatter:
+    """Points with a name each, shown group by group (a layer, say); pointing at one, or choosing it, shows its ``details``.
+
+    ``details`` holds one row a point that has some; ``detail_rows`` gives each point's row, −1 for none.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    names: tuple[str, ...]
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    size: tuple[float, ...]  # area of the mark, ≥ 0
+    size_label: str
+    group: tuple[int, ...]  # index into ``groups``
+    groups: tuple[str, ...]
+    diagonal: str = ""  # what it means to lie on y = x; empty draws no diagonal
+    details: Maps | None = None
+    detail_rows: tuple[int, ...] = ()
+
+
+Chart = Trend | Bars | Lines | Scatter | Maps | Table
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ const GLASSARMOR = (() => {
     id("run-name").textContent = manifest.title;
     id("state").textContent = manifest.complete ? "finished" : "watching for new epochs";
     id("state").toggleAttribute("data-live", !manifest.complete);
+    id("player").hidden = manifest.complete && manifest.epochs.length === 1; // an analysis has one moment, not a history
     id("slider").max = Math.max(0, manifest.epochs.length - 1);
     const last = manifest.epochs.length - 1;
     if (last < 0) { shown = null; index = -1; render(); } else select(followed ? last : Math.min(index, last));
@@ -143,10 +144,10 @@ const GLASSARMOR = (() => {
     if (!entry) return [...parts, el("p", { class: "card" }, "No epoch yet. This page shows the first one as soon as it is there.")];
     if (entry.note) parts.push(el("p", { class: "note" }, entry.note));
     parts.push(el("div", { class: "cards" }, manifest.keyFigures.map(keyFigure)));
-    const chart = draw.trend(manifest.overview, { ...context(after), height: 290 });
+    const chart = manifest.overview && draw.trend(manifest.overview, { ...context(after), height: 290 });
     const says = entry.headlines.map((h) => el("li", {}, el("a", { href: `#${anchor(h.name)}` }, h.title), " ", el("span", {}, tidy(h.headline))));
-    parts.push(el("div", { class: "two" }, chart,
-      el("div", { class: "card" }, el("h3", {}, `What the panels say at epoch ${entry.epoch}`), 
+    parts.push(el("div", { class: chart ? "two" : "stack" }, chart,
+      el("div", { class: "card" }, el("h3", {}, chart ? `What the panels say at epoch ${entry.epoch}` : "What the panels say"),
         says.length ? el("ul", { class: "says" }, says) : el("p", { class: "muted" }, "No panel was drawn in this epoch."))));
     return parts;
   }

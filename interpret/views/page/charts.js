@@ -166,6 +166,151 @@ const Charts = (() => {
     return el("figure", { class: "card" }, el("h3", { class: "chart-title" }, chart.title), legend, el("div", { class: "bars" }, rows));
   }
 
+  /* ---- lines: curves over one axis; hover reads all of them ---- */
+
+  const tickText = (value, unit) => (unit === "%" ? `${Math.round(100 * value)} %` : short(value));
+
+  /* Axes with grid and titles inside a picture; returns where the values lie. */
+  function frame(picture, width, height, xs, ys, names) {
+    const left = 54, right = width - 14, top = 20, bottom = height - 38;
+    const x = (v) => left + ((v - xs.low) / (xs.high - xs.low)) * (right - left);
+    const y = (v) => bottom - ((v - ys.low) / (ys.high - ys.low)) * (bottom - top);
+    for (const v of ticks(ys.low, ys.high, 4)) picture.append(
+      svg("line", { class: "grid", x1: left, x2: right, y1: y(v), y2: y(v) }),
+      svg("text", { x: left - 7, y: y(v) + 4, "text-anchor": "end" }, tickText(v, ys.unit)));
+    for (const v of ticks(xs.low, xs.high, Math.max(2, Math.min(6, width / 90)))) picture.append(
+      svg("text", { x: x(v), y: bottom + 16, "text-anchor": "middle" }, tickText(v, xs.unit)));
+    picture.append(svg("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),
+      svg("text", { x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, names.x),
+      svg("text", { x: 4, y: 11, "text-anchor": "start" }, names.y));
+    return { x, y, left, right, top, bottom };
+  }
+
+  function range(values, least) {
+    let low = Math.min(...values, ...least), high = Math.max(...values, ...least);
+    if (!Number.isFinite(low) || !(high > low)) { low = Number.isFinite(low) ? low : 0; high = low + 1; }
+    return { low, high };
+  }
+
+  function lines(chart, ctx) {
+    const readings = chart.labels.map(() => el("b", {}));
+    const legend = el("div", { class: "legend" }, chart.labels.map((label, i) =>
+      el("span", {}, el("i", { class: "stroke", style: `background:${at(colours.series, i)}` }), label, readings[i])));
+    const holder = el("div", {});
+    ctx.after.push({ holder, draw: (space) => drawCurves(chart, readings, holder, space) });
+    return el("figure", { class: "card" }, el("h3", { class: "chart-title" }, chart.title), legend, holder);
+  }
+
+  function drawCurves(chart, readings, holder, space) {
+    const width = Math.max(space, 200), height = 250, all = chart.series.flat().filter((v) => v !== null);
+    const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": `${chart.title}: ` +
+      chart.labels.map((label, i) => `${label} ends at ${format(chart.series[i].at(-1), chart.unit)}`).join(", ") });
+    const ys = chart.limits ? { low: chart.limits[0], high: chart.limits[1] } : range(all, [0]);
+    const f = frame(picture, width, height, { ...range(chart.x, []), unit: chart.x_unit }, { ...ys, unit: chart.unit },
+      { x: chart.x_label, y: chart.unit === "%" ? "" : chart.unit });
+    chart.series.forEach((values, i) => {
+      let path = "", pen = "M";
+      values.forEach((v, k) => { if (v === null) pen = "M"; else { path += `${pen}${f.x(chart.x[k]).toFixed(1)} ${f.y(v).toFixed(1)}`; pen = "L"; } });
+      picture.append(svg("path", { d: path, fill: "none", stroke: at(colours.series, i), "stroke-width": 2.2, "stroke-linejoin": "round",
+        "stroke-dasharray": at(["", "", "", "7 3", "2 3", "9 3 2 3"], i) }));
+    });
+    const now = svg("line", { class: "now", y1: f.top, y2: f.bottom });
+    function point(k) {
+      now.style.display = k === null ? "none" : "";
+      if (k !== null) { now.setAttribute("x1", f.x(chart.x[k])); now.setAttribute("x2", f.x(chart.x[k])); }
+      readings.forEach((node, i) => { node.textContent = format(chart.series[i][k ?? chart.x.length - 1], chart.unit); });
+    }
+    const nearest = (event) => {
+      const p = (event.offsetX / picture.clientWidth) * width;
+      return chart.x.reduce((best, v, k) => (Math.abs(f.x(v) - p) < Math.abs(f.x(chart.x[best]) - p) ? k : best), 0);
+    };
+    picture.append(now, svg("rect", { class: "hit", x: f.left - 10, y: 0, width: f.right - f.left + 20, height: f.bottom, fill: "transparent",
+      onpointermove: (e) => point(nearest(e)), onpointerleave: () => point(null) }));
+    point(null);
+    holder.replaceChildren(picture);
+  }
+
+  /* ---- scatter: a group at a time; pointing names a point, choosing it keeps its details below ---- */
+
+  function scatter(chart, ctx) {
+    const key = `${ctx.view}/${ctx.chart}`;
+    const state = (ctx.ui[key] ||= { group: chart.groups.length - 1, name: null });
+    if (state.group >= chart.groups.length) state.group = chart.groups.length - 1;
+    if (state.name === null) state.name = strongest(chart, state.group);
+    const holder = el("div", {}), below = el("div", { class: "detail" });
+    let width = 0;
+    const chips = chart.groups.map((name, g) => el("button", { type: "button", class: "chip", "aria-pressed": String(g === state.group),
+      onclick: () => { state.group = g; state.name = strongest(chart, g); chips.forEach((c, k) => c.setAttribute("aria-pressed", k === g)); redraw(); } }, name));
+    const redraw = () => { drawScatter(chart, state, holder, width, show); show(chosen(chart, state)); };
+    function show(i) {
+      const row = i === null ? -1 : chart.detail_rows[i] ?? -1;
+      if (!chart.details) return;
+      if (row < 0) { below.replaceChildren(el("p", { class: "muted" }, i === null ? "Point at a mark, or choose it, to see its maps." : `${chart.names[i]}: no maps are kept for it.`)); return; }
+      const one = { ...chart.details, title: chart.details.title, rows: [chart.details.rows[row]],
+        columns: chart.details.columns.map((c) => ({ ...c, cells: [c.cells[row]] })) };
+      below.replaceChildren(maps(one, { ...ctx, chart: `${ctx.chart}/detail`, once: true, limit: (group) => (chart.detail_limits[group] || [])[row] || 0 }));
+    }
+    ctx.after.push({ holder, draw: (space) => { width = space; redraw(); } });
+    return el("figure", { class: `card${chart.details ? " wide" : ""}` }, el("h3", { class: "chart-title" }, chart.title),
+      el("div", { class: "legend" }, chart.groups.length > 1 ? chips : null,
+        chart.size_label && el("span", { class: "muted" }, `size of a mark: ${chart.size_label}`) || null,
+        chart.diagonal && el("span", { class: "muted" }, `dashed line: ${chart.diagonal}`) || null),
+      el("div", { class: "beside" }, holder, chart.details ? below : null));
+  }
+
+  /* What is shown before anybody points: the mark with details that lies furthest out. */
+  function strongest(chart, group) {
+    let best = -1;
+    chart.names.forEach((_, i) => {
+      const out = (k) => chart.x[k] + chart.y[k];
+      if (chart.group[i] === group && (chart.detail_rows[i] ?? -1) >= 0 && (best < 0 || out(i) > out(best))) best = i;
+    });
+    return best < 0 ? null : chart.names[best];
+  }
+
+  const chosen = (chart, state) => {
+    const i = chart.names.findIndex((name, k) => name === state.name && chart.group[k] === state.group);
+    return i < 0 ? null : i;
+  };
+
+  function drawScatter(chart, state, holder, space, show) {
+    const width = Math.max(Math.min(space, 620), 200), height = Math.min(width * 0.72, 380);
+    const inside = chart.names.map((_, i) => i).filter((i) => chart.group[i] === state.group && chart.x[i] !== null && chart.y[i] !== null);
+    const pad = ({ low, high }) => ({ low: low - 0.04 * (high - low), high: high + 0.04 * (high - low) });
+    let xs = pad(range(inside.map((i) => chart.x[i]), [0])), ys = pad(range(inside.map((i) => chart.y[i]), [0]));
+    if (chart.diagonal) xs = ys = { low: Math.min(xs.low, ys.low), high: Math.max(xs.high, ys.high) };
+    const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, width, role: "img", "aria-label": `${chart.title}, ${chart.groups[state.group]}: ${inside.length} points` });
+    const f = frame(picture, width, height, xs, ys, { x: chart.x_label, y: chart.y_label });
+    if (chart.diagonal) picture.append(svg("line", { class: "diagonal", x1: f.x(xs.low), y1: f.y(xs.low), x2: f.x(xs.high), y2: f.y(xs.high) }));
+    else for (const [x1, y1, x2, y2] of [[f.x(0), f.top, f.x(0), f.bottom], [f.left, f.y(0), f.right, f.y(0)]]) picture.append(svg("line", { class: "axis", x1, y1, x2, y2 }));
+    const most = Math.max(...inside.map((i) => chart.size[i] || 0), 1e-12);
+    const colour = at(colours.series, 1);
+    const order = [...inside].sort((a, b) => chart.size[b] - chart.size[a]); // small marks on top of large ones
+    for (const i of order) {
+      const mark = svg("circle", { class: "mark-point", cx: f.x(chart.x[i]), cy: f.y(chart.y[i]), r: chart.size_label ? 2.5 + 9 * Math.sqrt(Math.max(chart.size[i], 0) / most) : 4,
+        fill: colour, tabindex: 0, role: "button", "aria-label": reading(i), "data-name": chart.names[i], "aria-pressed": String(chart.names[i] === state.name),
+        onpointermove: (e) => { hint(e, reading(i)); show(i); }, onpointerleave: () => { tip.hidden = true; show(chosen(chart, state)); },
+        onclick: () => choose(i), onkeydown: (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(i); } } });
+      picture.append(mark);
+    }
+    function reading(i) {
+      return `${chart.names[i]}\n${chart.x_label}: ${number(chart.x[i])}\n${chart.y_label}: ${number(chart.y[i])}` + (chart.size_label ? `\n${chart.size_label}: ${number(chart.size[i] ?? 0)}` : "");
+    }
+    function choose(i) {
+      state.name = state.name === chart.names[i] ? null : chart.names[i];
+      for (const mark of picture.querySelectorAll(".mark-point")) mark.setAttribute("aria-pressed", mark.dataset.name === state.name);
+      show(chosen(chart, state));
+    }
+    holder.replaceChildren(picture);
+  }
+
+  function hint(event, text) {
+    tip.textContent = text;
+    tip.hidden = false;
+    tip.style.left = `${Math.min(event.clientX + 16, innerWidth - tip.offsetWidth - 8)}px`;
+    tip.style.top = `${Math.min(event.clientY + 16, innerHeight - tip.offsetHeight - 8)}px`;
+  }
+
   /* ---- table: sorts by a click on a heading ---- */
 
   function table(chart, ctx) {
@@ -219,7 +364,7 @@ const Charts = (() => {
       return row;
     });
     const head = el("tr", {}, el("td", {}), chart.columns.map((c) => el("th", { scope: "col" }, c.title, c.unit && el("small", {}, c.unit))),
-      el("th", { scope: "col" }, "Colour scale", el("small", {}, "of the row, over all epochs")));
+      el("th", { scope: "col" }, "Colour scale", el("small", {}, ctx.once ? "of the row, this epoch" : "of the row, over all epochs")));
     const repaint = () => paints.forEach((draw) => draw());
     repaint();
     const kinds = chart.columns.find((c) => c.kind === "category");
@@ -306,11 +451,9 @@ const Charts = (() => {
       if (cell.values.at) lines.push(`${cell === pointed ? "▸" : " "} ${cell.column.title}: ${cell.values.at(r * w + c)}`);
     }
     row.classList.add("pointing");
-    tip.textContent = lines.join("\n");
+    hint(event, lines.join("\n"));
     tip.hidden = !lines.length;
-    tip.style.left = `${Math.min(event.clientX + 16, innerWidth - tip.offsetWidth - 8)}px`;
-    tip.style.top = `${Math.min(event.clientY + 16, innerHeight - tip.offsetHeight - 8)}px`;
   }
 
-  return { el, format, signed, draw: { trend, bars, table, maps } };
+  return { el, format, signed, draw: { trend, bars, lines, scatter, table, maps } };
 })();
