@@ -29,7 +29,7 @@ from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.classifier import RobustClassifier
 from lightning_modules.console import accuracy_table, clear_errors, console, show
 from lightning_modules.logging import RunLog, check_wandb_mode, wandb_logger
-from lightning_modules.networks.check import check_network
+from lightning_modules.networks.build import make_network
 from lightning_modules.run_folder import RunFolder
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -54,11 +54,7 @@ def build(cfg: DictConfig) -> Parts:
         torch.set_num_threads(cfg.threads)
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
     data.setup("fit")
-    channels = data.image_shape[0]
-    net = instantiate(cfg.network)(num_classes=data.num_classes, in_channels=channels, mean=data.mean, std=data.std)
-    check_network(net, data.image_shape, data.num_classes)
-    if cfg.channels_last:
-        net = net.to(memory_format=torch.channels_last)
+    net = make_network(instantiate(cfg.network), data, cfg.channels_last)
     defense = instantiate(cfg.defense, _convert_="all")
     if defense.attack is not None:
         defense.attack.threat.check(data.image_shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytorch_lightning as pl
 import torch
@@ -54,7 +55,7 @@ class Images:
 class ProbeBatch:
     """The images a dashboard follows from epoch to epoch.
 
-    x: (n, C, H, W) float32 in [0, 1]; y: (n,) int64; ids: places in the validation split ("val-17");
+    x: (n, C, H, W) float32 in [0, 1]; y: (n,) int64; ids: places in the split ("val-17");
     hash: first 12 hex digits of the SHA-256 of pixels (uint8) and labels (int64).
     """
 
@@ -257,22 +258,25 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             world_size=1 if trainer is None else trainer.world_size,
         )
 
-    def probe(self, n: int) -> ProbeBatch:
-        """``n`` validation images, as many of each class as it has to give, the same in every run with this seed.
+    def probe(self, n: int, split: Literal["val", "test"] = "val") -> ProbeBatch:
+        """``n`` images of a split, as many of each class as it has to give, the same in every run with this seed.
 
         Raises:
-            ValueError: ``n`` is not in 1..len(val).
+            ValueError: another split, or ``n`` is not in 1..its length.
         """
-        if not 1 <= n <= len(self.val):
-            raise ValueError(f"a probe must have 1 to {len(self.val)} images (the validation split), got {n}")
-        labels = self.val.labels
+        if split not in ("val", "test"):
+            raise ValueError(f"split must be val or test, got {split!r}")
+        part = self.val if split == "val" else self.test
+        if not isinstance(n, int) or not 1 <= n <= len(part):
+            raise ValueError(f"expected 1 to {len(part)} images of the {split} split, got {n!r}")
+        labels = part.labels
         generator = seeded(_PROBE, self.seed)
         ranks = class_ranks(labels, generator)
         # A random turn within each round over the classes: where n is no multiple of the classes, none is favoured.
         turn = torch.rand(len(labels), generator=generator, dtype=torch.float64) + ranks
         rows = turn.argsort(stable=True)[:n]
         rows = rows[(ranks[rows] * self.num_classes + labels[rows]).argsort()]  # each round in class order
-        chosen = self.val[rows]
+        chosen = part[rows]
         digest = hashlib.sha256(chosen.images.numpy().tobytes() + chosen.labels.numpy().tobytes())
-        ids = tuple(f"val-{row}" for row in rows.tolist())
+        ids = tuple(f"{split}-{row}" for row in rows.tolist())
         return ProbeBatch(chosen.images.float().div_(255), chosen.labels, ids, digest.hexdigest()[:12])

@@ -104,8 +104,7 @@ class RunFolder:
             "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "wandb_id": hashlib.sha256(f"{path.resolve()}{os.urandom(8).hex()}".encode()).hexdigest()[:10],
             "commit": commit(),
-            "versions": {"python": platform.python_version()}
-            | {package: importlib.metadata.version(package) for package in _PACKAGES},
+            "versions": versions(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
             **info,
         }
@@ -125,6 +124,11 @@ class RunFolder:
         if not folder.last.is_file():
             raise ValueError(f"resume: {folder.last} does not exist: no epoch was finished; start anew")
         return folder
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a run computes."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def commit() -> str:

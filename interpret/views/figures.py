@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import FuncNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.patches import Patch
 
 from interpret.views import raster
@@ -36,6 +37,11 @@ def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, SVG or PDF, by the path's suffix."""
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=2 * DPI)
+
+
+def write_png(picture: np.ndarray, path: str | Path) -> None:
+    """Write a picture (H, W, 3) uint8 as PNG."""
+    imsave(path, picture)
 
 
 def _number(value: float) -> str:

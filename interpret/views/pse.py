@@ -42,7 +42,7 @@ class PSEPanel:
             headline=title,
             charts=(
                 maps,
-                Trend("Kinds of regions over epochs", SHARE_KEYS, KIND_NAMES, style="share"),
+                Trend("Kinds of regions", SHARE_KEYS, KIND_NAMES, style="share"),
                 Trend(
                     "Effect of the attack, mean per image",
                     ("pse/promotion", "pse/suppression", "pse/gap"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -86,16 +86,27 @@ class Dashboard(pl.Callback):
         assert self.log_to is not None, "Dashboard.log_to was never set"
         self.log_to.epoch(epoch, int(trainer.global_step), scalars, views)
 
-    def look(self, net: nn.Module, device: torch.device, scalars: Mapping[str, float]) -> list[View]:
-        """The views of all panels for the network as it is now."""
+    def look(
+        self,
+        net: nn.Module,
+        device: torch.device,
+        scalars: Mapping[str, float],
+        tell: Callable[[str], object] = lambda step: None,
+    ) -> list[View]:
+        """The views of all panels for the network as it is now; ``tell`` hears what is being done."""
         x, y = self.x.to(device), self.y.to(device)
         if not self.layers:
             self.prepare(net)
         self.attack.reseed(0)
         forked = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False):
+            tell("attack")
             x_adv = self.attack(net, x, y)
             with undisturbed(net):
                 obs = observe(net, x, x_adv, y, layers=self.layers)
                 probe = Probe(net, obs, self.layers, self.ids, self.class_names, scalars)
-                return [panel(probe) for panel in self.panels.values()]
+                views = []
+                for name, panel in self.panels.items():
+                    tell(name)
+                    views.append(panel(probe))
+                return views

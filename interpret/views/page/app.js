@@ -72,11 +72,13 @@ const GLASSARMOR = (() => {
     id("run-name").textContent = manifest.title;
     id("state").textContent = manifest.complete ? "finished" : "watching for new epochs";
     id("state").toggleAttribute("data-live", !manifest.complete);
-    id("player").hidden = manifest.complete && manifest.epochs.length === 1; // an analysis has one moment, not a history
+    id("player").hidden = single();
     id("slider").max = Math.max(0, manifest.epochs.length - 1);
     const last = manifest.epochs.length - 1;
     if (last < 0) { shown = null; index = -1; render(); } else select(followed ? last : Math.min(index, last));
   }
+
+  const single = () => manifest.complete && manifest.epochs.length === 1; // an analysis has one moment, not a history
 
   /* ---- choosing an epoch ---- */
 
@@ -108,7 +110,7 @@ const GLASSARMOR = (() => {
 
   function context(after, view, chart) {
     return {
-      history: manifest.epochs, index, select, ui, view, chart, after,
+      history: manifest.epochs, single: single(), index, select, ui, view, chart, after,
       blob: (key) => blobs.get(key),
       limit: (group, row) => (limits[`${view}/${chart}/${group}`] || [])[row] || 0,
     };

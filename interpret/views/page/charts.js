@@ -69,6 +69,7 @@ const Charts = (() => {
                           values: ctx.history.map((e) => e.scalars[key] ?? null) }))
       .filter((s) => s.values.some((v) => v !== null));
     const title = el("h3", { class: "chart-title" }, chart.title);
+    if (ctx.single && series.length) return bars({ title: chart.title, labels: series.map((s) => s.label), values: series.map((s) => s.values[0]), unit: share ? "%" : chart.unit });
     if (!series.length) return el("figure", { class: "card" }, title, el("p", { class: "muted" }, "No values yet."));
     const readings = series.map(() => el("b", {}));
     const legend = el("div", { class: "legend" }, series.map((s, i) =>

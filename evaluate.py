@@ -1,0 +1,165 @@
+"""Look into a trained network: the full analysis of one attack on one set of images, as a page, pictures and JSON.
+
+python evaluate.py checkpoint=runs/NAME attack=cw images=128
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from interpret.views.encode import plain
+from interpret.views.figures import write_png
+from interpret.views.page import KeyFigure, ReportPage, write_atomic
+from interpret.views.view import Bars, Lines, Table, View
+from lightning_modules.callbacks.dashboard import Dashboard
+from lightning_modules.console import clear_errors, console
+from lightning_modules.networks.build import load_weights, make_network
+from lightning_modules.run_folder import commit, versions
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+KEY_FIGURES = (
+    KeyFigure("outcome/clean_acc", "Accuracy, clean", "%"),
+    KeyFigure("outcome/robust_acc", "Accuracy under attack", "%"),
+    KeyFigure("outcome/success", "Success of the attack", "%"),
+    KeyFigure("cam/interpretability", "Interpretability score"),
+)
+
+
+def located(checkpoint: str) -> tuple[Path, Path | None]:
+    """The weights file, and the config of the run it belongs to where there is one.
+
+    Raises:
+        ValueError: no such file, or a folder without a checkpoint.
+    """
+    path = Path(checkpoint).expanduser()
+    weights = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+    if not weights.is_file():
+        raise ValueError(f"checkpoint: expected a run folder or a file of weights, found none at {path}")
+    config = weights.parent.parent / "config.yaml"
+    return weights, config if config.is_file() else None
+
+
+def completed(cfg: DictConfig, run: Path | None) -> DictConfig:
+    """The config with what the command line leaves open taken from the run.
+
+    Raises:
+        ValueError: something is open that no run says.
+    """
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    saved = OmegaConf.load(run) if run is not None else OmegaConf.create()
+    assert isinstance(saved, DictConfig)
+    for key in ("data", "network", "threat", "budget", "channels_last"):
+        if cfg.get(key) is None and saved.get(key) is not None:
+            cfg[key] = saved[key]
+    for key in ("data", "network", "threat"):
+        if cfg.get(key) is None:
+            raise ValueError(
+                f"{key}: the checkpoint lies in no run folder with a config.yaml, so say what it was trained with, "
+                "e.g. data=cifar10 network=resnet18 threat=linf"
+            )
+    if cfg.eps is not None:
+        cfg.threat.eps = cfg.eps
+    return cfg
+
+
+def record(views: list[View], **about: Any) -> dict[str, Any]:
+    """Everything the panels measured, as plain JSON: numbers, sentences, curves, bars and tables; no maps."""
+    kept = (Bars, Lines, Table)
+    return {
+        **about,
+        "scalars": {key: value for view in views for key, value in view.scalars.items()},
+        "panels": {
+            view.name: {
+                "headline": view.headline,
+                "charts": [{"type": type(c).__name__.lower(), **asdict(c)} for c in view.charts if isinstance(c, kept)],
+            }
+            for view in views
+        },
+    }
+
+
+def analyse(cfg: DictConfig, attack_name: str) -> Path:
+    """Attack, observe, measure, draw; returns the folder that holds the page, the pictures and ``analysis.json``."""
+    with clear_errors(cfg.debug):
+        weights, run = located(cfg.checkpoint)
+        cfg = completed(cfg, run)
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        data = instantiate(cfg.data, _convert_="all")
+        data.setup("fit")
+        net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")))
+        load_weights(net, weights)
+        net.eval()
+        images = data.probe(cfg.images, cfg.split)
+        attack = instantiate(cfg.attack, _convert_="all")
+        attack.threat.check(data.image_shape)
+        dashboard = Dashboard(
+            instantiate(cfg.panels, _convert_="all"),
+            images.x,
+            images.y,
+            images.ids,
+            attack,
+            data.class_names,
+            layers=list(cfg.layers),
+        )
+        if not dashboard.panels:
+            raise ValueError("panels: expected at least one, found none")
+        dashboard.prepare(net)
+        of = run.parent.name if run is not None else weights.stem
+        name = cfg.name or re.sub(r"[^A-Za-z0-9_+.-]+", "-", f"{of}_{attack_name}")
+        if Path(name).name != name:
+            raise ValueError(f"name: expected the plain name of a folder inside out={cfg.out}, found {name!r}")
+        folder = Path(cfg.out) / name
+        if (folder / "analysis.json").exists():
+            raise ValueError(f"name: {folder} holds an analysis already; choose another name, or move it away")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with console.status("starting") as status:
+        views = dashboard.look(net.to(device), device, {}, lambda step: status.update(f"{name}: {step}"))
+    meta = {
+        "checkpoint": str(weights),
+        "attack": f"{attack_name}, {attack.threat}",
+        "images": f"{len(images.ids)} of the {cfg.split} split, hash {images.hash}",
+        "observed layers": ", ".join(dashboard.layers),
+        "seed": cfg.seed,
+        "commit": commit(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for view in views:
+        if view.figure is not None:
+            write_png(view.figure, folder / f"{view.name}.png")
+    page = ReportPage(folder, name, meta, key_figures=KEY_FIGURES, overview=None)
+    page.write_epoch(0, 0, {}, views)
+    page.finish()
+    config = OmegaConf.to_container(cfg, resolve=True)
+    text = json.dumps(plain(record(views, meta=meta, versions=versions(), config=config)), indent=1, allow_nan=False)
+    write_atomic(folder / "analysis.json", text + "\n")  # last: its presence says that the analysis is whole
+    for view in views:
+        console.print(f"[bold]{view.title}[/bold]  {view.headline}")
+    console.print(f"page      {page.index}\nnumbers   {folder / 'analysis.json'}\npictures  {folder}/*.png")
+    return folder
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    """Entry point; see ``python evaluate.py --help`` for the groups."""
+    analyse(cfg, HydraConfig.get().runtime.choices["attack"])
+
+
+if __name__ == "__main__":
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its hints are not about this run
+    main()

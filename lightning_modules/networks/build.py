@@ -1,0 +1,54 @@
+"""A network for a data set, fresh or with weights from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from datamodules.images import ImageDataModule
+from lightning_modules.networks.check import check_network
+
+
+def make_network(factory: Callable[..., nn.Module], data: ImageDataModule, channels_last: bool = False) -> nn.Module:
+    """The network for the classes, channels and statistics of ``data``, checked.
+
+    Raises:
+        ValueError: see :func:`lightning_modules.networks.check.check_network`.
+    """
+    net = factory(num_classes=data.num_classes, in_channels=data.image_shape[0], mean=data.mean, std=data.std)
+    check_network(net, data.image_shape, data.num_classes)
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
+
+
+def load_weights(net: nn.Module, path: str | Path) -> None:
+    """Fill ``net`` from a checkpoint of a run, or from a state dict of the network itself; nothing else is unpickled.
+
+    Raises:
+        ValueError: no such file, no weights in it, or weights of another network.
+    """
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ValueError(f"checkpoint: {path} cannot be read ({type(error).__name__}: {error})") from error
+    state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+    if any(name.startswith("net.") for name in state):
+        state = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+    wanted = net.state_dict()
+    missing, foreign = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in wanted.keys() & state.keys()
+        if state[name].shape != wanted[name].shape
+    ]
+    if missing or foreign or shapes:
+        found = [f"missing {sorted(missing)[:3]}"] * bool(missing) + [f"unknown {sorted(foreign)[:3]}"] * bool(foreign)
+        raise ValueError(
+            f"checkpoint: {path} does not fit the network: {'; '.join(found + sorted(shapes)[:3])}; "
+            "choose network=... and data=... as in training"
+        )
+    net.load_state_dict(state)

@@ -1,0 +1,141 @@
+"""The analysis command on a real run, and on weights from elsewhere; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+import evaluate
+import train
+from interpret.views.page import read_script
+from tests.composing import SMALL, config, options
+
+FAST = ("images=12", "panels.sensitivity.points=3", "panels.units.steps=2", "threads=1")
+
+
+def command(monkeypatch: pytest.MonkeyPatch, script: object, *overrides: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", *overrides])
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    script.main()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NETRC", os.devnull)
+        steps = ("defense.attack.steps=1", "val_attack.steps=1", "probe.attack.steps=1", "compare_undefended=false")
+        options = (*SMALL, *steps, "panels=[]", "wandb.mode=disabled", "trainer.max_epochs=2", "threads=1")
+        command(patch, train, *options, f"out={out}", "name=net")
+    return out / "net"
+
+
+def analysis(folder: Path) -> dict:
+    return json.loads((folder / "analysis.json").read_text())
+
+
+def test_a_run_is_analysed_from_its_folder_alone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command(monkeypatch, evaluate, *FAST, f"checkpoint={run}", f"out={tmp_path}")
+    folder = tmp_path / "net_pgd"
+    found = analysis(folder)
+    assert found["config"]["data"]["_target_"] == "datamodules.digits.Digits"
+    assert found["config"]["threat"]["eps"] == 0.06
+    # The numbers are those of that net on those images: clean accuracy recomputed without the command.
+    parts = train.build(config(*SMALL, "panels=[]"))
+    state = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    parts.module.load_state_dict(state)
+    images = parts.data.probe(12, "test")
+    assert images.hash in found["meta"]["images"]
+    right = parts.module.net.eval()(images.x).argmax(1) == images.y
+    assert found["scalars"]["outcome/clean_acc"] == pytest.approx(float(right.float().mean()))
+    assert found["scalars"]["outcome/robust_acc"] <= found["scalars"]["outcome/clean_acc"]
+    assert 0 < found["scalars"]["units/gap/stage1"] < 1
+    tables = {chart["title"] for chart in found["panels"]["cam"]["charts"] if chart["type"] == "table"}
+    assert "Where the kinds of regions lie relative to the maps" in tables
+    for panel in ("outcome", "pse", "units", "sensitivity", "cam", "attribution"):
+        assert np.ptp(imread(folder / f"{panel}.png")) > 0.5
+    manifest = read_script(folder / "data" / "manifest.js")
+    assert manifest["complete"]
+    assert manifest["overview"] is None
+    with pytest.raises(SystemExit):  # nothing is overwritten
+        command(monkeypatch, evaluate, *FAST, f"checkpoint={run}", f"out={tmp_path}")
+
+
+def test_the_same_analysis_twice_gives_the_same_numbers(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        command(monkeypatch, evaluate, *FAST, f"checkpoint={run}", f"out={tmp_path}", f"name={name}")
+    one, two = (analysis(tmp_path / name) for name in ("one", "two"))
+    assert one["scalars"] == two["scalars"]
+    assert one["panels"] == two["panels"]
+
+
+def test_a_state_dict_from_elsewhere_needs_its_surroundings_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    weights = tmp_path / "weights.pt"
+    torch.save({name.removeprefix("net."): v for name, v in state.items() if name.startswith("net.")}, weights)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, evaluate, *FAST, f"checkpoint={weights}", f"out={tmp_path}")
+    assert "data: the checkpoint lies in no run folder" in capsys.readouterr().err
+    named = ("data=digits", "network=small_cnn", "network.width=0.25", "threat=l2", "eps=0.3", "panels=[outcome]")
+    command(monkeypatch, evaluate, "images=12", *named, f"checkpoint={weights}", f"out={tmp_path}", "name=named")
+    found = analysis(tmp_path / "named")
+    assert "L2(eps=0.3)" in found["meta"]["attack"]
+    assert found["scalars"]["outcome/l2"] is None or found["scalars"]["outcome/l2"] <= 0.3 + 1e-5
+    with pytest.raises(SystemExit):
+        command(monkeypatch, evaluate, *named[:2], "threat=l2", f"checkpoint={weights}", f"out={tmp_path}")
+    assert "does not fit the network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("checkpoint=nowhere", "checkpoint: expected a run folder or a file of weights"),
+        ("images=100000", "expected 1 to 40 images of the test split"),
+        ("split=train", "split must be val or test"),
+        ("layers=[stage9]", "no layer 'stage9'"),
+        ("eps=8", "threat.eps"),
+        ("name=a/b", "plain name"),
+        ("panels=[]", "panels: expected at least one"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, evaluate, f"checkpoint={run}", f"out={tmp_path}", "images=12", override)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("attack", [name for name in options("attack") if name != "pgd"])
+def test_every_attack_is_analysed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str) -> None:
+    small = {
+        "cw": ("attack.steps=10", "attack.search_steps=2"),
+        "ead": ("attack.steps=10", "attack.search_steps=2"),
+        "group_sparse": ("attack.steps=10", "attack.search_steps=2"),
+        "cam_cw": ("attack.attack.steps=10", "attack.attack.search_steps=2"),
+    }.get(attack, ())
+    command(
+        monkeypatch, evaluate, "images=12", f"checkpoint={run}", f"out={tmp_path}", f"attack={attack}", *small,
+        "panels=[outcome,pse]",
+    )  # fmt: skip
+    scalars = analysis(tmp_path / f"net_{attack}")["scalars"]
+    assert scalars["outcome/robust_acc"] <= scalars["outcome/clean_acc"]
+    if attack == "cam_pgd" and scalars["outcome/pixels"] is not None:
+        assert scalars["outcome/pixels"] <= 0.41  # two regions of a fifth each
