@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from datamodules.images import ImageDataModule
 from lightning_modules.networks.check import check_network
 
 
-def make_network(factory: Callable[..., nn.Module], data: ImageDataModule, channels_last: bool = False) -> nn.Module:
+class ImageData(Protocol):
+    """What a network must know of its images."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+
+def make_network(factory: Callable[..., nn.Module], data: ImageData, channels_last: bool = False) -> nn.Module:
     """The network for the classes, channels and statistics of ``data``, checked.
 
     Raises:
