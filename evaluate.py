@@ -104,7 +104,7 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
         net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")))
         load_weights(net, weights)
         net.eval()
-        images = data.probe(cfg.images, cfg.split)
+        images = data.probe(cfg.images, cfg.split, "images")
         attack = instantiate(cfg.attack, _convert_="all")
         attack.threat.check(data.image_shape)
         dashboard = Dashboard(

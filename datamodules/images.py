@@ -258,17 +258,20 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             world_size=1 if trainer is None else trainer.world_size,
         )
 
-    def probe(self, n: int, split: Literal["val", "test"] = "val") -> ProbeBatch:
+    def probe(self, n: int, split: Literal["val", "test"] = "val", key: str = "probe.size") -> ProbeBatch:
         """``n`` images of a split, as many of each class as it has to give, the same in every run with this seed.
+
+        Args:
+            key: what an error calls ``n``.
 
         Raises:
             ValueError: another split, or ``n`` is not in 1..its length.
         """
         if split not in ("val", "test"):
-            raise ValueError(f"split must be val or test, got {split!r}")
+            raise ValueError(f"split: expected val or test, found {split!r}")
         part = self.val if split == "val" else self.test
         if not isinstance(n, int) or not 1 <= n <= len(part):
-            raise ValueError(f"expected 1 to {len(part)} images of the {split} split, got {n!r}")
+            raise ValueError(f"{key}: expected 1 to {len(part)} images of the {split} split, found {n!r}")
         labels = part.labels
         generator = seeded(_PROBE, self.seed)
         ranks = class_ranks(labels, generator)

@@ -100,8 +100,8 @@ def test_a_state_dict_from_elsewhere_needs_its_surroundings_named(
     ("override", "message"),
     [
         ("checkpoint=nowhere", "checkpoint: expected a run folder or a file of weights"),
-        ("images=100000", "expected 1 to 40 images of the test split"),
-        ("split=train", "split must be val or test"),
+        ("images=100000", "images: expected 1 to 40 images of the test split"),
+        ("split=train", "split: expected val or test"),
         ("layers=[stage9]", "no layer 'stage9'"),
         ("eps=8", "threat.eps"),
         ("name=a/b", "plain name"),
