@@ -1,4 +1,7 @@
-"""Interpretation-guided terms: what the dashboard shows, made part of the loss (all ours, following 1904.02057)."""
+"""Interpretation-guided terms: what the dashboard shows, made part of the loss.
+
+PSE and unit sensitivity are ours, following 1904.02057; the CAM discrepancy is that of 2006.14748.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from defenses.terms import Ramp, Term
-from interpret.metrics import RunningSensitivity
-from interpret.observation import Observation
+from interpret.cam import cam_change, class_activation_map
+from interpret.metrics import ClassCentroids, RunningSensitivity, TurningCounts
+from interpret.observation import Label, Observation
+from interpret.profiles import evidence_position, pooled, turning_layer
 from interpret.pse import contribution, margin_evidence, sum_positions
 from interpret.sensitivity import EPS, unit_change, unit_spread
 
@@ -93,27 +98,42 @@ class PSE(Term):
 
 
 class UnitSensitivity(Term):
-    """Movement of the units that attacks move most: L = Σ_l mean_k ω_k · mean|ΔA_k| / std_k.
+    """Movement of the units that attacks move most: L = Σ_l λ_l · mean_k ω_k · mean|ΔA_k| / std_k.
 
     ω: running relative sensitivity of each unit over the epoch before (1 in the first), scaled to mean 1, without
     gradient.  std_k: the unit's clean standard deviation, with its gradient, so that shrinking or killing a unit gains
-    nothing.
+    nothing.  λ: 1, or where attacks turn the prediction (ours, following the idea of 2103.10229).
 
     Args:
         weight: a number or a ramp.
         layers: default: every stage of the net (:func:`interpret.observation.feature_layers`).
+        at: "all" weighs the layers alike; "turning" by how many samples of the epoch before had their turning layer there
+            (:func:`interpret.profiles.turning_layer`, between the class centroids of the epoch before that one), scaled
+            to mean 1 over layers: all ones in the first two epochs, and after an epoch in which nothing turned.
+
+    Raises:
+        ValueError: another ``at``.
     """
 
     needs_clean = True
     needs_attack = True
 
-    def __init__(self, weight: float | Ramp = 0.5, layers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, weight: float | Ramp = 0.5, layers: Sequence[str] = (), at: Literal["all", "turning"] = "all"
+    ) -> None:
         super().__init__(weight, layers)
+        if at not in ("all", "turning"):
+            raise ValueError(f"regularizers.sensitivity.at: expected all or turning, found {at!r}")
+        self.at = at
         self.running = nn.ModuleList()
+        self.turning: _Turning | None = None
 
     def prepare(self, obs: Observation, features: tuple[str, ...]) -> None:
         self.layers = self.layers or features
         device = obs.adv.x.device
+        if self.at == "turning":
+            self.layers = tuple(name for name in obs.adv.acts if name in self.layers)  # a first layer needs an order
+            self.turning = _Turning(obs, self.layers).to(device)
         self.running = nn.ModuleList(RunningSensitivity(obs.adv.acts[layer].shape[1]) for layer in self.layers).to(device)
         for i, layer in enumerate(self.layers):
             self.register_buffer(f"omega{i}", torch.ones(obs.adv.acts[layer].shape[1], device=device))
@@ -125,14 +145,127 @@ class UnitSensitivity(Term):
                 sensitivity = running.compute()
                 self.get_buffer(f"omega{i}").copy_(sensitivity / (sensitivity.mean() + EPS))
                 running.reset()
+        if self.turning is not None:
+            self.turning.end_epoch()
 
     def forward(self, obs: Observation) -> Tensor:
         """(N,)."""
+        if self.training and self.turning is not None:
+            self.turning.update(obs, self.layers)
         total = torch.zeros(len(obs.y), device=obs.y.device)
         for i, (layer, running) in enumerate(zip(self.layers, self.running, strict=True)):
             assert isinstance(running, RunningSensitivity)
             if self.training:
                 running.update(obs, layer)
             omega = self.get_buffer(f"omega{i}")
-            total = total + (omega * unit_change(obs, layer) / (unit_spread(obs, layer) + EPS)).mean(1)
+            part = (omega * unit_change(obs, layer) / (unit_spread(obs, layer) + EPS)).mean(1)
+            total = total + (part if self.turning is None else self.turning.share[i] * part)
         return total
+
+
+class _Turning(nn.Module):
+    """``share`` (L,): how often each layer was the turning layer in the epoch before, scaled to mean 1; no gradient."""
+
+    share: Tensor
+
+    def __init__(self, obs: Observation, layers: Sequence[str]) -> None:
+        super().__init__()
+        shapes = [(obs.adv.logits.shape[1], obs.adv.acts[layer].shape[1]) for layer in layers]
+        self.running = nn.ModuleList(ClassCentroids(*shape) for shape in shapes)
+        self.counts = TurningCounts(len(layers))
+        self.register_buffer("share", torch.ones(len(layers)))
+        for i, shape in enumerate(shapes):
+            # Not a number until a class was seen: no line can then be said to have crossed over to it.
+            self.register_buffer(f"centroids{i}", torch.full(shape, torch.nan))
+
+    @torch.no_grad()
+    def update(self, obs: Observation, layers: Sequence[str]) -> None:
+        lines: dict[str, list[Tensor]] = {"clean": [], "adv": []}
+        for i, (layer, running) in enumerate(zip(layers, self.running, strict=True)):
+            clean, adv = (pooled(forward.acts[layer]) for forward in (obs.clean, obs.adv))
+            assert isinstance(running, ClassCentroids)
+            running.update(clean, obs.y)
+            centroids = self.get_buffer(f"centroids{i}")
+            for name, features in (("clean", clean), ("adv", adv)):
+                lines[name].append(evidence_position(features, centroids[obs.y], centroids[obs.target]))
+        self.counts.update(turning_layer(torch.stack(lines["clean"]), torch.stack(lines["adv"])))
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        for i, running in enumerate(self.running):
+            assert isinstance(running, ClassCentroids)
+            if running.samples.sum() == 0:  # an epoch without a batch changes nothing
+                return
+            self.get_buffer(f"centroids{i}").copy_(running.compute())
+            running.reset()
+        counts = self.counts.compute().float()
+        self.share.copy_(counts / counts.mean() if counts.sum() > 0 else torch.ones_like(counts))
+        self.counts.reset()
+
+
+class CAMDiscrepancy(Term):
+    """How far the attack moves the class activation maps (Boopathy et al. 2020, 2006.14748).
+
+        D = ‖ΔCAM_t0‖₁ + Σ_{c≠t0} q_c ‖ΔCAM_c‖₁,    q the softmax at x' over the wrong classes, with its gradient.
+
+    ΔCAM is :func:`interpret.cam.cam_change`, the l1 norm a sum over the P positions.  Below pooling and a linear head an
+    attack that makes class c win has to pay for it: ½(‖ΔCAM_t0‖₁ + ‖ΔCAM_c‖₁) ≥ (P/2)·(Z_t0 − Z_c at x).
+
+    Args:
+        weight: a number or a ramp; 0.01 as published.
+        layers: default: the last feature layer; below a pooled linear head the bound is exact there and the term is cheap.
+        classes: how many wrong classes count, the most probable at x'; a backward from the logits to the layer each
+            (in separate passes: two).  Null takes all, as published.  With fewer, q stays the share among all wrong
+            classes, so that D is a lower bound of the published one (ours).
+        scale: "none" as published; it falls when the logits shrink.  "share" (ours, as in :class:`PSE`) divides by the
+            same sum for the clean maps instead of their change, gradient through both.
+
+    Raises:
+        ValueError: an option outside what is listed.
+    """
+
+    needs_clean = True
+    needs_graph = True
+    needs_attack = True
+
+    def __init__(
+        self,
+        weight: float | Ramp = 0.01,
+        layers: Sequence[str] = (),
+        classes: int | None = 9,
+        scale: Literal["none", "share"] = "none",
+    ) -> None:
+        super().__init__(weight, layers)
+        if classes is not None and (not isinstance(classes, int) or classes < 1):
+            raise ValueError(
+                f"regularizers.cam_discrepancy.classes: expected a whole number >= 1 or null, found {classes!r}"
+            )
+        if scale not in ("none", "share"):
+            raise ValueError(f"regularizers.cam_discrepancy.scale: expected none or share, found {scale!r}")
+        self.classes, self.scale = classes, scale
+
+    def prepare(self, obs: Observation, features: tuple[str, ...]) -> None:
+        self.layers = self.layers or features[-1:]
+        for layer in self.layers:
+            if obs.adv.acts[layer].dim() != 4:
+                raise ValueError(f"regularizers.cam_discrepancy.layers: {layer!r} gives no feature map (N, C, H, W)")
+
+    def forward(self, obs: Observation) -> Tensor:
+        """Mean over layers, (N,)."""
+        q = obs.adv.logits.scatter(1, obs.y[:, None], -torch.inf).softmax(1)
+        wrong = q.shape[1] - 1
+        shares, order = q.topk(min(self.classes or wrong, wrong), dim=1)
+        ranked = list(zip(order.unbind(1), shares.unbind(1), strict=True))
+        return torch.stack([self._value(obs, layer, ranked) for layer in self.layers]).mean(0)
+
+    def _value(self, obs: Observation, layer: str, ranked: list[tuple[Tensor, Tensor]]) -> Tensor:
+        def size(maps: Tensor) -> Tensor:
+            return maps.abs().flatten(1).sum(1)
+
+        labels: list[tuple[Label | Tensor, Tensor | float]] = [("true", 1.0), *ranked]
+        moved = torch.stack([share * size(cam_change(obs, layer, c)) for c, share in labels]).sum(0)
+        if self.scale == "none":
+            return moved
+        clean = torch.stack([share * size(class_activation_map(obs, layer, c, "clean")) for c, share in labels]).sum(0)
+        positions = obs.adv.acts[layer].flatten(2).shape[2]
+        return moved / (clean + EVIDENCE_FLOOR * positions)

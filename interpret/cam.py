@@ -11,8 +11,8 @@ from torch.nn.functional import interpolate
 from interpret.observation import Label, Observation, Side
 
 
-def class_activation_map(obs: Observation, layer: str, label: Label = "true", side: Side = "adv") -> Tensor:
-    """Map of a class over the positions of a layer, (N, h, w), signed, differentiable.
+def class_activation_map(obs: Observation, layer: str, label: Label | Tensor = "true", side: Side = "adv") -> Tensor:
+    """Map of a class (given classes: (N,), one a sample) over the positions of a layer, (N, h, w), signed, differentiable.
 
     Σ_k α_k A_k with α_k the mean over positions of ∂Z_c/∂A_k: Grad-CAM before its ReLU, times the number of positions.
     So scaled, below global average pooling and a linear head it is Zhou's CAM, Σ_k w_ck A_k, and its mean plus the bias
@@ -28,7 +28,7 @@ def class_activation_map(obs: Observation, layer: str, label: Label = "true", si
     return (alpha * act).sum(1)
 
 
-def cam_change(obs: Observation, layer: str, label: Label = "true") -> Tensor:
+def cam_change(obs: Observation, layer: str, label: Label | Tensor = "true") -> Tensor:
     """Signed difference CAM_c(x') − CAM_c(x), (N, h, w)."""
     return class_activation_map(obs, layer, label, "adv") - class_activation_map(obs, layer, label, "clean")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torchmetrics import Metric
 
 from interpret.observation import Observation
@@ -66,3 +67,49 @@ class RunningSensitivity(Metric):
         mean = self.total / positions
         variance = (self.squares / positions - mean.square()).clamp_min(0)
         return (self.change / samples / (variance.sqrt() + EPS)).float()
+
+
+class ClassCentroids(Metric):
+    """Mean feature vector of each class over all samples seen, (K, D), NaN for a class without samples.
+
+    States are sums in float64, saved with the model.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    total: Tensor
+    samples: Tensor
+
+    def __init__(self, classes: int, features: int) -> None:
+        super().__init__()
+        for name, shape in (("total", (classes, features)), ("samples", (classes, 1))):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, y: Tensor) -> None:
+        """Features (N, D) and labels (N,)."""
+        member = one_hot(y, len(self.total)).double()  # a product: sums by index are not reproducible on a GPU
+        self.total += member.T @ features.detach().double()
+        self.samples += member.sum(0)[:, None]
+
+    def compute(self) -> Tensor:
+        return (self.total / self.samples).float()
+
+
+class TurningCounts(Metric):
+    """How many samples turned at each of L layers, (L,); see :func:`interpret.profiles.turning_layer`."""
+
+    full_state_update = False
+    higher_is_better = None
+    counts: Tensor
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(layers, dtype=torch.long), dist_reduce_fx="sum", persistent=True)
+
+    def update(self, turned: Tensor) -> None:
+        """Index of the turning layer of each sample, (N,); negative: none."""
+        self.counts += torch.bincount(turned[turned >= 0], minlength=len(self.counts))
+
+    def compute(self) -> Tensor:
+        return self.counts

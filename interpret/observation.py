@@ -105,7 +105,7 @@ class Observation:
     clean_pass: Forward | None
     create_graph: bool = False
     joined: Forward | None = None  # the pass over [x; x'], where there was one: its activations lead to the logits
-    _cache: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def clean(self) -> Forward:
@@ -121,11 +121,14 @@ class Observation:
     def side(self, side: Side) -> Forward:
         return self.adv if side == "adv" else self.clean
 
-    def labels(self, label: Label) -> Tensor:
+    def labels(self, label: Label | Tensor) -> Tensor:
+        """Class of each sample, (N,): the true one, the target, or those that are given."""
+        if isinstance(label, Tensor):
+            return label
         return self.y if label == "true" else self.target
 
-    def logit(self, label: Label, side: Side = "adv") -> Tensor:
-        """Logit of the true or the target class, (N,)."""
+    def logit(self, label: Label | Tensor, side: Side = "adv") -> Tensor:
+        """Logit of the true, the target or a given class of each sample, (N,)."""
         return self.side(side).logits.gather(1, self.labels(label)[:, None]).squeeze(1)
 
     def delta(self, layer: str) -> Tensor:
@@ -136,11 +139,12 @@ class Observation:
                 self._cache[key] = self.adv.acts[layer].float() - self.clean.acts[layer].float()
         return self._cache[key]
 
-    def layer_gradient(self, layer: str, side: Side = "adv", label: Label = "true") -> Tensor:
-        """∂Z_c/∂A of a layer, c the true or the target class of each sample; the layer's shape, fp32.
+    def layer_gradient(self, layer: str, side: Side = "adv", label: Label | Tensor = "true") -> Tensor:
+        """∂Z_c/∂A of a layer, c the true, the target or a given class of each sample; the layer's shape, fp32.
 
         One backward serves this layer and all observed layers after it, is kept, and is differentiable if the observation
-        was made with ``create_graph``.  So ask for early layers first.  Under batch statistics the samples of a batch are
+        was made with ``create_graph``.  So ask for early layers first, and for given classes (N,) with one and the same
+        tensor: what is kept for it is found by identity.  Under batch statistics the samples of a batch are
         coupled by the BatchNorms above the layer; the gradient then holds their cross terms too.
 
         Raises:

@@ -34,7 +34,7 @@ def step(*overrides: str) -> train.Parts:
     return parts
 
 
-REGULARIZERS = ["[]", "[pse]", "[sensitivity]", "[pse,sensitivity]"]
+REGULARIZERS = ["[]", "[pse]", "[sensitivity]", "[pse,sensitivity]", "[cam_discrepancy]"]
 
 
 @pytest.mark.parametrize(("defense", "regularizers"), list(itertools.product(options("defense"), REGULARIZERS)))

@@ -9,7 +9,7 @@ from torch import nn
 from defenses.attacks import FGSMRS, NFGSM, PGD
 from defenses.defense import Defense
 from defenses.objectives import KLToClean
-from defenses.regularizers import PSE, UnitSensitivity
+from defenses.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
 from defenses.terms import AdversarialCE, CleanCE, LogitPairing, MartBCE, MartKL, Ramp, TradesKL
 from defenses.threat import Linf
 from interpret.observation import observe
@@ -35,6 +35,7 @@ REGULARIZERS = {
     "": dict,
     "pse": lambda: {"pse": PSE(0.5)},
     "sensitivity": lambda: {"sensitivity": UnitSensitivity(0.1)},
+    "cam": lambda: {"cam": CAMDiscrepancy(0.01)},
     "pse+sensitivity": lambda: {"pse": PSE(0.5), "sensitivity": UnitSensitivity(0.1)},
 }
 ROBUST = [name for name in DEFENSES if name != "none"]
@@ -188,7 +189,7 @@ def test_regularizers_lower_what_they_measure(name):
             optimizer.step()
         return float(defense(net, x, y).terms["term"])
 
-    for make in (lambda: PSE(5.0), lambda: UnitSensitivity(5.0)):
+    for make in (lambda: PSE(5.0), lambda: UnitSensitivity(5.0), lambda: CAMDiscrepancy(0.05)):
         assert value_after(make(), True) < 0.9 * value_after(make(), False)
 
 

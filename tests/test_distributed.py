@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from interpret.metrics import KindShares, RunningSensitivity
+from interpret.metrics import ClassCentroids, KindShares, RunningSensitivity
 from interpret.observation import Observation, observe
 from interpret.pse import region_effects
 from tests.reference.nets import batch, conv_bn
@@ -27,11 +27,13 @@ def observations(sizes: tuple[int, ...]) -> list[tuple[Observation, tuple[torch.
 def measure(rank: int, sizes: tuple[int, ...], world: int) -> dict[str, torch.Tensor]:
     net = conv_bn().eval()
     found = observations(sizes)
-    sensitivity, shares = RunningSensitivity(found[0][0].adv.acts["act1"].shape[1]), KindShares()
+    units = found[0][0].adv.acts["act1"].shape[1]
+    sensitivity, shares, centroids = RunningSensitivity(units), KindShares(), ClassCentroids(5, units)
     for obs, (x, x_adv, y) in found[rank::world]:
         sensitivity.update(obs, "act1")
+        centroids.update(obs.clean.acts["act1"].mean((2, 3)), y)
         shares.update(region_effects(net, x, x_adv, y, regions=(2, 2)))
-    return {"sensitivity": sensitivity.compute(), "shares": shares.compute()}
+    return {"sensitivity": sensitivity.compute(), "shares": shares.compute(), "centroids": centroids.compute()}
 
 
 def process(rank: int, sizes: tuple[int, ...], port: int, out: str) -> None:
@@ -52,5 +54,6 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(together["sensitivity"], alone["sensitivity"])
         torch.testing.assert_close(together["shares"], alone["shares"])
+        torch.testing.assert_close(together["centroids"], alone["centroids"], equal_nan=True)
     own = measure(1, sizes, 2)  # outside a process group: one process's own part, to show that the parts differ
     assert not torch.allclose(own["sensitivity"], alone["sensitivity"], rtol=1e-3)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from defenses.regularizers import EVIDENCE_FLOOR, PSE, UnitSensitivity
+from defenses.regularizers import EVIDENCE_FLOOR, PSE, CAMDiscrepancy, UnitSensitivity
 from defenses.terms import AdversarialCE, CleanCE, LogitPairing, MartBCE, MartKL, Ramp, TradesKL
+from interpret.cam import cam_change
 from interpret.observation import Observation, observe
 from interpret.pse import unit_effects
 from interpret.sensitivity import unit_sensitivity
@@ -16,6 +19,7 @@ from tests.reference import differences
 from tests.reference import losses as reference_losses
 from tests.reference import signals as reference
 from tests.reference.nets import batch, conv_bn
+from tests.reference.trained import attacked
 
 LAYERS = ("act1", "act2")
 
@@ -176,7 +180,7 @@ def test_sensitivity_counts_only_in_training():
     assert term.running[0].samples == 0
 
 
-@pytest.mark.parametrize("term", [PSE(), PSE(over="both", power=2), UnitSensitivity()])
+@pytest.mark.parametrize("term", [PSE(), PSE(over="both", power=2), UnitSensitivity(), CAMDiscrepancy()])
 def test_no_attack_effect_is_value_zero_and_finite_gradient(term):
     net = conv_bn().train()
     x, _, y = batch()
@@ -185,6 +189,155 @@ def test_no_attack_effect_is_value_zero_and_finite_gradient(term):
     assert value.abs().max() < 1e-4
     value.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+# Where attacks turn the prediction.  One unit a layer; the means of class 0 and 1 stand at 0 and 1 on the evidence axis of
+# every layer, which the first epoch learns; then adversarial images of class 0 turn where the test puts them.
+
+
+class Passes(nn.Module):
+    """Three layers of one unit, each a scaled copy of a channel of the image; logits of two classes, read by nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 1, 1, bias=False) for _ in range(3))
+        with torch.no_grad():
+            for channel, layer in enumerate((self.first, self.second, self.third)):
+                layer.weight.copy_(nn.functional.one_hot(torch.tensor(channel), 3).view(1, 3, 1, 1) * (channel + 1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = [layer(x).mean((1, 2, 3)) for layer in (self.first, self.second, self.third)]
+        return torch.stack(scores[:2], 1)
+
+
+NAMES = ("third", "first", "second")  # told in another order than they run in
+ORDER = ("first", "second", "third")
+
+
+def passes(adversarial: list[list[float]], y: list[int]) -> Observation:
+    """An observation of images that stand at their own class, and adversarial ones at these places by layer."""
+    net, labels = Passes().eval(), torch.tensor(y)
+    x = labels.float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2) + torch.tensor([[-0.2, 0.2], [0.1, -0.1]])
+    x_adv = torch.tensor(adversarial)[:, :, None, None].expand(-1, -1, 2, 2)
+    return observe(net, x, x_adv, labels, target=1 - labels, layers=ORDER)
+
+
+TURNS = [[0.9, 0.8, 1.0], [0.2, 0.9, 0.7], [0.9, 0.1, 0.6], [0.4, 0.9, 0.3], [0.0, 0.0, 0.9]]  # at 0, 1, 2, never, 2
+
+
+def test_sensitivity_weighs_layers_by_where_the_prediction_turned():
+    still = passes([[0.0] * 3, [1.0] * 3], [0, 1])
+    turned = passes(TURNS, [0] * 5)
+    terms = {at: UnitSensitivity(layers=NAMES, at=at) for at in ("all", "turning")}
+    for term in terms.values():
+        prepared(term, still)
+    where = terms["turning"]
+    assert where.layers == ORDER
+    for obs in (turned, still):  # nothing turns before the centroids are known, whatever the attack does
+        where(obs)
+    where.end_epoch()
+    assert where.turning.share.tolist() == [1, 1, 1]
+    assert where.turning.centroids1.flatten().tolist() == pytest.approx([0.0, 2.0], abs=1e-6)
+    where(turned)
+    where.end_epoch()
+    assert where.turning.share.tolist() == pytest.approx([0.75, 0.75, 1.5])  # 1 : 1 : 2
+    for i in range(3):  # and the parts are weighed so
+        where.get_buffer(f"omega{i}").fill_(1)
+    parts = [prepared(UnitSensitivity(layers=[name]), still)(turned) for name in ORDER]
+    torch.testing.assert_close(where(turned), 0.75 * parts[0] + 0.75 * parts[1] + 1.5 * parts[2])
+    where.end_epoch()  # the last epoch held no class 1: its centroid is unknown now, nothing turned
+    where(turned)
+    where.end_epoch()
+    assert where.turning.share.tolist() == [1, 1, 1]
+
+
+def test_turning_estimates_survive_a_checkpoint_in_the_middle_of_an_epoch():
+    still, turned = passes([[0.0] * 3, [1.0] * 3], [0, 1]), passes(TURNS, [0] * 5)
+    terms = [prepared(UnitSensitivity(layers=ORDER, at="turning"), still) for _ in range(2)]
+    terms[0](still)
+    terms[0].end_epoch()
+    terms[0](turned)
+    terms[1].load_state_dict(terms[0].state_dict())
+    for term in terms:
+        term(passes(TURNS[:1], [0]))
+        term.end_epoch()
+        assert term.turning.share.tolist() == pytest.approx([1.2, 0.6, 1.2])  # 2 : 1 : 2
+    assert all(
+        torch.equal(value.nan_to_num(-1), terms[1].state_dict()[name].nan_to_num(-1))
+        for name, value in terms[0].state_dict().items()
+    )
+    assert not terms[1].turning.share.requires_grad
+
+
+def test_sensitivity_everywhere_keeps_no_estimates_of_turns():
+    net = conv_bn()
+    term = prepared(UnitSensitivity(at="all"), observed(net))
+    assert [name for name in term.state_dict() if "turning" in name] == []
+    beside = prepared(UnitSensitivity(at="turning"), observed(net))
+    assert torch.equal(beside(observed(net, seed=1)), term(observed(net, seed=1)))  # the first epoch: all ones
+
+
+CAM_OPTIONS = [(classes, scale) for classes in (None, 1, 2, 9) for scale in ("none", "share")]
+
+
+@pytest.mark.parametrize(("classes", "scale"), CAM_OPTIONS)
+def test_cam_discrepancy_equals_the_slow_reference(classes, scale):
+    net = conv_bn()
+    for mode in differences.MODES:
+        obs = observed(net, mode)
+        head = (net.head.weight.detach().double().numpy(), net.head.bias.detach().double().numpy())
+        expected = reference.cam_discrepancy(*acts(obs, "act2"), *head, obs.y.numpy(), classes, scale, EVIDENCE_FLOOR)
+        close(prepared(CAMDiscrepancy(classes=classes, scale=scale), obs)(obs), expected)
+        assert expected.min() > 1e-3
+
+
+def test_cam_discrepancy_with_fewer_classes_is_a_lower_bound():
+    obs = observed(conv_bn())
+    values = torch.stack([prepared(CAMDiscrepancy(classes=k), obs)(obs) for k in (1, 2, 3, 4, None)])
+    assert (values.diff(dim=0) >= 0).all()
+    assert (values[0] < values[-1]).all()
+    torch.testing.assert_close(values[-2], values[-1])  # five classes have four wrong ones
+
+
+def test_a_changed_prediction_costs_cam_discrepancy():
+    """½(‖ΔCAM_t0‖₁ + ‖ΔCAM_c‖₁) ≥ (P/2)·(clean margin of t0 over c) where c wins at x' (the paper's bound, with biases)."""
+    net, x, x_adv, y, _ = attacked(n=64)
+    obs = observe(net, x, x_adv, y, layers=["act2"])
+    flipped = (obs.adv.logits.argmax(1) != y) & (obs.clean.logits.argmax(1) == y)
+    assert flipped.sum() > 8
+    half = sum(cam_change(obs, "act2", label).abs().sum((1, 2)) for label in ("true", "target")) / 2
+    bound = obs.adv.acts["act2"][0, 0].numel() / 2 * (obs.logit("true", "clean") - obs.logit("target", "clean"))
+    assert (half >= bound * (1 - 1e-5))[flipped].all()
+    assert (half / bound)[flipped].min() < 2.5  # close enough to mean something
+    # and it is tight: one unit a class, all positions moved alike until both logits meet
+    tight = [torch.tensor([[[[3.0]], [[1.0]]]]).expand(1, 2, 2, 2), torch.tensor([[[[2.0]], [[2.0]]]]).expand(1, 2, 2, 2)]
+    head = nn.Sequential(
+        OrderedDict(act=nn.Identity(), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(2, 2))
+    )
+    with torch.no_grad():
+        head.head.weight.copy_(torch.eye(2))
+        head.head.bias.zero_()
+    obs = observe(head, *tight, torch.tensor([0]), layers=["act"])
+    assert prepared(CAMDiscrepancy(layers=["act"]), obs)(obs).item() / 2 == 4 / 2 * (3 - 1)
+
+
+def test_cam_discrepancy_asks_for_positions():
+    obs = observe(conv_bn().eval(), *batch()[:2], batch()[2], layers=["flatten"])
+    with pytest.raises(ValueError, match=r"regularizers\.cam_discrepancy\.layers: 'flatten' gives no feature map"):
+        CAMDiscrepancy(layers=["flatten"]).prepare(obs, ())
+
+
+@pytest.mark.parametrize(
+    ("term", "options", "message"),
+    [
+        (UnitSensitivity, {"at": "some"}, "regularizers.sensitivity.at: expected all or turning, found 'some'"),
+        (CAMDiscrepancy, {"classes": 0}, "regularizers.cam_discrepancy.classes: expected a whole number >= 1 or null"),
+        (CAMDiscrepancy, {"scale": "margin"}, "regularizers.cam_discrepancy.scale: expected none or share, found 'margin'"),
+    ],
+)
+def test_other_options_outside_the_list(term, options, message):
+    with pytest.raises(ValueError, match=message):
+        term(**options)
 
 
 @pytest.mark.parametrize(
@@ -227,11 +380,16 @@ def test_ramp():
 
 
 TERMS = {
-    "pse units share": lambda: PSE(layers=LAYERS),
-    "pse both squared": lambda: PSE(layers=LAYERS, over="both", power=2),
-    "pse positions top none": lambda: PSE(layers=LAYERS, over="positions", top=0.5, scale="none"),
-    "pse both raw": lambda: PSE(layers=LAYERS, over="both", scale="none"),
+    **{
+        f"pse {over} {power} {top} {scale}": lambda o=over, p=power, t=top, s=scale: PSE(1.0, LAYERS, o, p, t, s)
+        for over, power, top, scale in OPTIONS
+        if scale != "margin"  # held fixed: tested below
+    },
     "sensitivity": lambda: UnitSensitivity(layers=LAYERS),
+    "sensitivity turning": lambda: UnitSensitivity(layers=LAYERS, at="turning"),
+    **{
+        f"cam {k} {scale}": lambda k=k, s=scale: CAMDiscrepancy(1.0, LAYERS, k, s) for k, scale in CAM_OPTIONS if k in (1, 9)
+    },
     "trades": TradesKL,
     "mart bce": MartBCE,
     "mart kl": MartKL,
@@ -246,6 +404,8 @@ def test_gradients_are_true(mode, name, double_precision):
     if isinstance(term, UnitSensitivity):
         term(make())
         term.end_epoch()  # weights that are not all one; no gradient goes through them
+        if term.turning is not None:
+            term.turning.share.copy_(torch.tensor([0.4, 1.6]))
     differences.check(net, lambda: differences.weighted(term(make())))
 
 

@@ -111,3 +111,19 @@ def omega(batches: list[tuple[ndarray, ndarray]]) -> ndarray:
     """ω after an epoch of batches: relative sensitivity over all its samples at once, scaled to mean 1."""
     v = relative_sensitivity(np.concatenate([a for a, _ in batches]), np.concatenate([b for _, b in batches]))
     return v / v.mean()
+
+
+def cam_discrepancy(
+    a: ndarray, a_adv: ndarray, w: ndarray, b: ndarray, y: ndarray, classes: int | None, scale: str, floor: float = 0.1
+) -> ndarray:
+    """‖ΔCAM_t0‖₁ + Σ_{c≠t0} q_c ‖ΔCAM_c‖₁ per sample, (N,); the sum over the most probable wrong classes only."""
+    values = []
+    for i in range(len(a)):
+        z = w @ a_adv[i].mean((1, 2)) + b
+        wrong = [c for c in range(len(z)) if c != y[i]]
+        q = {c: np.exp(z[c]) / sum(np.exp(z[d]) for d in wrong) for c in wrong}
+        shares = {y[i]: 1.0} | {c: q[c] for c in sorted(wrong, key=lambda c: -z[c])[:classes]}
+        moved = sum(share * np.abs(cam(a_adv[i], w, c) - cam(a[i], w, c)).sum() for c, share in shares.items())
+        clean = sum(share * np.abs(cam(a[i], w, c)).sum() for c, share in shares.items())
+        values.append(moved if scale == "none" else moved / (clean + floor * a[i][0].size))
+    return np.array(values)
