@@ -3,8 +3,11 @@
 from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD, Attack
 from defenses.defense import Defense, StepOutput
 from defenses.evaluation import accuracy_under
+from defenses.masking import UnitMask, choose_units, fine_tune, masked, unit_scores
+from defenses.minimum_norm import CarliniWagner, ElasticNet, GroupSparse
 from defenses.objectives import CrossEntropy, KLToClean, Margin, Objective, Targeted
-from defenses.regularizers import PSE, UnitSensitivity
+from defenses.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
+from defenses.supported import Supported
 from defenses.terms import AdversarialCE, CleanCE, LogitPairing, MartBCE, MartKL, Ramp, Term, TradesKL
 from defenses.threat import L2, Linf, Threat
 
@@ -17,9 +20,13 @@ __all__ = [
     "PSE",
     "AdversarialCE",
     "Attack",
+    "CAMDiscrepancy",
+    "CarliniWagner",
     "CleanCE",
     "CrossEntropy",
     "Defense",
+    "ElasticNet",
+    "GroupSparse",
     "KLToClean",
     "Linf",
     "LogitPairing",
@@ -29,10 +36,16 @@ __all__ = [
     "Objective",
     "Ramp",
     "StepOutput",
+    "Supported",
     "Targeted",
     "Term",
     "Threat",
     "TradesKL",
+    "UnitMask",
     "UnitSensitivity",
     "accuracy_under",
+    "choose_units",
+    "fine_tune",
+    "masked",
+    "unit_scores",
 ]

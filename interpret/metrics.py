@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 from interpret.observation import Observation
 from interpret.pse import KIND_NAMES, PromotionSuppression
-from interpret.sensitivity import EPS, unit_change
+from interpret.sensitivity import EPS, silent_units, unit_change
 
 
 class KindShares(Metric):
@@ -35,6 +35,10 @@ class RunningSensitivity(Metric):
 
     States are sums in float64 (means of means would be wrong for unequal batches), saved with the model so that a
     resumed run goes on from the same estimates.
+
+    Args:
+        units: C.
+        silent: as in :func:`interpret.sensitivity.relative_unit_sensitivity`: 0 for a loss, ``SILENT`` for rankings.
     """
 
     full_state_update = False
@@ -45,8 +49,9 @@ class RunningSensitivity(Metric):
     samples: Tensor
     positions: Tensor
 
-    def __init__(self, units: int) -> None:
+    def __init__(self, units: int, silent: float = 0.0) -> None:
         super().__init__()
+        self.silent = silent
         for name in ("change", "total", "squares"):
             self.add_state(name, torch.zeros(units, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
         for name in ("samples", "positions"):
@@ -66,7 +71,9 @@ class RunningSensitivity(Metric):
         positions, samples = self.positions.clamp_min(1), self.samples.clamp_min(1)  # no data: no sensitivity
         mean = self.total / positions
         variance = (self.squares / positions - mean.square()).clamp_min(0)
-        return (self.change / samples / (variance.sqrt() + EPS)).float()
+        spread = variance.sqrt()
+        relative = (self.change / samples / (spread + EPS)).float()
+        return relative.masked_fill(silent_units(spread, self.silent), 0) if self.silent else relative
 
 
 class ClassCentroids(Metric):
