@@ -1,5 +1,6 @@
 """Resist: threat models, attacks, robust losses, interpretation-guided regularisers, and the defense they make up."""
 
+from defenses.adaptive import AdaptivePGD
 from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD, Attack
 from defenses.defense import Defense, StepOutput
 from defenses.evaluation import accuracy_under
@@ -18,6 +19,7 @@ __all__ = [
     "NFGSM",
     "PGD",
     "PSE",
+    "AdaptivePGD",
     "AdversarialCE",
     "Attack",
     "CAMDiscrepancy",

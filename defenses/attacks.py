@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -11,6 +12,8 @@ from defenses.losses import margin
 from defenses.objectives import CrossEntropy, KLToClean, Objective
 from defenses.threat import Threat, parse_eps, per_sample
 from interpret.modes import undisturbed
+
+Value = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (N, C, H, W) → logits (N, K), what is maximised (N,)
 
 
 class Attack(Protocol):
@@ -95,26 +98,36 @@ class PGD:
         self.calls += 1
         with undisturbed(net):
             x, y = x.detach().clone(), y.clone()  # clones: tensors made under inference mode refuse autograd
-            clean = None
-            if self.objective.needs_clean:
-                with torch.no_grad():
-                    clean = net(x)
-            best = self._ascend(net, x, y, clean, generator)
+            value = self._value(net, x, y)
+            best = self._ascend(x, value, generator)
             if self.restarts > 1:
-                score = self._score(net, best, y, clean)
+                score = self._score(value, best, y)
             for _ in range(self.restarts - 1):
-                candidate = self._ascend(net, x, y, clean, generator)
-                better = self._score(net, candidate, y, clean)
+                candidate = self._ascend(x, value, generator)
+                better = self._score(value, candidate, y)
                 best = torch.where(per_sample(better > score, x), candidate, best)
                 score = torch.maximum(score, better)
         return best
 
-    def _ascend(self, net: nn.Module, x: Tensor, y: Tensor, clean: Tensor | None, generator: torch.Generator) -> Tensor:
+    def _value(self, net: nn.Module, x: Tensor, y: Tensor) -> Value:
+        """What is maximised, as a function of x' alone; whatever it needs of x is computed here, once a call."""
+        clean = None
+        if self.objective.needs_clean:
+            with torch.no_grad():
+                clean = net(x)
+
+        def value(x_adv: Tensor) -> tuple[Tensor, Tensor]:
+            logits = net(x_adv)
+            return logits, self.objective(logits, y, clean)
+
+        return value
+
+    def _ascend(self, x: Tensor, value: Value, generator: torch.Generator) -> Tensor:
         x_adv = self._begin(x, generator)
         for _ in range(self.steps):
             x_adv.requires_grad_()
             # A sum, not a mean: in low precision a mean's small gradients underflow to sign 0.
-            total = self.objective(net(x_adv), y, clean).sum()
+            total = value(x_adv)[1].sum()
             (gradient,) = torch.autograd.grad(total, x_adv)
             x_adv = self._step(x, x_adv.detach() + self.step_size * self.threat.ascent(gradient))
         return x_adv
@@ -129,12 +142,12 @@ class PGD:
     def _step(self, x: Tensor, x_adv: Tensor) -> Tensor:
         return self.threat.project(x, x_adv)
 
-    def _score(self, net: nn.Module, x_adv: Tensor, y: Tensor, clean: Tensor | None) -> Tensor:
-        """Objective, lifted above every other where the sample is misclassified."""
+    def _score(self, value: Value, x_adv: Tensor, y: Tensor) -> Tensor:
+        """What is maximised, lifted above every other where the sample is misclassified."""
         with torch.no_grad():
-            logits = net(x_adv)
-            value = self.objective(logits, y, clean).double()
-        return torch.where(margin(logits, y) > 0, value + 1e9, value)
+            logits, found = value(x_adv)
+            found = found.detach().double()
+            return torch.where(margin(logits, y) > 0, found + 1e9, found)
 
 
 class FGSM(PGD):
