@@ -10,7 +10,7 @@ import logging
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import hydra
 import pytorch_lightning as pl
@@ -18,9 +18,14 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from datamodules.images import ProbeBatch
+from defenses.masking import Criterion, choose_units, masked
+from interpret.observation import find_layers
 from interpret.views.encode import plain
 from interpret.views.figures import write_png
+from interpret.views.masking import masking_view
 from interpret.views.page import KeyFigure, ReportPage, write_atomic
 from interpret.views.view import Bars, Lines, Table, View
 from lightning_modules.callbacks.dashboard import Dashboard
@@ -61,7 +66,7 @@ def completed(cfg: DictConfig, run: Path | None) -> DictConfig:
     OmegaConf.set_struct(cfg, False)
     saved = OmegaConf.load(run) if run is not None else OmegaConf.create()
     assert isinstance(saved, DictConfig)
-    for key in ("data", "network", "threat", "budget", "channels_last"):
+    for key in ("data", "network", "threat", "budget", "channels_last", "regularizers"):
         if cfg.get(key) is None and saved.get(key) is not None:
             cfg[key] = saved[key]
     for key in ("data", "network", "threat"):
@@ -89,6 +94,20 @@ def record(views: list[View], **about: Any) -> dict[str, Any]:
             for view in views
         },
     }
+
+
+def compare_masked(
+    masking: DictConfig, net: nn.Module, dashboard: Dashboard, choosers: ProbeBatch, device: torch.device
+) -> View:
+    """The net as it is, with the chosen units masked, and with as many masked at random; each attacked anew."""
+    layers = list(masking.layers) or [dashboard.layers[-1]]
+    x, y = choosers.x.to(device), choosers.y.to(device)
+    dashboard.attack.reseed(1)
+    x_adv = dashboard.attack(net, x, y)
+    masks = [choose_units(net, x, x_adv, y, layers, masking.share, by, fill=masking.fill) for by in (masking.by, "random")]
+    probes = [dashboard.probe(each, device, {}) for each in (net, *(masked(net, mask).eval() for mask in masks))]
+    units = {layer: (~keep).nonzero().flatten().tolist() for layer, keep in masks[0].keep.items()}
+    return masking_view(probes, units, masking.by)
 
 
 def analyse(cfg: DictConfig, attack_name: str) -> Path:
@@ -119,6 +138,14 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
         if not dashboard.panels:
             raise ValueError("panels: expected at least one, found none")
         dashboard.prepare(net)
+        if cfg.masking.by is not None:
+            if cfg.masking.by not in get_args(Criterion) or not 0 < cfg.masking.share < 1:
+                raise ValueError(
+                    f"masking: expected by={'|'.join(get_args(Criterion))} and 0 < share < 1, "
+                    f"found by={cfg.masking.by} share={cfg.masking.share}"
+                )
+            find_layers(net, list(cfg.masking.layers), key="masking.layers")
+            choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
         of = run.parent.name if run is not None else weights.stem
         name = cfg.name or re.sub(r"[^A-Za-z0-9_+.-]+", "-", f"{of}_{attack_name}")
         if Path(name).name != name:
@@ -128,8 +155,12 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
             raise ValueError(f"name: {folder} holds an analysis already; choose another name, or move it away")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = net.to(device)
     with console.status("starting") as status:
-        views = dashboard.look(net.to(device), device, {}, lambda step: status.update(f"{name}: {step}"))
+        views = dashboard.look(net, device, {}, lambda step: status.update(f"{name}: {step}"))
+        if cfg.masking.by is not None:
+            status.update(f"{name}: masking")
+            views.append(compare_masked(cfg.masking, net, dashboard, choosers, device))
     meta = {
         "checkpoint": str(weights),
         "attack": f"{attack_name}, {attack.threat}",

@@ -15,6 +15,9 @@ from matplotlib.image import imread
 
 import evaluate
 import train
+from defenses.attacks import PGD
+from defenses.masking import UnitMask, masked
+from defenses.threat import Linf
 from interpret.views.page import read_script
 from tests.composing import SMALL, config, options
 
@@ -105,6 +108,7 @@ def test_a_state_dict_from_elsewhere_needs_its_surroundings_named(
         ("layers=[stage9]", "no layer 'stage9'"),
         ("eps=8", "threat.eps"),
         ("name=a/b", "plain name"),
+        ("masking.by=luck", "masking: expected by="),
         ("panels=[]", "panels: expected at least one"),
     ],
 )
@@ -121,6 +125,28 @@ def test_bad_input_is_refused_before_any_work(
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_masked_net_is_attacked_through_its_mask(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    masking = ("masking.by=margin", "masking.share=0.5", "masking.images=20", "masking.layers=[stage2,stage3]")
+    command(monkeypatch, evaluate, "images=12", "panels=[outcome]", f"checkpoint={run}", f"out={tmp_path}", *masking)
+    found = analysis(tmp_path / "net_pgd")
+    tables = {chart["title"]: chart["rows"] for chart in found["panels"]["masking"]["charts"] if chart["type"] == "table"}
+    units = {layer: [int(unit) for unit in text.split(", ")] for layer, text in tables["Masked units"]}
+    assert {layer: len(chosen) for layer, chosen in units.items()} == {"stage2": 4, "stage3": 8}  # half of each
+    # Recompute the masked accuracy under attack without the command.
+    parts = train.build(config(*SMALL, "panels=[]"))
+    parts.module.load_state_dict(torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"])
+    net = parts.module.net.eval()
+    keep = {"stage2": torch.ones(8, dtype=torch.bool), "stage3": torch.ones(16, dtype=torch.bool)}
+    for layer, chosen in units.items():
+        keep[layer][chosen] = False
+    twin = masked(net, UnitMask(keep, {layer: torch.zeros(len(k)) for layer, k in keep.items()}))
+    images = parts.data.probe(12, "test")
+    x_adv = PGD(Linf(0.06), steps=20)(twin, images.x, images.y)
+    robust = float((twin(x_adv).argmax(1) == images.y).float().mean())
+    assert found["scalars"]["masking/outcome/robust_acc/masked"] == pytest.approx(robust)
+    assert found["scalars"]["masking/outcome/clean_acc/as it was"] == found["scalars"]["outcome/clean_acc"]
 
 
 @pytest.mark.parametrize("attack", [name for name in options("attack") if name != "pgd"])

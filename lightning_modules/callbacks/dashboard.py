@@ -94,19 +94,24 @@ class Dashboard(pl.Callback):
         tell: Callable[[str], object] = lambda step: None,
     ) -> list[View]:
         """The views of all panels for the network as it is now; ``tell`` hears what is being done."""
-        x, y = self.x.to(device), self.y.to(device)
-        if not self.layers:
-            self.prepare(net)
-        self.attack.reseed(0)
         forked = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False):
             tell("attack")
-            x_adv = self.attack(net, x, y)
+            probe = self.probe(net, device, scalars)
             with undisturbed(net):
-                obs = observe(net, x, x_adv, y, layers=self.layers)
-                probe = Probe(net, obs, self.layers, self.ids, self.class_names, scalars)
                 views = []
                 for name, panel in self.panels.items():
                     tell(name)
                     views.append(panel(probe))
                 return views
+
+    def probe(self, net: nn.Module, device: torch.device, scalars: Mapping[str, float]) -> Probe:
+        """The probe images, attacked and observed in the network as it is now."""
+        x, y = self.x.to(device), self.y.to(device)
+        if not self.layers:
+            self.prepare(net)
+        self.attack.reseed(0)
+        x_adv = self.attack(net, x, y)
+        with undisturbed(net):
+            obs = observe(net, x, x_adv, y, layers=self.layers)
+        return Probe(net, obs, self.layers, self.ids, self.class_names, scalars)
