@@ -84,7 +84,8 @@ def headline(measured: Sequence[Mapping[str, float]], masked_units: Mapping[str,
     verdict = "helps" if after[1] > max(before[1], control[1]) + 1 else "does not help"
     return (
         f"Masking {count} units by {by.replace('_', '-')} {verdict}: accuracy under attack {before[1]:.1f} → "
-        f"{after[1]:.1f} % ({control[1]:.1f} % with a random mask), clean {before[0]:.1f} → {after[0]:.1f} % ({control[0]:.1f} %)."
+        f"{after[1]:.1f} % ({control[1]:.1f} % with a random mask), "
+        f"clean {before[0]:.1f} → {after[0]:.1f} % ({control[0]:.1f} %)."
     )
 
 
