@@ -164,12 +164,10 @@ def train_row(row: str, overrides: list[str], seed: int, settings: Settings, res
 def mask_rows(base: str, rows: list[str], seed: int, settings: Settings, results: Results) -> None:
     cfg = settings.config(trained_rows()[base], seed)
     weights = results.path(base, seed, "pt")
-    if weights.exists():
-        parts = build(cfg)
-        parts.module.net.load_state_dict(torch.load(weights, weights_only=True))
-    else:
-        parts = fitted(cfg)
-        torch.save(parts.module.net.state_dict(), weights)
+    if not weights.exists():
+        torch.save(fitted(cfg).module.net.state_dict(), weights)
+    parts = build(cfg)  # anew in any case, so that a run that was stopped tunes on the same batches
+    parts.module.net.load_state_dict(torch.load(weights, weights_only=True))
     net, threat = parts.module.net.eval(), instantiate(cfg.threat)
     x, y = as_tensors(parts.data.val)
     x_adv = PGD(threat, steps=settings.steps, seed=1)(net, x, y)

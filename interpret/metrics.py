@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 from torchmetrics import Metric
 
 from interpret.observation import Observation
@@ -95,7 +94,8 @@ class ClassCentroids(Metric):
     @torch.no_grad()
     def update(self, features: Tensor, y: Tensor) -> None:
         """Features (N, D) and labels (N,)."""
-        member = one_hot(y, len(self.total)).double()  # a product: sums by index are not reproducible on a GPU
+        # A product: sums by index are not reproducible on a GPU, and wait for it.
+        member = (y[:, None] == torch.arange(len(self.total), device=y.device)).double()
         self.total += member.T @ features.detach().double()
         self.samples += member.sum(0)[:, None]
 
@@ -116,7 +116,7 @@ class TurningCounts(Metric):
 
     def update(self, turned: Tensor) -> None:
         """Index of the turning layer of each sample, (N,); negative: none."""
-        self.counts += torch.bincount(turned[turned >= 0], minlength=len(self.counts))
+        self.counts += (turned[:, None] == torch.arange(len(self.counts), device=turned.device)).sum(0)
 
     def compute(self) -> Tensor:
         return self.counts
