@@ -129,7 +129,7 @@ def link(
 
 @dataclass(frozen=True)
 class UnitRow:
-    """What is known of one unit; ``concept`` is "" and ``iou`` 0 for dead units.  Promotion, suppression: mean, in logits."""
+    """What is known of one unit.  Dead units have concept "" and IoU 0.  Promotion, suppression: mean, in logits."""
 
     layer: str
     unit: int
