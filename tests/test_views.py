@@ -193,7 +193,7 @@ def some_views(epoch: int, name: str = "val-0") -> list[View]:
             (0, 0, 0),
             (name,),
             "alike",
-            some_maps(seed=epoch, name=name),
+            replace(some_maps(seed=epoch, name=name), own_scale=True),
             (1, 0, -1),
         ),
     )
@@ -434,7 +434,7 @@ def test_restoration_panel_draws_the_three_orders_or_says_that_nothing_was_turne
     panel = RestorationPanel(grid=(4, 4), draws=2)
     obs = probe.obs
     right = replace(obs, y=obs.clean.logits.argmax(1))  # then what changes its answer was turned
-    view = panel(replace(probe, obs=right, _effects={}))
+    view = panel(replace(probe, obs=right, _known={}))
     expected = restoration_curve(
         probe.net,
         obs.clean.x,
@@ -449,7 +449,7 @@ def test_restoration_panel_draws_the_three_orders_or_says_that_nothing_was_turne
         assert lines.series[0] == tuple(expected.by_effect.tolist())
         assert view.scalars["restoration/effect"] == pytest.approx(expected.areas["effect"])
     wrong = replace(obs, y=(obs.clean.logits.argmax(1) + 1) % obs.clean.logits.shape[1])
-    nothing = panel(replace(probe, obs=wrong, _effects={}))
+    nothing = panel(replace(probe, obs=wrong, _known={}))
     assert nothing.charts == ()
     assert "nothing to restore" in nothing.headline
 

@@ -103,11 +103,13 @@ def _(chart: Lines, max_side: int = 64) -> Encoded:
 
 @encode.register
 def _(chart: Scatter, max_side: int = 64) -> Encoded:
-    plain = {field.name: getattr(chart, field.name) for field in fields(chart) if field.name != "details"}
+    if chart.details is not None and not chart.details.own_scale:
+        raise ValueError(f"{chart.title}: details need own_scale=True; their rows belong to points, which may change")
+    flat = {field.name: getattr(chart, field.name) for field in fields(chart) if field.name != "details"}
     if chart.details is None:
-        return Encoded({"type": "scatter", **plain, "details": None})
+        return Encoded({"type": "scatter", **flat, "details": None})
     inner = encode(chart.details, max_side)
-    return Encoded({"type": "scatter", **plain, "details": inner.chart, "detail_limits": inner.limits}, inner.blobs)
+    return Encoded({"type": "scatter", **flat, "details": inner.chart}, inner.blobs)
 
 
 @encode.register
@@ -141,7 +143,10 @@ def _(chart: Maps, max_side: int = 64) -> Encoded:
             largest = [float(np.abs(cell[np.isfinite(cell)]).max(initial=0.0)) for cell in values]
             before = limits.get(column.scale_group, [0.0] * len(largest))
             limits[column.scale_group] = [max(a, b) for a, b in zip(before, largest, strict=True)]
-    return Encoded({"type": "maps", "title": chart.title, "rows": chart.row_titles, "columns": columns}, blobs, limits)
+    encoded: dict[str, Any] = {"type": "maps", "title": chart.title, "rows": chart.row_titles, "columns": columns}
+    if chart.own_scale:
+        return Encoded({**encoded, "limits": limits}, blobs)
+    return Encoded(encoded, blobs, limits)
 
 
 def _cell(column: MapColumn, values: np.ndarray, blobs: dict[str, str]) -> dict[str, Any]:

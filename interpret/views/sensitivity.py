@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from interpret.sensitivity import SensitivityControl, StrengthCurves, sensitivity_control, strength_curves, unit_spread
+from interpret.sensitivity import SensitivityControl, StrengthCurves, strength_curves, unit_spread
 from interpret.views.figures import charts_figure, to_array
 from interpret.views.rows import numpy
 from interpret.views.view import Bars, Lines, Probe, Scatter, Trend, View
@@ -32,7 +32,7 @@ class SensitivityPanel:
         obs = probe.obs
         if not probe.layers:
             return View(self.name, "Sensitivity against noise", "No layer is observed; name some to see their units.", ())
-        controls = sensitivity_control(probe.net, obs.clean.x, obs.adv.x, obs.y, probe.layers, draws=self.draws)
+        controls = probe.sensitivity(self.draws)
         curves = strength_curves(probe.net, obs.clean.x, obs.adv.x, probe.layers, points=self.points)
         title = headline(controls)
         scatter, by_layer = control_scatter(controls), layer_bars(controls)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from interpret.conductance import Conductance, conductance
 from interpret.sensitivity import SILENT, relative_unit_sensitivity
 from interpret.views.figures import charts_figure, to_array
 from interpret.views.rows import class_name, numpy
@@ -90,9 +89,7 @@ def measure(probe: Probe, steps: int = 10) -> list[LayerUnits]:
     if not probe.layers:
         return []
     obs = probe.obs
-    effects: Conductance = conductance(
-        probe.net, obs.clean.x, obs.adv.x, obs.y, obs.target, layers=probe.layers, steps=steps
-    )
+    effects = probe.conductance(steps)
     gaps = effects.relative_gaps
     return [
         LayerUnits(
@@ -181,7 +178,7 @@ def _details(probe: Probe, layers: list[LayerUnits], shown: dict[str, np.ndarray
         for i in range(count)
         for j, side in enumerate(("clean", "adversarial", "difference"))
     )
-    return Maps("Activation of the unit", tuple(titles), columns), tuple(rows)
+    return Maps("Activation of the unit", tuple(titles), columns, own_scale=True), tuple(rows)
 
 
 def _enlarged(values: np.ndarray, side: int) -> np.ndarray:

@@ -6,15 +6,19 @@ A panel is a callable ``(Probe) -> View``.  It measures with the pure functions 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from torch import nn
 
+from interpret.conductance import Conductance, conductance
 from interpret.observation import Observation
 from interpret.pse import PromotionSuppression, region_effects
+from interpret.sensitivity import SensitivityControl, sensitivity_control
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Probe:
     ids: tuple[str, ...]  # fixed identity of each probe image, e.g. "val-17"
     class_names: tuple[str, ...]
     scalars: Mapping[str, float]  # this epoch's metrics, e.g. {"val/robust_acc": 0.61, "train/loss": 1.2}
-    _effects: dict[tuple[int, int], PromotionSuppression] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def grid(self, wanted: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of regions, capped by the image size."""
@@ -40,9 +44,32 @@ class Probe:
     def region_effects(self, wanted: tuple[int, int]) -> PromotionSuppression:
         """Effects (N, G) of the regions of :meth:`grid`, computed once for all panels."""
         grid, obs = self.grid(wanted), self.obs
-        if grid not in self._effects:
-            self._effects[grid] = region_effects(self.net, obs.clean.x, obs.adv.x, obs.y, obs.target, regions=grid)
-        return self._effects[grid]
+        return self._once(
+            ("regions", grid),
+            lambda: region_effects(self.net, obs.clean.x, obs.adv.x, obs.y, obs.target, regions=grid),
+        )
+
+    def conductance(self, steps: int) -> Conductance:
+        """Promotion and suppression of all units and positions of the observed layers, computed once for all panels."""
+        obs = self.obs
+        return self._once(
+            ("conductance", steps),
+            lambda: conductance(self.net, obs.clean.x, obs.adv.x, obs.y, obs.target, layers=self.layers, steps=steps),
+        )
+
+    def sensitivity(self, draws: int) -> dict[str, SensitivityControl]:
+        """Sensitivity of the observed layers to the attack and to noise of equal norm, computed once for all panels."""
+        obs = self.obs
+        return self._once(
+            ("sensitivity", draws),
+            lambda: sensitivity_control(self.net, obs.clean.x, obs.adv.x, obs.y, self.layers, draws=draws),
+        )
+
+    def _once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
+        if key not in self._known:
+            self._known[key] = compute()
+        value: T = self._known[key]
+        return value
 
 
 @dataclass(frozen=True)
@@ -105,11 +132,15 @@ class MapColumn:
 
 @dataclass(frozen=True)
 class Maps:
-    """A grid of pictures: one row a probe image, one column a quantity; scales are shared as ``MapColumn`` says."""
+    """A grid of pictures: one row a probe image, one column a quantity; scales are shared as ``MapColumn`` says.
+
+    ``own_scale``: a row's colour scale is that of this epoch alone, for rows that mean something else each epoch.
+    """
 
     title: str
     row_titles: tuple[str, ...]
     columns: tuple[MapColumn, ...]
+    own_scale: bool = False
 
 
 @dataclass(frozen=True)

@@ -247,9 +247,9 @@ const Charts = (() => {
       const row = i === null ? -1 : chart.detail_rows[i] ?? -1;
       if (!chart.details) return;
       if (row < 0) { below.replaceChildren(el("p", { class: "muted" }, i === null ? "Point at a mark, or choose it, to see its maps." : `${chart.names[i]}: no maps are kept for it.`)); return; }
-      const one = { ...chart.details, title: chart.details.title, rows: [chart.details.rows[row]],
-        columns: chart.details.columns.map((c) => ({ ...c, cells: [c.cells[row]] })) };
-      below.replaceChildren(maps(one, { ...ctx, chart: `${ctx.chart}/detail`, once: true, limit: (group) => (chart.detail_limits[group] || [])[row] || 0 }));
+      const all = chart.details, limits = Object.fromEntries(Object.entries(all.limits).map(([group, values]) => [group, [values[row]]]));
+      const one = { ...all, limits, rows: [all.rows[row]], columns: all.columns.map((c) => ({ ...c, cells: [c.cells[row]] })) };
+      below.replaceChildren(maps(one, { ...ctx, chart: `${ctx.chart}/detail` }));
     }
     ctx.after.push({ holder, draw: (space) => { width = space; redraw(); } });
     return el("figure", { class: `card${chart.details ? " wide" : ""}` }, el("h3", { class: "chart-title" }, chart.title),
@@ -345,6 +345,7 @@ const Charts = (() => {
   function maps(chart, ctx) {
     const key = `${ctx.view}/${ctx.chart}/overlay`;
     const overlaid = chart.columns.some((c) => c.overlay);
+    const limit = (group, row) => (chart.limits ? (chart.limits[group] || [])[row] || 0 : ctx.limit(group, row));
     const paints = [];
     const groups = [...new Set(chart.columns.filter(isMap).map((c) => c.group))];
     const rows = chart.rows.map((title, r) => {
@@ -352,7 +353,7 @@ const Charts = (() => {
       const [name, ...details] = title.split(" · ");
       const row = el("tr", {}, el("th", { scope: "row" }, el("b", {}, name), details.map((d) => el("div", {}, d))));
       cells.forEach((cell, j) => {
-        cell.limit = ctx.limit(cell.column.group, r);
+        cell.limit = limit(cell.column.group, r);
         cell.image = cells.slice(0, j).reverse().find((c) => c.column.kind === "image");
         cell.canvas = el("canvas", { role: "img", "aria-label": describe(cell, title) });
         cell.mark = el("u", {});
@@ -361,11 +362,11 @@ const Charts = (() => {
         cell.canvas.addEventListener("pointerleave", () => { row.classList.remove("pointing"); tip.hidden = true; });
         row.append(el("td", {}, el("div", { class: "cell" }, cell.canvas, cell.mark)));
       });
-      row.append(el("td", {}, groups.map((group) => scale(chart, group, ctx.limit(group, r)))));
+      row.append(el("td", {}, groups.map((group) => scale(chart, group, limit(group, r)))));
       return row;
     });
     const head = el("tr", {}, el("td", {}), chart.columns.map((c) => el("th", { scope: "col" }, c.title, c.unit && el("small", {}, c.unit))),
-      el("th", { scope: "col" }, "Colour scale", el("small", {}, ctx.once ? "of the row, this epoch" : "of the row, over all epochs")));
+      el("th", { scope: "col" }, "Colour scale", el("small", {}, chart.limits ? "of the row" : "of the row, over all epochs")));
     const repaint = () => paints.forEach((draw) => draw());
     repaint();
     const kinds = chart.columns.find((c) => c.kind === "category");
