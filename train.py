@@ -107,6 +107,7 @@ def train(cfg: DictConfig, what: str) -> float:
             every_n_epochs=cfg.probe.every_n_epochs,
         )
         dashboard.prepare(module.net)
+        dashboard.rehearse(module.net)
         check_wandb_mode(cfg.wandb.mode)
         for key in ("max_epochs", "limit_train_batches", "limit_val_batches"):
             if not isinstance(cfg.trainer[key], int | float) or not cfg.trainer[key] > 0:

@@ -235,6 +235,8 @@ ERRORS = [
     (["data=cifar10", "data.root=/nowhere"], ["data.download"]),
     (["data.batch_size=100000"], ["data.batch_size"]),
     (["data.val_fraction=2"], ["data.val_fraction"]),
+    (["panels.dissection.concepts.count=0"], ["panels.dissection", "count"]),
+    (["panels.attribution.method=luck"], ["panels.attribution", "method"]),
     (["probe.size=100000"], ["probe"]),
     (["network=torchvision", "network.name=resnet999"], ["network.name", "resnet999"]),
     (["network=imported"], ["network.target"]),

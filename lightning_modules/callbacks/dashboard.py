@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,22 @@ class Dashboard(pl.Callback):
                 self.layers = feature_layers(net, self.x[:2])
             except ValueError as error:
                 raise ValueError(f"probe.{error}, or leave the panels out with panels=[]") from None
+
+    def rehearse(self, net: nn.Module) -> None:
+        """Draw every panel once for two images, before any training: what would fail at the end of an epoch fails now.
+
+        Raises:
+            ValueError: a panel that cannot be drawn for this network and these images; names it.
+        """
+        few = copy.copy(self)
+        few.x, few.y, few.ids, few.attack = self.x[:2], self.y[:2], self.ids[:2], copy.copy(self.attack)
+        device = next((p.device for p in net.parameters()), few.x.device)
+        for name, panel in self.panels.items():
+            few.panels = {name: panel}
+            try:
+                few.look(net, device, {})
+            except Exception as error:
+                raise ValueError(f"panels.{name}: {error}") from error
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero:
