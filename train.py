@@ -84,6 +84,7 @@ def undefended(cfg: DictConfig) -> DictConfig:
     OmegaConf.set_struct(twin, False)
     twin.regularizers, twin.panels = {}, {}
     twin.defense = OmegaConf.load(CONFIGS / "defense" / "none.yaml")
+    twin.awp.gamma = 0
     return twin
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from defenses.losses import margin
-from defenses.objectives import CrossEntropy, KLToClean, Objective
+from defenses.objectives import CrossEntropy, KLToClean, NuclearCE, Objective
 from defenses.threat import Threat, parse_eps, per_sample
 from interpret.modes import undisturbed
 
@@ -29,6 +30,17 @@ class Attack(Protocol):
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
+class Scalable(Attack, Protocol):
+    """An attack whose ball and steps can follow a schedule."""
+
+    calls: int
+
+    def scaled(self, eps: float, step: float) -> Scalable:
+        """A twin with a ball ``eps`` and steps ``eps · step`` times as large, which draws on from the same place."""
+        ...
+
+
 class PGD:
     """Projected gradient ascent (Madry et al. 2018, 1706.06083) and, as its special cases below, its one-step kin.
 
@@ -38,7 +50,7 @@ class PGD:
     Args:
         threat: the ball.
         steps, step_size: step size in the norm's units, "2/255" accepted; by default 2.5 · eps / steps.
-        start: "uniform" in the ball, "gaussian" (σ = 0.001, as TRADES), or "none".
+        start: "uniform" in the ball, "gaussian" (σ = 0.001, as TRADES), "bernoulli" (each pixel ± eps/2, NuAT), or "none".
         restarts: the worst start wins, sample by sample: first by being misclassified, then by the objective.
         objective: what is maximised.
         seed: of the attack's own generator.  The same call number gives the same start whatever was drawn before, so a
@@ -53,7 +65,7 @@ class PGD:
         threat: Threat,
         steps: int = 10,
         step_size: str | float | None = None,
-        start: Literal["uniform", "gaussian", "none"] = "uniform",
+        start: Literal["uniform", "gaussian", "bernoulli", "none"] = "uniform",
         restarts: int = 1,
         objective: Objective | None = None,
         seed: int = 0,
@@ -62,10 +74,15 @@ class PGD:
             raise ValueError(
                 f"attack: expected whole numbers steps >= 1 and restarts >= 1, found steps={steps!r}, restarts={restarts!r}"
             )
-        if start not in ("uniform", "gaussian", "none"):
-            raise ValueError(f"attack.start: expected uniform, gaussian or none; found {start!r}")
+        if start not in ("uniform", "gaussian", "bernoulli", "none"):
+            raise ValueError(f"attack.start: expected uniform, gaussian, bernoulli or none; found {start!r}")
         if restarts > 1 and start == "none":
             raise ValueError("attack.restarts: several restarts need a random start, found start=none")
+        if restarts > 1 and isinstance(objective, NuclearCE):
+            raise ValueError(
+                "attack.restarts: the worst restart is chosen sample by sample, but the nuclear norm belongs to the batch; "
+                f"expected restarts=1, found {restarts}"
+            )
         if start == "none" and isinstance(objective, KLToClean):
             raise ValueError(
                 "attack.start: the KL to the clean prediction has no gradient at the image itself, so its first step would "
@@ -84,6 +101,11 @@ class PGD:
 
     def reseed(self, call: int) -> None:
         self.calls = call
+
+    def scaled(self, eps: float, step: float) -> PGD:
+        twin = copy.copy(self)
+        twin.threat, twin.step_size = self.threat.scaled(eps), self.step_size * eps * step
+        return twin
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial images (N, C, H, W), fp32, detached.
@@ -137,6 +159,9 @@ class PGD:
             return x.clone()
         if self.start == "gaussian":
             return self._step(x, x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device))
+        if self.start == "bernoulli":
+            corner = torch.rand(x.shape, generator=generator, device=x.device) < 0.5
+            return self._step(x, x + self.threat.eps * (0.5 - corner.float()))
         return self._step(x, x + self.threat.noise(x, generator))
 
     def _step(self, x: Tensor, x_adv: Tensor) -> Tensor:
@@ -173,6 +198,12 @@ class NFGSM(PGD):
     def __init__(self, threat: Threat, noise: float = 2.0, objective: Objective | None = None, seed: int = 0) -> None:
         super().__init__(threat.scaled(1 + noise), steps=1, step_size=threat.eps, objective=objective, seed=seed)
         self.noise_ball = threat.scaled(noise)
+
+    def scaled(self, eps: float, step: float) -> NFGSM:
+        twin = copy.copy(self)
+        twin.threat, twin.step_size = self.threat.scaled(eps), self.step_size * eps * step
+        twin.noise_ball = self.noise_ball.scaled(eps)
+        return twin
 
     def _begin(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return self._step(x, x + self.noise_ball.noise(x, generator))

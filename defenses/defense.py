@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from defenses.attacks import Attack
-from defenses.terms import Term
-from interpret.modes import evaluating, undisturbed
+from defenses.attacks import Attack, Scalable
+from defenses.free import Free
+from defenses.terms import Ramp, Term, at_epoch
+from defenses.weights import AWP, moved
+from interpret.modes import batchnorm_as_found, evaluating, replaying, rng_state, undisturbed
 from interpret.observation import Observation, feature_layers, find_layers, observe
+
+Passes = Literal["auto", "joined", "shared", "separate"]
 
 
 @dataclass(frozen=True)
@@ -28,16 +34,25 @@ class StepOutput:
 class Defense(nn.Module):
     """Robust training loss: ``defense(net, x, y)`` attacks, observes once, and sums the weighted terms.
 
-    Forwards per call, in passes over the batch: those of the attack, 1 at x', and 1 at x if any live term reads it.
-    Where the base loss reads x, both run as one joined batch, with and without regularisers.
+    Forwards per call, in passes over the batch: those of the attack, 1 at x', 1 at x if any live term reads it, the
+    ``extra_passes`` of live terms, and with AWP those of the base loss once more.
 
     Args:
         attack: makes x'; None trains on clean images.
         loss: the base loss by name of its terms, e.g. TRADES = {"clean_ce": CleanCE(), "kl": TradesKL(6)}.
         regularizers: more terms, by name.
+        awp: adversarial weight perturbation against the base loss at the same x'.
+        passes: where both x and x' are read, how BatchNorm sees them. "joined": one batch [x; x']; "shared": the pass over x
+            takes the statistics of x' and updates nothing; "separate": each its own, as most published codes, which hides
+            channel shifts from regularisers and is refused with them.  "auto" is joined where the base loss reads x, with
+            and without regularisers, else shared.
+        attack_batchnorm: the statistics that the attack sees: "running", or "batch", as some published codes do.
+        eps_share: of the attack's ε in training, a number or a ramp over epochs, e.g. a warm-up; its steps shrink with it.
+        step_share: of the attack's step size, likewise.
 
     Raises:
-        ValueError: no base loss, a name used twice, or a term that needs an attack without one.
+        ValueError: no base loss, a name used twice, a term that needs an attack without one, or options that make no
+            sense together; the message says why.
     """
 
     def __init__(
@@ -45,6 +60,12 @@ class Defense(nn.Module):
         attack: Attack | None,
         loss: Mapping[str, Term],
         regularizers: Mapping[str, Term] | None = None,
+        *,
+        awp: AWP | None = None,
+        passes: Passes = "auto",
+        attack_batchnorm: Literal["running", "batch"] = "running",
+        eps_share: float | Ramp = 1.0,
+        step_share: float | Ramp = 1.0,
     ) -> None:
         super().__init__()
         regularizers = regularizers or {}
@@ -63,12 +84,56 @@ class Defense(nn.Module):
                     "choose e.g. defense=pgd_at or defense=trades"
                 )
         self.terms = nn.ModuleDict(live)
-        self.joined = any(term.needs_clean for name, term in live.items() if name in loss)
-        self.needs_clean = any(term.needs_clean for term in live.values())
-        self.needs_graph = any(term.needs_graph for term in live.values())
         self.regularizer_names = tuple(name for name in live if name in regularizers)
+        reads_clean = any(term.needs_clean for name, term in live.items() if name in loss)
+        self.passes = ("joined" if reads_clean else "shared") if passes == "auto" else passes
+        self.awp = awp if awp is not None and awp.gamma > 0 else None
+        self.attack_batchnorm = attack_batchnorm
+        self.eps_share, self.step_share = eps_share, step_share
+        self._refuse(reads_clean)
         self.epoch = 0.0
         self.prepared = False
+
+    def _refuse(self, reads_clean: bool) -> None:
+        """Options that are unknown, or make no sense together."""
+        for key, value, allowed in (
+            ("passes", self.passes, get_args(Passes)),
+            ("attack_batchnorm", self.attack_batchnorm, ("running", "batch")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"defense.{key}: expected {', '.join(allowed)}; found {value!r}")
+        compared = [name for name in self.regularizer_names if self.named_terms()[name].needs_clean]
+        if self.passes == "separate" and compared:
+            raise ValueError(
+                f"defense.passes: regularizers.{compared[0]} compares x and x', and separate passes normalise them apart, "
+                "which hides every channel shift; expected auto, joined or shared"
+            )
+        shares = {"eps_share": self.eps_share, "step_share": self.step_share}
+        for key, share in shares.items():
+            for end in (share.start, share.end) if isinstance(share, Ramp) else (share,):
+                if not isinstance(end, int | float) or not 0 <= end <= 1:
+                    raise ValueError(f"defense.{key}: expected a share in [0, 1] or a Ramp of shares, found {end!r}")
+        for key, used in (
+            *((key, share != 1) for key, share in shares.items()),
+            ("attack_batchnorm", self.attack_batchnorm != "running"),
+            ("awp.gamma", self.awp is not None),
+        ):
+            if used and self.attack is None:
+                raise ValueError(f"defense.{key}: is about the adversarial loss, but this defense has no attack")
+        scheduled = [key for key, share in shares.items() if share != 1]
+        if scheduled and not isinstance(self.attack, Scalable):
+            raise ValueError(
+                f"defense.{scheduled[0]}: {type(self.attack).__name__} has no ball and steps that could follow a schedule; "
+                "expected PGD or one of its one-step kin"
+            )
+        if isinstance(self.attack, Free):
+            if reads_clean:
+                raise ValueError(
+                    "defense.loss: Free-AT takes δ's gradient from the loss itself, which must be one of x' alone, such as "
+                    "AdversarialCE; a distance to the clean prediction has no gradient where δ starts, at 0"
+                )
+            if self.attack_batchnorm != "running":
+                raise ValueError("defense.attack_batchnorm: Free-AT's attack makes no pass of its own; expected running")
 
     def named_terms(self) -> dict[str, Term]:
         return {name: term for name, term in self.terms.items() if isinstance(term, Term)}
@@ -90,7 +155,8 @@ class Defense(nn.Module):
         for name, term in self.named_terms().items():
             if term.layers:
                 find_layers(net, term.layers, key=f"regularizers.{name}.layers")
-        chooses = [name for name in self.regularizer_names if not self.named_terms()[name].layers]
+        regularizers = {name: self.named_terms()[name] for name in self.regularizer_names}
+        chooses = [name for name, term in regularizers.items() if term.looks_inside and not term.layers]
         features: tuple[str, ...] = ()
         if chooses:
             try:
@@ -113,10 +179,12 @@ class Defense(nn.Module):
             raise ValueError(f"defense: expected a finite loss on the first images, found {float(loss)}")
 
     def at(self, epoch: float, step: int) -> None:
-        """Tell ramps the epoch and the attack the step, so that a resumed run repeats an uninterrupted one."""
+        """Tell ramps the epoch, attack and terms the step, so that a resumed run repeats an uninterrupted one."""
         self.epoch = epoch
         if self.attack is not None:
             self.attack.reseed(step)
+        for term in self.named_terms().values():
+            term.reseed(step)
 
     def end_epoch(self) -> None:
         """After the last batch of an epoch, on every process: running estimates become next epoch's weights."""
@@ -133,7 +201,7 @@ class Defense(nn.Module):
         with undisturbed(net), evaluating(self):
             for training in (False, True):
                 net.train(training)
-                obs = observe(net, x, x_adv, y, layers=self.layers, joined=self.joined)
+                obs = observe(net, x, x_adv, y, layers=self.layers, joined=self.passes == "joined")
                 for name, found in values.items():
                     found.append(float(self.named_terms()[name](obs).detach().mean()))
         return {name: (in_eval, in_training - in_eval) for name, (in_eval, in_training) in values.items()}
@@ -147,24 +215,53 @@ class Defense(nn.Module):
         """
         if not self.prepared:
             self.prepare(net, x[:2], y[:2])
-        x_adv = x if self.attack is None else self.attack(net, x, y)
+        x_adv = x if self.attack is None else self._attacked(net, x, y)
+        shifts: dict[nn.Parameter, Tensor] = {}
+        if self.awp is not None and self.epoch >= self.awp.warmup and torch.is_grad_enabled():
+            base = {name: term for name, term in self.named_terms().items() if name not in self.regularizer_names}
+            # The masks of the pass that follows, and no running estimate is fed twice.
+            with replaying(rng_state(x.device), x.device), evaluating(self):
+                shifts = self.awp.shifts(net, lambda: self._step(net, x, x_adv.detach(), y, base).loss)
+        with moved(net, shifts):
+            return self._step(net, x, x_adv, y, self.named_terms())
+
+    def _attacked(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        attack = self.attack
+        assert attack is not None
+        eps, step = at_epoch(self.eps_share, self.epoch), at_epoch(self.step_share, self.epoch)
+        with batchnorm_as_found(net) if self.attack_batchnorm == "batch" else nullcontext():
+            if eps == step == 1:
+                return attack(net, x, y)
+            assert isinstance(attack, Scalable)
+            twin = attack.scaled(eps, step)
+            x_adv = twin(net, x, y)
+            attack.calls = twin.calls
+            return x_adv
+
+    def _step(self, net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, terms: Mapping[str, Term]) -> StepOutput:
+        """Observe once for these terms, and sum them."""
         learning = torch.is_grad_enabled()
-        with torch.set_grad_enabled(learning or self.needs_graph):
+        needs_graph = any(term.needs_graph for term in terms.values())
+        with torch.set_grad_enabled(learning or needs_graph):
             obs = observe(
                 net,
                 x,
                 x_adv,
                 y,
-                layers=self.layers,
-                clean=self.needs_clean,
-                joined=self.joined,
-                create_graph=self.needs_graph and learning,
+                layers=tuple(dict.fromkeys(layer for term in terms.values() for layer in term.layers)),
+                clean=any(term.needs_clean for term in terms.values()),
+                joined=self.passes == "joined",
+                separate=self.passes == "separate",
+                create_graph=needs_graph and learning,
             )
         loss = torch.zeros((), device=x.device)
         values: dict[str, Tensor] = {}
-        weights = {name: term.weight_at(self.epoch) for name, term in self.named_terms().items()}
-        for name, term in self.named_terms().items():
+        weights = {name: term.weight_at(self.epoch) for name, term in terms.items()}
+        for name, term in terms.items():
             weight = weights[name]
+            if weight == 0 and term.extra_passes:  # nothing to keep warm, and its passes cost
+                values[name] = torch.zeros((), device=x.device)
+                continue
             # At weight 0 a ramped term only keeps its running estimates warm.
             with torch.set_grad_enabled(learning and weight != 0):
                 value = term(obs).mean()

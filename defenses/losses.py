@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """−log p_y, (N,)."""
+    """−log p_y, (N,); with smoothing, against (1 − s)·onehot + s/K (Szegedy et al. 2016, 1512.00567, section 7)."""
     return F.cross_entropy(logits.float(), y, reduction="none", label_smoothing=label_smoothing)
 
 
@@ -46,3 +46,11 @@ def mart_kl(clean: Tensor, adv: Tensor, y: Tensor) -> Tensor:
 def logit_pairing(clean: Tensor, adv: Tensor) -> Tensor:
     """‖Z(x) − Z(x')‖², (N,): adversarial logit pairing (Kannan et al. 2018, 1803.06373)."""
     return (clean.float() - adv.float()).square().sum(1)
+
+
+def nuclear_norm(clean: Tensor, adv: Tensor) -> Tensor:
+    """‖Z(x') − Z(x)‖_* / N over the batch as one N × K matrix, (): NuAT (Sriramanan et al. 2021), divided by N as released.
+
+    Through the singular values alone, whose gradient is finite at a matrix of any rank, zero included.
+    """
+    return torch.linalg.svdvals(adv.float() - clean.float()).sum() / len(adv)

@@ -45,6 +45,26 @@ class Margin:
         return losses.margin(logits, y)
 
 
+class NuclearCE:
+    """−log p_y(x') + λ·‖Z(x') − Z(x)‖_* / N, the inner problem of NuAT (Sriramanan et al. 2021).
+
+    The released code leaves the second part out in every other step; here it is always there.
+
+    Args:
+        weight: λ, 4.5 as released.
+    """
+
+    needs_clean: ClassVar[bool] = True
+
+    def __init__(self, weight: float = 4.5) -> None:
+        self.weight = weight
+
+    def __call__(self, logits: Tensor, y: Tensor, clean: Tensor | None) -> Tensor:
+        assert clean is not None
+        # The same for every sample: summed over the batch, as attacks do, it stands beside the summed cross-entropy.
+        return losses.cross_entropy(logits, y) + self.weight * losses.nuclear_norm(clean, logits)
+
+
 class Targeted:
     """log p_t(x') for the class (y + offset) mod K: every sample gets a wrong target.
 

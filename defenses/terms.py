@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defenses import losses
@@ -28,10 +30,27 @@ class Ramp:
         return self.start + (self.end - self.start) * share
 
 
+def at_epoch(value: float | Ramp, epoch: float) -> float:
+    """A number, or a ramp's value at an epoch."""
+    return value(epoch) if isinstance(value, Ramp) else float(value)
+
+
+def check_smoothing(value: float) -> float:
+    """``value`` if it is a label smoothing.
+
+    Raises:
+        ValueError: not in [0, 1).
+    """
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), found {value!r}")
+    return float(value)
+
+
 class Term(nn.Module):
     """One weighted part of a loss.
 
-    Subclasses compute per-sample values (N,), or a scalar, from an :class:`Observation`, without a further pass.
+    Subclasses compute per-sample values (N,), or a scalar, from an :class:`Observation`.  A term that makes passes of its
+    own (:meth:`Observation.look`) says how many in ``extra_passes``; while its weight is 0 it is not evaluated.
 
     Args:
         weight: a number or a :class:`Ramp` over epochs.  A weight that is 0 throughout makes the term absent.
@@ -43,7 +62,9 @@ class Term(nn.Module):
 
     needs_clean: ClassVar[bool] = False  # reads obs.clean
     needs_graph: ClassVar[bool] = False  # differentiates obs.layer_gradient once more
-    needs_attack: ClassVar[bool] = False  # makes no sense at x' = x
+    needs_attack: bool = False  # makes no sense at x' = x
+    extra_passes: int = 0  # over the batch, made by the term itself
+    looks_inside: ClassVar[bool] = True  # a regulariser that names no layer is offered the stages of the net
 
     def __init__(self, weight: float | Ramp = 1.0, layers: Sequence[str] = ()) -> None:
         super().__init__()
@@ -54,7 +75,7 @@ class Term(nn.Module):
         self.layers = tuple([layers] if isinstance(layers, str) else layers)
 
     def weight_at(self, epoch: float) -> float:
-        return self.weight(epoch) if isinstance(self.weight, Ramp) else float(self.weight)
+        return at_epoch(self.weight, epoch)
 
     @property
     def absent(self) -> bool:
@@ -64,6 +85,9 @@ class Term(nn.Module):
 
     def prepare(self, obs: Observation, features: tuple[str, ...]) -> None:
         """Called once before training with an eval-mode observation of ``features`` and of the layers named here."""
+
+    def reseed(self, step: int) -> None:
+        """Make the next call draw the random numbers that belong to ``step``, for terms that draw any."""
 
     def end_epoch(self) -> None:
         """Called after the last batch of an epoch on every process."""
@@ -77,7 +101,7 @@ class AdversarialCE(Term):
 
     def __init__(self, weight: float | Ramp = 1.0, label_smoothing: float = 0.0) -> None:
         super().__init__(weight)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = check_smoothing(label_smoothing)
 
     def forward(self, obs: Observation) -> Tensor:
         return losses.cross_entropy(obs.adv.logits, obs.y, self.label_smoothing)
@@ -90,7 +114,7 @@ class CleanCE(Term):
 
     def __init__(self, weight: float | Ramp = 1.0, label_smoothing: float = 0.0) -> None:
         super().__init__(weight)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = check_smoothing(label_smoothing)
 
     def forward(self, obs: Observation) -> Tensor:
         return losses.cross_entropy(obs.clean.logits, obs.y, self.label_smoothing)
@@ -134,9 +158,48 @@ class LogitPairing(Term):
 
     needs_clean = True
     needs_attack = True
+    looks_inside = False
 
     def __init__(self, weight: float | Ramp = 0.5) -> None:
         super().__init__(weight)
 
     def forward(self, obs: Observation) -> Tensor:
         return losses.logit_pairing(obs.clean.logits, obs.adv.logits)
+
+
+class NuclearNorm(Term):
+    """‖Z(x') − Z(x)‖_* / N of the batch, NuAT (Sriramanan et al. 2021); its weight is λ, released as a ramp 0 → 4.5."""
+
+    needs_clean = True
+    needs_attack = True
+    looks_inside = False
+
+    def __init__(self, weight: float | Ramp = 4.5) -> None:
+        super().__init__(weight)
+
+    def forward(self, obs: Observation) -> Tensor:
+        """()."""
+        return losses.nuclear_norm(obs.clean.logits, obs.adv.logits)
+
+
+class FeatureConsistency(Term):
+    """1 − cos(A(x), A(x')) of a layer: logit pairing moved to features (ours); shrinking the features gains nothing.
+
+    Args:
+        weight: a number or a ramp.
+        layers: default: the last feature layer.
+    """
+
+    needs_clean = True
+    needs_attack = True
+
+    def prepare(self, obs: Observation, features: tuple[str, ...]) -> None:
+        self.layers = self.layers or features[-1:]
+
+    def forward(self, obs: Observation) -> Tensor:
+        """Mean over layers, (N,)."""
+        cosines = [
+            F.cosine_similarity(obs.clean.acts[layer].float().flatten(1), obs.adv.acts[layer].float().flatten(1))
+            for layer in self.layers
+        ]
+        return 1 - torch.stack(cosines).mean(0)

@@ -36,24 +36,16 @@ def frozen(net: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def undisturbed(net: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode, frozen, gradients enabled; afterwards modes, flags, buffers and ``.grad`` are what they were, bit for bit.
-
-    Works inside Lightning's ``validate``/``test`` loops too, which run under inference mode where gradients fail; tensors
-    made outside the block under inference mode must still be cloned by the caller.
-    """
+def buffers_kept(net: nn.Module) -> Iterator[nn.Module]:
+    """Afterwards every buffer (BatchNorm's running statistics) is what it was, bit for bit; no mode or flag is touched."""
     buffers = [
         (module._buffers, name, buffer, buffer.detach().clone())
         for module in net.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    grads = [(parameter, parameter.grad) for parameter in net.parameters()]
-    for parameter, _ in grads:
-        parameter.grad = None  # set aside, so that nothing inside can add to it
     try:
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(net), frozen(net):
-            yield net
+        yield net
     finally:
         with torch.no_grad():
             for owner, name, buffer, value in buffers:
@@ -61,8 +53,49 @@ def undisturbed(net: nn.Module) -> Iterator[nn.Module]:
                 # before must not take the same value for a change.
                 buffer.data.copy_(value)
                 owner[name] = buffer
+
+
+@contextmanager
+def undisturbed(net: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode, frozen, gradients enabled; afterwards modes, flags, buffers and ``.grad`` are what they were, bit for bit.
+
+    Works inside Lightning's ``validate``/``test`` loops too, which run under inference mode where gradients fail; tensors
+    made outside the block under inference mode must still be cloned by the caller.
+    """
+    grads = [(parameter, parameter.grad) for parameter in net.parameters()]
+    for parameter, _ in grads:
+        parameter.grad = None  # set aside, so that nothing inside can add to it
+    try:
+        with buffers_kept(net), torch.inference_mode(False), torch.enable_grad(), evaluating(net), frozen(net):
+            yield net
+    finally:
         for parameter, grad in grads:
             parameter.grad = grad
+
+
+@contextmanager
+def batchnorm_as_found(net: nn.Module) -> Iterator[None]:
+    """Inside, a BatchNorm that trains now normalises by its batch even where the net is put in eval mode; dropout does not.
+
+    The mode in which several published codes attack.  The running statistics are afterwards what they were.
+    """
+    modes: dict[nn.Module, bool] = {}
+
+    def before(module: nn.Module, _inputs: object) -> None:
+        modes[module], module.training = module.training, True
+
+    def after(module: nn.Module, _inputs: object, _output: object) -> None:
+        module.training = modes[module]
+
+    norms = [module for module in net.modules() if isinstance(module, _BatchNorm) and module.training]
+    handles = [module.register_forward_pre_hook(before) for module in norms]
+    handles += [module.register_forward_hook(after, always_call=True) for module in norms]
+    try:
+        with buffers_kept(net):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def rng_state(device: torch.device) -> Tensor:

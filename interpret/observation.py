@@ -107,6 +107,23 @@ class Observation:
     joined: Forward | None = None  # the pass over [x; x'], where there was one: its activations lead to the logits
     _cache: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
+    net: nn.Module | None = field(default=None, repr=False, compare=False)  # what was observed, for `look`
+    x: Tensor | None = None  # the clean images, also where no clean pass was made
+
+    def look(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of further images, fp32, in graph; a pass of its own, in eval mode, as attacks see the net.
+
+        Modes and buffers are left as they were.
+
+        Raises:
+            ValueError: the observation was put together by hand, without its net.
+        """
+        if self.net is None:
+            raise ValueError("this observation does not know its net; make it with observe(...)")
+        with evaluating(self.net):
+            logits: Tensor = self.net(images).float()
+        return logits
+
     @property
     def clean(self) -> Forward:
         """The clean pass.
@@ -187,6 +204,7 @@ def observe(
     layers: Sequence[str] = (),
     clean: bool = True,
     joined: bool = False,
+    separate: bool = False,
     create_graph: bool = False,
 ) -> Observation:
     """Run the adversarial pass (and, if asked for, the clean one) in the net's own mode and record ``layers``.
@@ -200,6 +218,8 @@ def observe(
         clean: whether any reader needs the clean pass.
         joined: one pass over [x; x'], so that both share batch statistics, which the pass also learns from.  Otherwise
             the clean pass reuses the statistics and the dropout masks of the adversarial pass, and updates nothing.
+        separate: instead, two passes, first x and then x', each of which normalises by its own batch and learns from it, as
+            published codes do.  Only where nobody compares activations: see below.
         create_graph: readers may differentiate :meth:`Observation.layer_gradient` again.
 
     Two separate train-mode passes would normalise x and x' apart, and the channel mean of ΔA after a BatchNorm would
@@ -215,6 +235,9 @@ def observe(
         both = _run(net, torch.cat([x, x_adv]), layers)
         clean_pass = Forward(x, both.logits[: len(x)], {name: act[: len(x)] for name, act in both.acts.items()})
         adv = Forward(x_adv, both.logits[len(x) :], {name: act[len(x) :] for name, act in both.acts.items()})
+    elif separate:
+        clean_pass = _run(net, x, layers)
+        adv = _run(net, x_adv, layers)
     else:
         masks = rng_state(x.device)
         statistics: dict[nn.Module, tuple[Tensor, Tensor]] = {}
@@ -224,7 +247,7 @@ def observe(
             clean_pass = _run(net, x, layers)
     if target is None:
         target = strongest_wrong(adv.logits, y)
-    return Observation(y, target, adv, clean_pass, create_graph, both)
+    return Observation(y, target, adv, clean_pass, create_graph, both, net=net, x=x)
 
 
 def _run(net: nn.Module, x: Tensor, layers: Sequence[str]) -> Forward:

@@ -250,7 +250,7 @@ def test_the_gradient_of_kl_to_clean_vanishes_at_the_image():
     [
         ({"steps": 0}, "attack: expected whole numbers steps >= 1 and restarts >= 1, found steps=0"),
         ({"restarts": 0}, "found steps=10, restarts=0"),
-        ({"start": "middle"}, "attack.start: expected uniform, gaussian or none; found 'middle'"),
+        ({"start": "middle"}, "attack.start: expected uniform, gaussian, bernoulli or none; found 'middle'"),
         ({"start": "none", "restarts": 2}, "attack.restarts: several restarts need a random start"),
         ({"step_size": 0}, "attack.step_size: expected a positive number, found 0"),
         ({"step_size": "fast"}, "attack.step_size: expected a number or a fraction"),

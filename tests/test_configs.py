@@ -57,11 +57,28 @@ BUDGET = {  # passes over the batch in one step with K attack steps: bare, with 
     "alp": (lambda k: k + 2, lambda k: k + 2),
     "fgsm_rs": (lambda k: 2, lambda k: 3),
     "n_fgsm": (lambda k: 2, lambda k: 3),
+    "nuat": (lambda k: k + 3, lambda k: k + 3),
+    "free_at": (lambda k: 1, lambda k: 2),
 }
+# Terms that make passes of their own instead of reading the clean one, or beside it.
+PASSES = {"grad_align": 2, "local_linearity": 2, "gradient_norm": 1}
 
 
 def test_the_budget_names_every_defense() -> None:
     assert sorted(BUDGET) == options("defense")
+
+
+def forwards(*overrides: str) -> tuple[float, int]:
+    """Passes over the batch in one step, counted, and the attack's steps."""
+    module = train.build(config(*SMALL, "panels=[]", *overrides)).module
+    x, y = torch.rand(6, 1, 32, 32), torch.arange(6)
+    steps = module.defense.attack.steps if isinstance(module.defense.attack, PGD) else 0
+    seen: list[int] = []
+    module.net.register_forward_pre_hook(lambda _net, images: seen.append(len(images[0])))
+    module.train()
+    module.defense.at(1.0, 0)  # a weight that ramps up from 0 is live
+    module.defense(module.net, x, y).loss.backward()
+    return sum(seen) / len(x), steps
 
 
 @pytest.mark.parametrize(("defense", "regularizers"), list(itertools.product(BUDGET, REGULARIZERS)))
@@ -70,14 +87,29 @@ def test_forwards_stay_in_budget(defense: str, regularizers: str) -> None:
     expected = bare if regularizers == "[]" else regularised
     if expected is None:
         return
-    module = train.build(config(*SMALL, f"defense={defense}", f"regularizers={regularizers}", "panels=[]")).module
-    x, y = torch.rand(6, 1, 32, 32), torch.arange(6)
-    steps = module.defense.attack.steps if isinstance(module.defense.attack, PGD) else 0
-    seen: list[int] = []
-    module.net.register_forward_pre_hook(lambda _net, images: seen.append(len(images[0])))
-    module.train()
-    module.defense(module.net, x, y).loss.backward()
-    assert sum(seen) / len(x) == expected(steps)
+    found, steps = forwards(f"defense={defense}", f"regularizers={regularizers}")
+    assert found == expected(steps)
+
+
+@pytest.mark.parametrize("defense", [name for name in BUDGET if name != "none"])
+def test_other_terms_and_options_stay_in_budget(defense: str) -> None:
+    bare, regularised = BUDGET[defense]
+    word = f"defense={defense}"
+    quick = ["defense.attack.steps=2"] if defense in ("pgd_at", "trades", "mart", "alp") else []
+    schedule = [] if defense == "free_at" else ["defense.attack_batchnorm=batch", "defense.eps_share=0.5"]
+    found, k = forwards(word, *quick, *schedule, "regularizers=[grad_align,gradient_norm,local_linearity]")
+    assert found == bare(k) + sum(PASSES.values())
+    own = 2 if bare(k) == regularised(k) else 1  # passes of the base loss, which alone moves the weights
+    found, k = forwards(word, *quick, "regularizers=[consistency]", "awp.gamma=0.01", "defense.passes=shared")
+    assert found == regularised(k) + own
+    found, k = forwards(word, *quick, "regularizers=[]", "defense.passes=separate")
+    assert found == bare(k)
+
+
+def test_terms_that_need_no_attack_stay_in_budget() -> None:
+    assert forwards("defense=none", "regularizers=[gradient_norm]")[0] == 1 + PASSES["gradient_norm"]
+    search = "regularizers.local_linearity.steps=4"
+    assert forwards("defense=none", "regularizers=[local_linearity]", search)[0] == 1 + 3 + 4
 
 
 @pytest.mark.parametrize("network", [n for n in options("network") if not n.startswith(("wrn", "imported"))])
