@@ -58,6 +58,7 @@ def build(cfg: DictConfig) -> Parts:
     defense = instantiate(cfg.defense, _convert_="all")
     if defense.attack is not None:
         defense.attack.threat.check(data.image_shape)
+    data.replays = defense.replays
     few = data.probe(2)
     defense.prepare(net, few.x, few.y)
     module = RobustClassifier(
@@ -115,7 +116,10 @@ def train(cfg: DictConfig, what: str) -> float:
                 raise ValueError(f"trainer.{key}: expected a number above 0, found {cfg.trainer[key]!r}")
         if not attacks:
             raise ValueError("test_attacks: expected at least one attack for the final table, found none")
-        instantiate(cfg.trainer, logger=False, enable_progress_bar=False, enable_checkpointing=False)  # refuses bad values
+        # refuses bad values
+        checked = instantiate(cfg.trainer, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        if module.defense.replays > 1 and checked.accumulate_grad_batches > 1:
+            raise ValueError("trainer.accumulate_grad_batches: each replay of Free-AT is an optimiser step; expected 1")
         first_epoch = folder.resume_epoch() if folder is not None else 0
         if folder is None:
             folder = RunFolder.create(cfg.out, cfg.name, what, OmegaConf.to_yaml(cfg, resolve=True), probe=probe.hash)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from datamodules.augment import Augmentation
-from datamodules.loader import TensorLoader, seeded
+from datamodules.loader import Replayed, TensorLoader, seeded
 
 _SPLIT, _LIMIT, _PROBE = 11, 12, 13  # keep the uses of one seed apart
 
@@ -150,6 +150,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         augment: for training batches only, e.g. ``Augment(pad=4, flip=True)``.
         train_limit, test_limit: use a stratified subset of so many samples; ``train_limit`` includes the validation.
         on_device: keep the images in the accelerator's memory during a run.
+        replays: yield each training batch so many times in a row (:class:`datamodules.loader.Replayed`).
 
     Raises:
         ValueError: an argument out of its range.
@@ -163,6 +164,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     train_limit: int | None = None
     test_limit: int | None = None
     on_device: bool = False
+    replays: int = 1
 
     train: Images = field(init=False)
     val: Images = field(init=False)
@@ -176,6 +178,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         require_whole("data.batch_size", self.batch_size, 1)
         require_whole("data.eval_batch_size", self.eval_batch_size, 1)
         require_whole("data.seed", self.seed, 0)
+        require_whole("data.replays", self.replays, 1)
         if self.train_limit is not None:
             require_whole("data.train_limit", self.train_limit, 1)
         if self.test_limit is not None:
@@ -233,8 +236,9 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
-    def train_dataloader(self) -> TensorLoader:
-        return self._loader(self.train, self.batch_size, training=True)
+    def train_dataloader(self) -> TensorLoader | Replayed:
+        loader = self._loader(self.train, self.batch_size, training=True)
+        return Replayed(loader, self.replays) if self.replays > 1 else loader
 
     def val_dataloader(self) -> TensorLoader:
         return self._loader(self.val, self.eval_batch_size, training=False)

@@ -127,3 +127,43 @@ class TensorLoader:
                 " the checkpoint"
             )
         self._epoch, self._position, self._resumed = state_dict["epoch"], state_dict["position"], True
+
+
+class Replayed:
+    """Each batch of a loader several times in a row, as free adversarial training asks for; an epoch is so much longer.
+
+    Saves, and resumes at, the replay that comes next.
+    """
+
+    def __init__(self, loader: TensorLoader, times: int) -> None:
+        self.loader, self.times = loader, times
+        self._next: dict[str, Any] | None = None
+        self._done = 0  # replays of the next batch that lie before a checkpoint
+
+    def __len__(self) -> int:
+        return self.times * len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        done, self._done = self._done, 0
+        batches = iter(self.loader)
+        while True:
+            before = self.loader.state_dict()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            for replay in range(done + 1, self.times + 1):
+                # Before the yield, as in the loader itself.
+                self._next = {**before, "replayed": replay} if replay < self.times else self._whole()
+                yield batch
+            done = 0
+
+    def _whole(self) -> dict[str, Any]:
+        return {**self.loader.state_dict(), "replayed": 0}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's state before the next batch, and how many of its replays are done."""
+        return self._next or self._whole()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state_dict)
+        self._done, self._next = state_dict["replayed"], dict(state_dict)

@@ -143,6 +143,11 @@ class Defense(nn.Module):
         """All layers that a term observes, each once."""
         return tuple(dict.fromkeys(layer for term in self.named_terms().values() for layer in term.layers))
 
+    @property
+    def replays(self) -> int:
+        """How many times in a row each batch wants to be trained on."""
+        return self.attack.replays if isinstance(self.attack, Free) else 1
+
     def prepare(self, net: nn.Module, x: Tensor, y: Tensor) -> None:
         """Resolve and check every layer on a few images, before any training; the net is left as it was.
 
