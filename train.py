@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from datamodules.images import ImageDataModule
 from defenses.evaluation import accuracy_under
 from interpret.views.page import ReportPage
+from lightning_modules.callbacks.averaging import averaging
 from lightning_modules.callbacks.checkpointing import checkpoints
 from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.callbacks.progress import ProgressBar
@@ -110,6 +111,9 @@ def train(cfg: DictConfig, what: str) -> float:
         )
         dashboard.prepare(module.net)
         dashboard.rehearse(module.net)
+        average = averaging(cfg.ema)
+        for callback in average:
+            dashboard.net_of = callback.net_of
         check_wandb_mode(cfg.wandb.mode)
         for key in ("max_epochs", "limit_train_batches", "limit_val_batches"):
             if not isinstance(cfg.trainer[key], int | float) or not cfg.trainer[key] > 0:
@@ -154,7 +158,7 @@ def train(cfg: DictConfig, what: str) -> float:
         trainer: pl.Trainer = instantiate(
             cfg.trainer,
             logger=logger or False,
-            callbacks=[dashboard, ProgressBar(), best, last],
+            callbacks=[*average, dashboard, ProgressBar(), best, last],
             default_root_dir=str(folder.path),
         )
         trainer.fit(module, datamodule=data, ckpt_path=str(folder.last) if resumed else None, weights_only=True)
@@ -171,9 +175,10 @@ def train(cfg: DictConfig, what: str) -> float:
         if cfg.compare_undefended:
             console.print("training the same network without defense, for comparison")
             plain = build(undefended(cfg))
-            instantiate(
-                cfg.trainer, logger=False, callbacks=[ProgressBar()], enable_checkpointing=False, limit_val_batches=0
-            ).fit(plain.module, datamodule=plain.data)
+            callbacks = [*averaging(cfg.ema), ProgressBar()]
+            instantiate(cfg.trainer, logger=False, callbacks=callbacks, enable_checkpointing=False, limit_val_batches=0).fit(
+                plain.module, datamodule=plain.data
+            )
             records["undefended"] = judge(plain.module.net)
         table = accuracy_table(f"Accuracy on the test set, {meta['threat']}", records)
         log.results(table, {"threat": meta["threat"], **records})

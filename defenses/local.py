@@ -43,8 +43,10 @@ class _Local(Term):
         self.calls = step
 
     def _generator(self, like: Tensor) -> torch.Generator:
+        # One generator a call: its seed names the call, so nothing has to be saved to repeat it.
+        generator = torch.Generator(like.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
         self.calls += 1
-        return torch.Generator(like.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
+        return generator
 
 
 class GradientNorm(_Local):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from defenses import losses
-from defenses.objectives import CrossEntropy, KLToClean, Margin, Targeted
+from defenses.objectives import CrossEntropy, KLToClean, Margin, NuclearCE, Targeted
 from tests.reference import losses as reference
 
 
@@ -70,6 +70,26 @@ def test_logit_pairing_and_margin(case):
     np.testing.assert_allclose(losses.logit_pairing(torch.tensor(z), torch.tensor(z_adv)), expected, rtol=1e-4, atol=1e-5)
     expected = [reference.margin(a, b) for a, b in zip(z.tolist(), y, strict=True)]
     check(losses.margin(torch.tensor(z), torch.tensor(y)), expected)
+
+
+@given(logits())
+def test_nuclear_norm_of_nuat(case):
+    z, z_adv, y = case
+    expected = reference.nuclear_norm(z, z_adv)
+    found = losses.nuclear_norm(torch.tensor(z), torch.tensor(z_adv))
+    assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    values = NuclearCE(2.0)(torch.tensor(z_adv), torch.tensor(y), torch.tensor(z))
+    entropy = [reference.cross_entropy(a, b) for a, b in zip(z_adv.tolist(), y, strict=True)]
+    assert float(values.sum()) == pytest.approx(sum(entropy) + 2 * len(z) * expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_nuclear_norm_has_a_finite_gradient_at_any_rank(rank):
+    z = torch.zeros(5, 4)
+    z_adv = (torch.randn(5, rank) @ torch.randn(rank, 4)).requires_grad_()
+    (gradient,) = torch.autograd.grad(losses.nuclear_norm(z, z_adv), z_adv)
+    assert gradient.isfinite().all()
+    assert torch.linalg.matrix_norm(gradient, 2) <= 1 / 5 + 1e-5  # a subgradient lies in the spectral ball
 
 
 @given(logits())

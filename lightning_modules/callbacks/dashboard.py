@@ -30,6 +30,8 @@ class Dashboard(pl.Callback):
         layers: observed layers; by default the stages of the network.
         every_n_epochs: how often panels are drawn (the last epoch always); metrics go out each epoch.
         log: where it all goes; may be set later as ``log_to``.
+
+    Shows ``module.net``, or the module itself; set ``net_of`` to show another, e.g. the average of the weights.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Dashboard(pl.Callback):
         self.attack = attack
         self.class_names = tuple(class_names)
         self.log_to = log
+        self.net_of: Callable[[Any], nn.Module] = lambda module: getattr(module, "net", module)
         self.layers = tuple(layers)
         self.every_n_epochs = every_n_epochs
 
@@ -98,8 +101,7 @@ class Dashboard(pl.Callback):
         last = trainer.max_epochs is not None and epoch + 1 >= trainer.max_epochs
         views: list[View] = []
         if self.panels and (last or epoch % self.every_n_epochs == 0):
-            net = getattr(pl_module, "net", pl_module)
-            views = self.look(net, pl_module.device, scalars)
+            views = self.look(self.net_of(pl_module), pl_module.device, scalars)
         assert self.log_to is not None, "Dashboard.log_to was never set"
         self.log_to.epoch(epoch, int(trainer.global_step), scalars, views)
 

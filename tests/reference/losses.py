@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def softmax(z: Sequence[float]) -> list[float]:
     top = max(z)
@@ -41,3 +43,31 @@ def logit_pairing(z: Sequence[float], z_adv: Sequence[float]) -> float:
 
 def margin(z: Sequence[float], y: int) -> float:
     return max(z[c] for c in range(len(z)) if c != y) - z[y]
+
+
+def nuclear_norm(z: np.ndarray, z_adv: np.ndarray) -> float:
+    """NuAT (NeurIPS 2021): sum of the singular values of the N × K difference, divided by N as in the released code.
+
+    As the trace of the root of DᵀD, from its eigenvalues.
+    """
+    d = z_adv.astype(np.float64) - z.astype(np.float64)
+    return float(np.sqrt(np.clip(np.linalg.eigvalsh(d.T @ d), 0, None)).sum() / len(d))
+
+
+def linear_gradient(w: np.ndarray, b: np.ndarray, x: np.ndarray, y: int) -> tuple[float, np.ndarray]:
+    """Cross-entropy of Z = Wx + b and its input gradient Wᵀ(p − onehot)."""
+    z = (w @ x + b).tolist()
+    p = np.array(softmax(z))
+    return cross_entropy(z, y), w.T @ (p - np.eye(len(p))[y])
+
+
+def grad_align(w: np.ndarray, b: np.ndarray, x: np.ndarray, eta: np.ndarray, y: int) -> float:
+    """2007.02617: 1 − cos(∇ℓ(x), ∇ℓ(x + η))."""
+    (_, g), (_, h) = linear_gradient(w, b, x, y), linear_gradient(w, b, x + eta, y)
+    return float(1 - (g @ h) / np.sqrt((g @ g) * (h @ h)))
+
+
+def local_linearity(w: np.ndarray, b: np.ndarray, x: np.ndarray, delta: np.ndarray, y: int) -> tuple[float, float]:
+    """1907.02610: g(δ; x) = |ℓ(x+δ) − ℓ(x) − δᵀ∇ℓ(x)|, and |δᵀ∇ℓ(x)|."""
+    (value, g), (moved, _) = linear_gradient(w, b, x, y), linear_gradient(w, b, x + delta, y)
+    return abs(moved - value - delta @ g), abs(float(delta @ g))

@@ -1,0 +1,152 @@
+"""The average of the weights is what is judged, kept and shown; training and resuming are as without it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+
+import train
+from interpret.views.view import Probe
+from lightning_modules.callbacks.averaging import Averaging
+from lightning_modules.callbacks.dashboard import Dashboard
+from tests.composing import SMALL, config
+
+QUICK = (
+    *SMALL, "defense=n_fgsm", "regularizers=[sensitivity]", "panels=[]", "val_attack.steps=2", "probe.attack.steps=2",
+    "trainer.max_epochs=3", "threads=1", "wandb.mode=disabled", "compare_undefended=false", "ema=0.9",
+)  # fmt: skip
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    train.main()
+
+
+def state(run: Path, name: str, key: str = "state_dict") -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)[key]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, torch.Tensor]]]:
+    """A whole run, and the weights after each step, current ones."""
+    out, steps = tmp_path_factory.mktemp("runs"), []
+
+    class Watch(Averaging):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            super().on_train_batch_end(trainer, pl_module, *rest)
+            steps.append({key: value.clone() for key, value in pl_module.net.state_dict().items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NETRC", os.devnull)
+        patch.setattr(train, "averaging", lambda decay: [Watch(decay)])
+        command(patch, *QUICK, f"out={out}", "name=whole")
+    return out / "whole", steps
+
+
+def test_the_checkpoint_holds_the_average_buffers_included(run) -> None:
+    folder, steps = run
+    assert len(steps) == 3 * 4
+    average = {key: value.double() for key, value in steps[0].items()}
+    for weights in steps[1:]:
+        average = {key: 0.9 * value + 0.1 * weights[key].double() for key, value in average.items()}
+    kept, current = state(folder, "last"), state(folder, "last", "current_model_state")
+    assert any("running_var" in key for key in average)
+    for key, value in average.items():
+        if value.dim():  # the count of batches is a whole number
+            torch.testing.assert_close(kept[f"net.{key}"].double(), value, rtol=1e-4, atol=1e-6)
+            assert torch.equal(current[f"net.{key}"], steps[-1][key])
+    assert not torch.equal(kept["net.head.weight"], current["net.head.weight"])
+
+
+def test_the_average_is_what_selects(run) -> None:
+    """The best checkpoint's weights, judged again, give the accuracy that its epoch was selected by."""
+    folder, _ = run
+    cfg = config(*QUICK)
+    parts = train.build(cfg)
+    parts.module.load_state_dict(state(folder, "best"))
+    trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    (judged,) = trainer.validate(parts.module, datamodule=parts.data, verbose=False)
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["epoch"]
+    for name in ("val/robust_acc", "val/clean_acc"):
+        assert judged[name] == pytest.approx(float(rows[best][name]), abs=1e-6)
+    assert float(rows[best]["val/robust_acc"]) == max(float(row["val/robust_acc"]) for row in rows)
+
+
+def test_training_goes_on_from_the_weights_themselves(run, tmp_path: Path, monkeypatch) -> None:
+    folder, _ = run
+    command(monkeypatch, *QUICK[:-1], f"out={tmp_path}", "name=plain")
+    plain, current = state(tmp_path / "plain", "last"), state(folder, "last", "current_model_state")
+    assert plain.keys() == current.keys()
+    assert [key for key in plain if not torch.equal(plain[key], current[key])] == []
+
+
+def test_an_interrupted_run_resumes_exactly(run, tmp_path: Path, monkeypatch) -> None:
+    original, seen = train.RobustClassifier.training_step, 0
+
+    def fail(module: Any, batch: Any, batch_idx: int) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen > 6:  # in the middle of the second epoch
+            raise KeyError("cut")
+        return original(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.RobustClassifier, "training_step", fail)
+        with pytest.raises(SystemExit):
+            command(monkeypatch, *QUICK, f"out={tmp_path}", "name=cut")
+    command(monkeypatch, f"resume={tmp_path / 'cut'}")
+    for name in ("last", "best"):
+        for key in ("state_dict", "current_model_state"):
+            one, other = state(run[0], name, key), state(tmp_path / "cut", name, key)
+            assert [k for k in one if not torch.equal(one[k], other[k])] == [], (name, key)
+
+
+def test_the_dashboard_shows_the_average_and_the_checkpoint_is_written_after_it(tmp_path: Path) -> None:
+    cfg = config(*QUICK)
+    parts = train.build(cfg)
+    order, shown = [], []
+
+    class Log:
+        def epoch(self, *_: object) -> None:
+            order.append("dashboard")
+
+    class Best(pl.callbacks.ModelCheckpoint):
+        def _save_checkpoint(self, trainer: pl.Trainer, path: str) -> None:
+            order.append("checkpoint")
+            super()._save_checkpoint(trainer, path)
+
+    def panel(probe: Probe) -> None:
+        shown.append({key: value.clone() for key, value in probe.net.state_dict().items()})
+
+    few = parts.data.probe(2)
+    attack = instantiate(cfg.probe.attack)
+    dashboard = Dashboard({"panel": panel}, few.x, few.y, few.ids, attack, parts.data.class_names, log=Log())
+    average = Averaging(0.9)
+    dashboard.net_of = average.net_of
+    trainer = instantiate(
+        cfg.trainer, logger=False, enable_progress_bar=False, max_epochs=1,
+        callbacks=[average, dashboard, Best(tmp_path, "best", save_on_train_epoch_end=True)],
+    )  # fmt: skip
+    trainer.fit(parts.module, datamodule=parts.data)
+    assert order == ["dashboard", "checkpoint"]
+    kept = torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"]
+    assert [key for key, value in shown[0].items() if not torch.equal(value, kept[f"net.{key}"])] == []
+    assert all(torch.equal(value, parts.module.net.state_dict()[key]) for key, value in shown[0].items())
+
+
+@pytest.mark.parametrize("decay", [0, 1, 1.0, -0.1, "0.9", True])
+def test_bad_decay(decay) -> None:
+    with pytest.raises(ValueError, match=r"ema: expected null or a decay in \(0, 1\), found"):
+        Averaging(decay)
