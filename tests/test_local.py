@@ -63,7 +63,7 @@ def test_its_own_search_stays_in_the_ball_and_finds_more_than_noise(ball):
     term = LocalLinearity(ball, slope=0.0, steps=8)
     found = term._search(obs, x)
     assert (ball.distance(x, found) <= ball.eps + 1e-6).all()
-    assert torch.equal(found, ball.project(x, found))
+    assert 0 <= found.min() < found.max() <= 1
     term.reseed(0)
     value = term(obs).detach()
     noisy = observe(net, x, ball.project(x, x + ball.noise(x, seeded())), y, clean=False)
@@ -159,7 +159,7 @@ def test_each_lowers_what_it_measures(name):
     def value_after(live: bool) -> float:
         net = conv_bn().train()
         term = TERMS[name]()
-        weight = {"gradient_norm": 1.0, "consistency": 20.0}.get(name, 4.0)
+        weight = {"gradient_norm": 1.0, "consistency": 20.0, "grad_align": 40.0}.get(name, 4.0)
         term.weight = weight if live else Ramp(0, weight, epochs=1)
         x, _, y = batch(n=16)
         defense = Defense(PGD(BALL, 2), {"ce": AdversarialCE()}, {"term": term})
