@@ -134,6 +134,7 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
             attack,
             data.class_names,
             layers=list(cfg.layers),
+            training=data.sample_training(cfg.training),
         )
         if not dashboard.panels:
             raise ValueError("panels: expected at least one, found none")

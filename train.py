@@ -108,6 +108,7 @@ def train(cfg: DictConfig, what: str) -> float:
             data.class_names,
             layers=list(cfg.probe.layers),
             every_n_epochs=cfg.probe.every_n_epochs,
+            training=data.sample_training(cfg.probe.training),
         )
         dashboard.prepare(module.net)
         dashboard.rehearse(module.net)

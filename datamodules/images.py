@@ -287,3 +287,12 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         digest = hashlib.sha256(chosen.images.numpy().tobytes() + chosen.labels.numpy().tobytes())
         ids = tuple(f"{split}-{row}" for row in rows.tolist())
         return ProbeBatch(chosen.images.float().div_(255), chosen.labels, ids, digest.hexdigest()[:12])
+
+    def sample_training(self, n: int) -> tuple[Tensor, Tensor]:
+        """``n`` training images as float32 in [0, 1], (n, C, H, W), and labels: classes in their shares, the same each time.
+
+        All of them where there are fewer.
+        """
+        require_whole("probe.training", n, 1)
+        rows = stratified_subset(self.train.labels, min(n, len(self.train)), self.seed)
+        return self.train.images[rows].float().div_(255), self.train.labels[rows]

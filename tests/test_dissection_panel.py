@@ -76,7 +76,7 @@ def test_a_card_outlines_where_the_unit_exceeds_its_threshold(probe: Probe) -> N
     assert card.row_titles == ("0, unit 0 · detects right · IoU 1.000",)
     picture = card.columns[0].values[0]
     magenta = np.abs(picture - [1.0, 0.0, 0.8]).max(-1) < 1e-6
-    assert magenta[:, 15].all()  # the edge of the bright half, twice as large, one pixel out for the interpolation
-    assert not magenta[:, :15].any()
-    assert not magenta[4:-4, 18:-2].any()  # the inside is left as it is
+    assert magenta[:, 8].all()  # the edge of the bright half
+    assert not magenta[:, :8].any()
+    assert not magenta[2:-2, 10:-2].any()  # the inside is left as it is
     encode(card)

@@ -37,7 +37,7 @@ class DissectionPanel:
         union: Union = "global",
         detection: float = 0.04,
         patches: int = 3,
-        cards: int = 8,
+        cards: int = 6,
         draws: int = 3,
     ) -> None:
         self.concepts = concepts
@@ -63,6 +63,8 @@ class DissectionPanel:
         )
         controls, effects = probe.sensitivity(self.draws), probe.conductance(10).units
         rows = [row for layer in layers for row in unit_rows(layer, found[layer], controls[layer], effects[layer])]
+        for layer in layers:  # for panels that come after
+            probe.concepts[layer] = tuple(row.concept for row in rows if row.layer == layer)
         links = {layer: link(found[layer], controls[layer]) for layer in layers}
         title = headline(found, links)
         scatter, bars = link_scatter(rows, layers), category_bars(found)
@@ -266,12 +268,12 @@ def _images_of(data: ConceptData, wanted: list[int]) -> Tensor:
 
 
 def _outlined(image: Tensor, act: Tensor, threshold: float) -> np.ndarray:
-    """The image, twice as large, with the edge of where the activation exceeds the threshold drawn in magenta."""
+    """The image with the edge of where the activation exceeds the threshold drawn in magenta."""
     act = act if act.dim() == 2 else act.reshape(1, 1)
-    height, width = 2 * image.shape[1], 2 * image.shape[2]
+    height, width = image.shape[1:]
     down, across = upsampling(act.shape[0], height, act), upsampling(act.shape[1], width, act)
     mask = (down @ (act - threshold) @ across.T > 0)[None, None].float()
     inner = numpy(1 - torch.nn.functional.max_pool2d(1 - mask, 3, 1, 1))[0, 0] > 0.5
-    picture = pictures(image[None])[0].repeat(2, 0).repeat(2, 1)
+    picture = pictures(image[None])[0].copy()
     picture[(numpy(mask)[0, 0] > 0.5) & ~inner] = (1.0, 0.0, 0.8)
     return picture

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from interpret.views.raster import colour_image
-from interpret.views.view import Bars, Chart, Lines, MapColumn, Maps, Scatter, Table, Trend
+from interpret.views.view import Bars, Chart, Lines, MapColumn, Maps, Profiles, Scatter, Table, Trend, UnitMaps
 
 FINE_CELLS = 256  # maps up to 16×16 cells are cheap: 16 bits each, so that the value under the pointer is exact enough
 
@@ -83,7 +83,7 @@ def shrink(values: np.ndarray, max_side: int, average: bool = True) -> np.ndarra
 @singledispatch
 def encode(chart: Chart, max_side: int = 64) -> Encoded:
     """One chart as JSON; a new chart type registers here and in ``page/charts.js``."""
-    raise TypeError(f"chart: expected Trend, Bars, Lines, Scatter, Maps or Table; found {type(chart).__name__}")
+    raise TypeError(f"chart: expected Trend, Bars, Lines, Scatter, Maps, Table or Profiles; found {type(chart).__name__}")
 
 
 @encode.register
@@ -110,6 +110,57 @@ def _(chart: Scatter, max_side: int = 64) -> Encoded:
         return Encoded({"type": "scatter", **flat, "details": None})
     inner = encode(chart.details, max_side)
     return Encoded({"type": "scatter", **flat, "details": inner.chart}, inner.blobs)
+
+
+@encode.register
+def _(chart: Profiles, max_side: int = 64) -> Encoded:
+    blobs: dict[str, str] = {}
+    pictures = [[_image(cell, blobs) for cell in shrink(side, max_side)] for side in chart.images]
+    height, width = shrink(chart.images[0], max_side).shape[1:3]
+    plain_chart = {
+        "type": "profiles",
+        "title": chart.title,
+        "nodes": [asdict(node) for node in chart.nodes],
+        "edges": chart.edges,
+        "layers": chart.layers,
+        "colours": dict(chart.colours),
+        "examples": chart.examples,
+        "images": {"height": height, "width": width, "clean": pictures[0], "adv": pictures[1]},
+        "classes": chart.classes,
+        "strength": chart.strength,
+        "position": chart.position.tolist(),
+        "turning": chart.turning,
+        "perception": np.round(chart.perception, 3).tolist(),
+        "pair": chart.pair,
+        "bands": chart.bands.tolist(),
+        "units": [None if units is None else _units(units, blobs) for units in chart.units],
+        "warnings": chart.warnings,
+    }
+    return Encoded(plain_chart, blobs)
+
+
+def _units(units: UnitMaps, blobs: dict[str, str]) -> dict[str, Any]:
+    """One block of int8 codes with one step for the whole layer, so that units and examples compare."""
+    height, width = units.values.shape[3:]
+    step = float(np.abs(units.values).max(initial=0.0)) / 127 or 1.0
+    codes = np.round(np.nan_to_num(units.values) / step).clip(-127, 127).astype(np.int8)
+    filters = None
+    if units.filters is not None:
+        filters = {
+            "height": units.filters.shape[1],
+            "width": units.filters.shape[2],
+            "cells": [_image(cell, blobs) for cell in units.filters],
+        }
+    return {
+        "units": units.units,
+        "of": units.of,
+        "height": height,
+        "width": width,
+        "step": step,
+        "data": _base64(codes),
+        "columns": dict(units.columns),
+        "filters": filters,
+    }
 
 
 @encode.register
@@ -151,14 +202,18 @@ def _(chart: Maps, max_side: int = 64) -> Encoded:
 
 def _cell(column: MapColumn, values: np.ndarray, blobs: dict[str, str]) -> dict[str, Any]:
     if column.kind == "image":
-        pixels = colour_image(values)
-        if (pixels == pixels[..., :1]).all():
-            pixels = pixels[..., :1]
-        data = _base64(pixels)
-        key = hashlib.blake2b(data.encode(), digest_size=9).hexdigest()
-        blobs[key] = data
-        return {"blob": key, "channels": pixels.shape[-1]}
+        return _image(values, blobs)
     if column.kind == "category":
         return {"data": _base64(values.astype(np.uint8))}
     codes, step = quantise(values.astype(np.float64))
     return {"data": _base64(codes), "step": step, "bits": codes.dtype.itemsize * 8}
+
+
+def _image(values: np.ndarray, blobs: dict[str, str]) -> dict[str, Any]:
+    pixels = colour_image(values)
+    if (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., :1]
+    data = _base64(pixels)
+    key = hashlib.blake2b(data.encode(), digest_size=9).hexdigest()
+    blobs[key] = data
+    return {"blob": key, "channels": pixels.shape[-1]}

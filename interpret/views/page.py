@@ -198,7 +198,7 @@ class ReportPage:
         page = environment.from_string(files.joinpath("index.html").read_text(encoding="utf-8")).render(
             title=self._manifest["title"],
             style=_trusted(files, "style.css"),
-            program=_trusted(files, "charts.js") + _trusted(files, "app.js"),
+            program=_trusted(files, "charts.js") + _trusted(files, "profiles.js") + _trusted(files, "app.js"),
             colours=_json_markup(colour_tables()),
             manifest=_json_markup(self._manifest) if inline else None,
             epochs=[

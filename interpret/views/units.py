@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch.nn.functional import adaptive_avg_pool2d
 
 from interpret.sensitivity import SILENT, relative_unit_sensitivity
 from interpret.views.figures import charts_figure, to_array
@@ -12,6 +14,7 @@ from interpret.views.rows import class_name, numpy
 from interpret.views.view import Bars, MapColumn, Maps, Probe, Scatter, Table, View
 
 SHOWN_IMAGES = 2  # whose activation maps a chosen unit shows
+SIDE = 8  # cells a side that they are kept at
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class UnitsPanel:
 
     name = "units"
 
-    def __init__(self, top: int = 8, max_layers: int = 6, steps: int = 10, detailed: int = 12) -> None:
+    def __init__(self, top: int = 8, max_layers: int = 6, steps: int = 10, detailed: int = 8) -> None:
         self.top = top
         self.max_layers = max_layers
         self.steps = steps
@@ -159,7 +162,7 @@ def _details(probe: Probe, layers: list[LayerUnits], shown: dict[str, np.ndarray
     if not spatial:
         return None, ()
     count = min(SHOWN_IMAGES, len(probe.ids))
-    largest = max(obs.adv.acts[name].shape[-1] for name in spatial)
+    largest = min(SIDE, max(obs.adv.acts[name].shape[-1] for name in spatial))
     titles: list[str] = []
     cells: list[list[np.ndarray]] = [[] for _ in range(3 * count)]
     rows: list[int] = []
@@ -172,7 +175,7 @@ def _details(probe: Probe, layers: list[LayerUnits], shown: dict[str, np.ndarray
         clean, adv = (numpy(obs.side(side).acts[layer.layer][:count, list(kept)]) for side in ("clean", "adv"))
         for i in range(count):
             for j, values in enumerate((clean[i], adv[i], adv[i] - clean[i])):
-                cells[3 * i + j] += list(_enlarged(values, largest))
+                cells[3 * i + j] += list(_resized(values, largest))
     columns = tuple(
         MapColumn(f"{probe.ids[i]} ({class_name(probe, int(obs.y[i]))}), {side}", np.stack(cells[3 * i + j]), "signed")
         for i in range(count)
@@ -181,10 +184,9 @@ def _details(probe: Probe, layers: list[LayerUnits], shown: dict[str, np.ndarray
     return Maps("Activation of the unit", tuple(titles), columns, own_scale=True), tuple(rows)
 
 
-def _enlarged(values: np.ndarray, side: int) -> np.ndarray:
-    """(k, h, w) → (k, side, side) by repetition: layers of all resolutions in one chart."""
-    down, right = (np.arange(side) * values.shape[axis] // side for axis in (1, 2))
-    return values[:, down][:, :, right]
+def _resized(values: np.ndarray, side: int) -> np.ndarray:
+    """(k, h, w) → (k, side, side): block means, or repetition; layers of all resolutions in one chart."""
+    return numpy(adaptive_avg_pool2d(torch.from_numpy(values), (side, side)))
 
 
 def layer_bars(layers: list[LayerUnits]) -> Bars:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from interpret.conductance import Conductance, conductance
 from interpret.observation import Observation
@@ -34,6 +34,12 @@ class Probe:
     ids: tuple[str, ...]  # fixed identity of each probe image, e.g. "val-17"
     class_names: tuple[str, ...]
     scalars: Mapping[str, float]  # this epoch's metrics, e.g. {"val/robust_acc": 0.61, "train/loss": 1.2}
+    training: tuple[Tensor, Tensor] | None = (
+        None  # images (M, C, H, W) in [0,1] and labels, for panels that compare with them
+    )
+    concepts: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # by layer, what an earlier panel found units to detect
     _known: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def grid(self, wanted: tuple[int, int]) -> tuple[int, int]:
@@ -174,7 +180,60 @@ class Scatter:
     detail_rows: tuple[int, ...] = ()
 
 
-Chart = Trend | Bars | Lines | Scatter | Maps | Table
+@dataclass(frozen=True)
+class LayerNode:
+    """One box of the Architecture View.  ``column``, ``lane``: its place; ``layer``: index among the observed, or −1."""
+
+    name: str
+    kind: str
+    shape: str
+    parameters: int
+    column: int
+    lane: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class UnitMaps:
+    """Layer View of one observed layer: U units of N examples, clean and adversarial, on one scale.
+
+    ``values`` (N, 2, U, h, w); ``units`` (U,) their numbers in the layer; ``columns`` what is known of each unit, by name.
+    """
+
+    units: tuple[int, ...]
+    of: int  # units of the layer in all
+    values: np.ndarray
+    columns: Mapping[str, tuple[float | str, ...]]
+    filters: np.ndarray | None = None  # (U, h, w, 3) in [0,1], where a unit's weights can be drawn
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """Activation Profiles: Architecture, Flow and Layer View of the same examples, linked (following 2103.10229).
+
+    ``position`` (S, L, N): place on the evidence axis at S attack strengths, 0 the true class, 1 the target.
+    ``bands`` (L, P, 2, 5): quantiles .05 .25 .5 .75 .95 of the background of both classes on the axis of a pair.
+    """
+
+    title: str
+    nodes: tuple[LayerNode, ...]
+    edges: tuple[tuple[int, int], ...]
+    layers: tuple[str, ...]
+    colours: Mapping[str, tuple[float, ...]]  # what the Architecture View can show, one number an observed layer
+    examples: tuple[str, ...]  # "val-17 · true 3 · …", as in Maps
+    images: np.ndarray  # (2, N, H, W, 3): clean, adversarial
+    classes: tuple[tuple[str, str], ...]  # true class and target, (N,)
+    strength: tuple[float, ...]  # (S,)
+    position: np.ndarray
+    turning: tuple[int, ...]  # (N,) index into ``layers``, −1: none
+    perception: np.ndarray  # (2, L, N, 2) clean, adversarial: share of near background images of the true class, the target
+    pair: tuple[int, ...]  # (N,)
+    bands: np.ndarray
+    units: tuple[UnitMaps | None, ...]  # (L,), None for a layer without maps
+    warnings: tuple[str, ...] = ()
+
+
+Chart = Trend | Bars | Lines | Scatter | Maps | Table | Profiles
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Dashboard(pl.Callback):
         layers: observed layers; by default the stages of the network.
         every_n_epochs: how often panels are drawn (the last epoch always); metrics go out each epoch.
         log: where it all goes; may be set later as ``log_to``.
+        training: training images (M, C, H, W) in [0,1] and labels (M,), for panels that show the probe before them.
 
     Shows ``module.net``, or the module itself; set ``net_of`` to show another, e.g. the average of the weights.
     """
@@ -45,6 +46,7 @@ class Dashboard(pl.Callback):
         layers: Sequence[str] = (),
         every_n_epochs: int = 1,
         log: RunLog | None = None,
+        training: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         if not isinstance(every_n_epochs, int) or every_n_epochs < 1:
             raise ValueError(f"probe.every_n_epochs: expected a whole number >= 1, found {every_n_epochs!r}")
@@ -53,6 +55,7 @@ class Dashboard(pl.Callback):
         self.attack = attack
         self.class_names = tuple(class_names)
         self.log_to = log
+        self.training = training
         self.net_of: Callable[[Any], nn.Module] = lambda module: getattr(module, "net", module)
         self.layers = tuple(layers)
         self.every_n_epochs = every_n_epochs
@@ -133,4 +136,5 @@ class Dashboard(pl.Callback):
         x_adv = self.attack(net, x, y)
         with undisturbed(net):
             obs = observe(net, x, x_adv, y, layers=self.layers)
-        return Probe(net, obs, self.layers, self.ids, self.class_names, scalars)
+        training = None if self.training is None else (self.training[0].to(device), self.training[1].to(device))
+        return Probe(net, obs, self.layers, self.ids, self.class_names, scalars, training)

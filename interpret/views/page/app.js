@@ -112,6 +112,7 @@ const GLASSARMOR = (() => {
     return {
       history: manifest.epochs, single: single(), index, select, ui, view, chart, after,
       blob: (key) => blobs.get(key),
+      another: async (entry) => (await load(entry)).views.find((v) => v.name === view)?.charts[chart] ?? null, // the same chart at another epoch
       limit: (group, row) => (limits[`${view}/${chart}/${group}`] || [])[row] || 0,
     };
   }

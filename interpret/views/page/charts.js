@@ -457,5 +457,16 @@ const Charts = (() => {
     tip.hidden = !lines.length;
   }
 
-  return { el, format, signed, draw: { trend, bars, lines, scatter, table, maps } };
+  /* A stored picture, of {blob, channels}, on a canvas of its own. */
+  function pictureOf(cell, { height, width }, ctx) {
+    const image = decode(cell, { kind: "image", height, width }, ctx), canvas = el("canvas", { width, height });
+    const rgb = image.rgb(), context = canvas.getContext("2d"), pixels = context.createImageData(width, height);
+    for (let k = 0; k < width * height; k++) { pixels.data.set(rgb.subarray(3 * k, 3 * k + 3), 4 * k); pixels.data[4 * k + 3] = 255; }
+    context.putImageData(pixels, 0, 0);
+    return canvas;
+  }
+  const hush = () => { tip.hidden = true; };
+  const profiles = (chart, ctx) => Profiles.draw(chart, ctx); // in profiles.js
+
+  return { el, svg, format, number, signed, short, bytes, colourMap, hint, hush, colours, ramps, pictureOf, draw: { trend, bars, lines, scatter, table, maps, profiles } };
 })();

@@ -1,0 +1,254 @@
+"""Panel: Activation Profiles.  Where on the way through the network does an attacked image leave its class?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from interpret.background import Background, background_features, choose_background
+from interpret.conductance import conductance
+from interpret.observation import Observation, find_layers, observe
+from interpret.profiles import ActivationProfiles, activation_profiles, coverage_warnings, strength_positions
+from interpret.sensitivity import sensitivity_control
+from interpret.structure import Structure, layout, overview, structure
+from interpret.views.figures import charts_figure, to_array
+from interpret.views.rows import class_name, images, numpy, row_titles
+from interpret.views.view import Bars, LayerNode, Lines, Probe, Profiles, Trend, UnitMaps, View
+
+TITLE = "Activation Profiles"
+SIDE = 8  # cells a side that unit maps are kept at
+CHUNK = 256  # background images a forward
+
+
+class ProfilesPanel:
+    """Evidence lines, turning layers, the network as a graph, and the units of every layer, linked.
+
+    Args:
+        layers: of the Flow View; by default those of the Architecture View that can be recorded.
+        most: boxes of the Architecture View.
+        per_class: background images of each class, chosen from the probe's training images to cover it.
+        neighbours: k of class perception.
+        points: attack strengths.
+        units: units shown a layer, those that carry most of the attack's margin.
+    """
+
+    name = "profiles"
+
+    def __init__(
+        self,
+        layers: Sequence[str] = (),
+        most: int = 16,
+        per_class: int = 40,
+        neighbours: int = 10,
+        points: int = 6,
+        units: int = 12,
+    ) -> None:
+        for key, value, least in (
+            ("most", most, 1),
+            ("per_class", per_class, 2),
+            ("points", points, 2),
+            ("units", units, 1),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"panels.profiles.{key}: expected a whole number >= {least}, found {value!r}")
+        self.layers = tuple(layers)
+        self.most = most
+        self.per_class = per_class
+        self.neighbours = neighbours
+        self.points = points
+        self.units = units
+
+    def __call__(self, probe: Probe) -> View:
+        if probe.training is None:
+            return View(self.name, TITLE, "No background: the dashboard was given no training images to compare with.", ())
+        net, x, x_adv = probe.net, probe.obs.clean.x, probe.obs.adv.x
+        drawing = overview(structure(net, x[:2]), self.most)
+        layers = self.layers or tuple(node.layer for node in drawing.nodes if node.observable and node.kind != "input")
+        find_layers(net, layers, key="panels.profiles.layers")
+        with torch.no_grad():
+            obs = observe(net, x, x_adv, probe.obs.y, target=probe.obs.target, layers=layers)
+        background = self.background(net, probe.training, layers)
+        found = activation_profiles(obs, background, min(self.neighbours, len(background.labels)))
+        path = strength_positions(net, x, x_adv, obs.y, obs.target, background, points=self.points)
+        warnings = coverage_warnings(found, probe.class_names)
+        title = headline(found, background)
+        chart = self.chart(probe, obs, found, path, drawing, warnings)
+        turns, lines = turning_bars(found), mean_lines(found)
+        return View(
+            name=self.name,
+            title=TITLE,
+            headline=title,
+            charts=(
+                chart,
+                turns,
+                lines,
+                Trend(
+                    "Where examples turn", tuple(f"profiles/turning/{x}" for x in found.layers), found.layers, "%", "share"
+                ),
+            ),
+            figure=to_array(charts_figure([lines, turns], title, columns=2)),
+            scalars=summarise(found),
+            how_to_read="Each line is one image on its way through the layers, on the axis from the centre of its true "
+            "class (0) to that of what the attack promotes (1), measured on background images from the training set. Where "
+            "the attacked line stays above ½ while the clean one is below, the image has turned.",
+        )
+
+    def background(self, net: nn.Module, training: tuple[Tensor, Tensor], layers: Sequence[str]) -> Background:
+        """φ of the training images that cover each class at the last layer."""
+        x, y = training
+        every = background_features(net, zip(x.split(CHUNK), y.split(CHUNK), strict=True), layers)
+        picks = choose_background(every.features[layers[-1]], y, self.per_class).indices
+        return Background(
+            {layer: phi[picks] for layer, phi in every.features.items()},
+            y[picks],
+            tuple(every.ids[i] for i in picks.tolist()),
+            every.token_layers,
+        )
+
+    def chart(
+        self,
+        probe: Probe,
+        obs: Observation,
+        found: ActivationProfiles,
+        path: Tensor,
+        drawing: Structure,
+        warnings: tuple[str, ...],
+    ) -> Profiles:
+        layers, n = found.layers, len(probe.ids)
+        maps = [layer for layer in layers if obs.adv.acts[layer].dim() in (2, 4)]
+        controls = sensitivity_control(probe.net, obs.clean.x, obs.adv.x, obs.y, maps, draws=2)
+        effects = conductance(probe.net, obs.clean.x, obs.adv.x, obs.y, obs.target, layers=maps, steps=5).units
+
+        def by_layer(values: Mapping[str, float]) -> tuple[float, ...]:
+            return tuple(values.get(layer, float("nan")) for layer in layers)
+
+        units: dict[str, UnitMaps] = {}
+        concentrated: dict[str, float] = {}
+        for layer in maps:
+            promotion, suppression = numpy(effects[layer].promotion.mean(0)), numpy(effects[layer].suppression.mean(0))
+            gained = np.sort((promotion + suppression).clip(min=0))[::-1]
+            concentrated[layer] = float(gained[: max(1, len(gained) // 10)].sum() / max(gained.sum(), 1e-12))
+            chosen = np.argsort(-np.abs(promotion + suppression), kind="stable")[: self.units]
+            columns: dict[str, tuple[float | str, ...]] = {
+                "margin (logits)": tuple((promotion + suppression)[chosen].tolist()),
+                "promotion (logits)": tuple(promotion[chosen].tolist()),
+                "suppression (logits)": tuple(suppression[chosen].tolist()),
+                "sensitivity (σ)": tuple(numpy(controls[layer].attack)[chosen].tolist()),
+                "above noise (σ)": tuple(numpy(controls[layer].attack - controls[layer].noise)[chosen].tolist()),
+            }
+            if layer in probe.concepts:
+                columns["concept"] = tuple(probe.concepts[layer][k] for k in chosen)
+            units[layer] = UnitMaps(
+                units=tuple(int(k) for k in chosen),
+                of=len(promotion),
+                values=np.stack([_small(obs.side(side).acts[layer][:, chosen.tolist()]) for side in ("clean", "adv")], 1),
+                columns=columns,
+                filters=filters(probe.net, layer, chosen),
+            )
+        places = layout(drawing)
+        return Profiles(
+            "Activation Profiles",
+            nodes=tuple(
+                LayerNode(
+                    node.name,
+                    node.type if node.kind == "block" else node.kind,
+                    "×".join(map(str, node.shape)),
+                    node.parameters,
+                    column,
+                    lane,
+                    layers.index(node.layer) if node.layer in layers else -1,
+                )
+                for node, (column, lane) in zip(drawing.nodes, places, strict=True)
+            ),
+            edges=drawing.edges,
+            layers=layers,
+            colours={
+                "divergence ‖ΔA‖ / ‖A‖": tuple(numpy(found.divergence.mean(1)).tolist()),
+                "share of examples that turn here": tuple(numpy(found.turning_shares[:-1]).tolist()),
+                "sensitivity (σ)": by_layer({layer: float(c.attack.mean()) for layer, c in controls.items()}),
+                "sensitivity above noise (σ)": by_layer(
+                    {layer: float((c.attack - c.noise).mean()) for layer, c in controls.items()}
+                ),
+                "margin carried by a tenth of the units": by_layer(concentrated),
+            },
+            examples=row_titles(probe, n),
+            images=np.stack([images(obs.clean.x), images(obs.adv.x)]),
+            classes=tuple(
+                (class_name(probe, int(y)), class_name(probe, int(t))) for y, t in zip(obs.y, obs.target, strict=True)
+            ),
+            strength=tuple(np.linspace(0, 1, len(path)).tolist()),
+            position=numpy(path),
+            turning=tuple(found.turning.tolist()),
+            perception=np.stack([numpy(found.clean_perception), numpy(found.adv_perception)]),
+            pair=tuple(found.pair.tolist()),
+            bands=numpy(found.bands),
+            units=tuple(units.get(layer) for layer in layers),
+            warnings=warnings,
+        )
+
+
+def _small(act: Tensor) -> np.ndarray:
+    """(N, U, h, w), no side above ``SIDE``: block means."""
+    act = act.detach().float()
+    act = act if act.dim() == 4 else act[:, :, None, None]
+    return numpy(nn.functional.adaptive_avg_pool2d(act, (min(SIDE, act.shape[2]), min(SIDE, act.shape[3]))))
+
+
+def filters(net: nn.Module, layer: str, units: np.ndarray) -> np.ndarray | None:
+    """Weights of the units as pictures (U, h, w, 3) in [0,1], ½ is zero, one scale; where the layer's only convolution
+    looks at an image of one or three channels, else None.
+    """
+    module = net.get_submodule(layer)
+    found = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    if len(found) != 1 or found[0].in_channels not in (1, 3) or found[0].out_channels <= int(units.max()):
+        return None
+    weights = numpy(found[0].weight)[units].transpose(0, 2, 3, 1)
+    weights = 0.5 + 0.5 * weights / max(float(np.abs(weights).max()), 1e-12)
+    return np.repeat(weights, 3, -1) if weights.shape[-1] == 1 else weights
+
+
+def summarise(found: ActivationProfiles) -> dict[str, float]:
+    """Share of examples that turn, by layer and in all; the least coverage; mean divergence by layer."""
+    shares = found.turning_shares
+    return {
+        "profiles/turned": float(1 - shares[-1]),
+        "profiles/coverage": float(found.coverage.min()),
+        **{f"profiles/turning/{layer}": float(share) for layer, share in zip(found.layers, shares, strict=False)},
+        **{
+            f"profiles/divergence/{layer}": float(v) for layer, v in zip(found.layers, found.divergence.mean(1), strict=True)
+        },
+    }
+
+
+def headline(found: ActivationProfiles, background: Background) -> str:
+    turned = found.turning[found.turning >= 0]
+    covered = 100 * float(found.coverage.min())
+    over = f"over a background of {len(background.labels)} training images, which covers {covered:.0f} %"
+    if not len(turned):
+        return f"No example turns: every attacked image stays on its class's side ({over} of them)."
+    counts = torch.bincount(turned, minlength=len(found.layers))
+    most = int(counts.argmax())
+    return (
+        f"{len(turned)} of {len(found.turning)} examples turn, most often at layer {found.layers[most]} "
+        f"({int(counts[most])} of them), {over} of them."
+    )
+
+
+def turning_bars(found: ActivationProfiles) -> Bars:
+    shares = found.turning_shares
+    return Bars("Where the examples turn", (*found.layers, "don't turn"), tuple(float(share) for share in shares), "%")
+
+
+def mean_lines(found: ActivationProfiles) -> Lines:
+    """Mean evidence position of the examples, layer by layer."""
+    return Lines(
+        "Evidence, mean over the examples",
+        tuple(float(i) for i in range(len(found.layers))),
+        "layer, input to output",
+        ("clean", "attacked"),
+        tuple(tuple(float(v) for v in lines.nanmean(1)) for lines in (found.clean, found.adv)),
+        "0 true class, 1 target",
+    )
