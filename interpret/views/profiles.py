@@ -66,7 +66,7 @@ class ProfilesPanel:
             return View(self.name, TITLE, "No background: the dashboard was given no training images to compare with.", ())
         net, x, x_adv = probe.net, probe.obs.clean.x, probe.obs.adv.x
         drawing = overview(structure(net, x[:2]), self.most)
-        layers = self.layers or tuple(node.layer for node in drawing.nodes if node.observable and node.kind != "input")
+        layers = self.layers or default_layers(drawing, x.shape[1])
         find_layers(net, layers, key="panels.profiles.layers")
         with torch.no_grad():
             obs = observe(net, x, x_adv, probe.obs.y, target=probe.obs.target, layers=layers)
@@ -83,7 +83,6 @@ class ProfilesPanel:
             headline=title,
             charts=(
                 chart,
-                turns,
                 lines,
                 Trend(
                     "Where examples turn", tuple(f"profiles/turning/{x}" for x in found.layers), found.layers, "%", "share"
@@ -190,6 +189,15 @@ class ProfilesPanel:
         )
 
 
+def default_layers(drawing: Structure, channels: int) -> tuple[str, ...]:
+    """The boxes that can be recorded, without those that only rescale the image's own channels."""
+    return tuple(
+        node.layer
+        for node in drawing.nodes
+        if node.observable and node.kind != "input" and not (len(node.shape) == 3 and node.shape[0] == channels)
+    )
+
+
 def _small(act: Tensor) -> np.ndarray:
     """(N, U, h, w), no side above ``SIDE``: block means."""
     act = act.detach().float()
@@ -245,10 +253,9 @@ def turning_bars(found: ActivationProfiles) -> Bars:
 def mean_lines(found: ActivationProfiles) -> Lines:
     """Mean evidence position of the examples, layer by layer."""
     return Lines(
-        "Evidence, mean over the examples",
+        "Evidence, mean over the examples: 0 true class, 1 target",
         tuple(float(i) for i in range(len(found.layers))),
         "layer, input to output",
         ("clean", "attacked"),
         tuple(tuple(float(v) for v in lines.nanmean(1)) for lines in (found.clean, found.adv)),
-        "0 true class, 1 target",
     )

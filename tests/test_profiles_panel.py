@@ -1,0 +1,74 @@
+"""The profiles panel shows the profiles of the same net, for sequential and residual nets, and keeps to its sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from interpret.observation import observe
+from interpret.profiles import activation_profiles
+from interpret.views.encode import encode
+from interpret.views.profiles import ProfilesPanel
+from interpret.views.view import Probe, Profiles, View
+from lightning_modules.networks.resnet import resnet18
+from lightning_modules.networks.small_cnn import SmallCNN
+
+
+def probe_of(net: nn.Module, training: bool = True, n: int = 4) -> Probe:
+    net.eval()
+    x = torch.rand(n, 3, 32, 32)
+    obs = observe(net, x, (x + 0.1 * torch.randn_like(x)).clamp(0, 1), torch.arange(n) % 3)
+    pool = (torch.rand(30, 3, 32, 32), torch.arange(30) % 3) if training else None
+    return Probe(net, obs, (), tuple(f"val-{i}" for i in range(n)), ("a", "b", "c"), {}, pool)
+
+
+def chart_of(view: View) -> Profiles:
+    return next(chart for chart in view.charts if isinstance(chart, Profiles))
+
+
+def test_the_chart_holds_the_profiles_of_the_net() -> None:
+    probe = probe_of(SmallCNN(num_classes=3, in_channels=3, mean=[0.5] * 3, std=[0.5] * 3, width=0.5))
+    panel = ProfilesPanel(per_class=5, points=3, units=4)
+    view = panel(probe)
+    chart = chart_of(view)
+    assert "normalize" not in chart.layers  # it has nothing to say but the image's mean colour
+    assert chart.layers[-1] == "head"
+    obs = observe(probe.net, probe.obs.clean.x, probe.obs.adv.x, probe.obs.y, target=probe.obs.target, layers=chart.layers)
+    assert probe.training is not None
+    found = activation_profiles(obs, panel.background(probe.net, probe.training, chart.layers))
+    np.testing.assert_allclose(chart.position[0], found.clean, atol=1e-3)
+    np.testing.assert_allclose(chart.position[-1], found.adv, atol=1e-3)
+    assert chart.turning == tuple(found.turning.tolist())
+    assert view.scalars["profiles/turned"] == pytest.approx(float((found.turning >= 0).float().mean()))
+    drawn = {node.layer for node in chart.nodes if node.layer >= 0}
+    assert drawn == set(range(len(chart.layers)))  # every layer of the flow can be picked in the Architecture View
+    for layer, units in zip(chart.layers, chart.units, strict=True):
+        assert units is not None
+        act = obs.adv.acts[layer].detach()
+        act = act if act.dim() == 4 else act[:, :, None, None]
+        assert units.of == act.shape[1]
+        for place, unit in enumerate(units.units):  # the map of a unit is that unit's, averaged over blocks
+            assert units.values[2, 1, place].mean() == pytest.approx(float(act[2, unit].mean()), abs=1e-5)
+    encoded = encode(chart)
+    assert encoded.chart["units"][0]["of"] == 8
+    assert len(encoded.blobs) > 0
+
+
+def test_a_residual_net_is_drawn_with_its_branches() -> None:
+    probe = probe_of(resnet18(num_classes=3, in_channels=3, mean=[0.5] * 3, std=[0.5] * 3), n=2)
+    chart = chart_of(ProfilesPanel(per_class=3, points=2, units=2, most=20)(probe))
+    assert {"layer1.0", "layer4.1"} <= set(chart.layers)
+    assert len({(node.column, node.lane) for node in chart.nodes}) == len(chart.nodes)
+
+
+def test_without_training_images_it_says_so() -> None:
+    view = ProfilesPanel()(probe_of(SmallCNN(num_classes=3, in_channels=3, mean=[0.5] * 3, std=[0.5] * 3), training=False))
+    assert view.charts == ()
+    assert "given no training images" in view.headline
+
+
+def test_sizes_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"panels.profiles.points: expected a whole number >= 2, found 1"):
+        ProfilesPanel(points=1)
