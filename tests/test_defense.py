@@ -8,9 +8,9 @@ from torch import nn
 
 from defenses.attacks import FGSMRS, NFGSM, PGD
 from defenses.defense import Defense
-from defenses.objectives import KLToClean
+from defenses.objectives import KLToClean, NuclearCE
 from defenses.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
-from defenses.terms import AdversarialCE, CleanCE, LogitPairing, MartBCE, MartKL, Ramp, TradesKL
+from defenses.terms import AdversarialCE, CleanCE, LogitPairing, MartBCE, MartKL, NuclearNorm, Ramp, TradesKL
 from defenses.threat import Linf
 from interpret.observation import observe
 from tests.reference.nets import Linear, Residual, batch, conv_bn, unchanged, untidy
@@ -28,6 +28,11 @@ DEFENSES = {
     ),
     "mart": (lambda: (PGD(BALL, STEPS), {"bce": MartBCE(), "kl": MartKL()}), STEPS + 2, STEPS + 2),
     "alp": (lambda: (PGD(BALL, STEPS), {"ce": AdversarialCE(), "pairing": LogitPairing()}), STEPS + 2, STEPS + 2),
+    "nuat": (
+        lambda: (PGD(BALL, STEPS, start="bernoulli", objective=NuclearCE()), {"ce": CleanCE(), "nuclear": NuclearNorm()}),
+        STEPS + 3,
+        STEPS + 3,
+    ),
     "fgsm_rs": (lambda: (FGSMRS(BALL), {"ce": AdversarialCE()}), 2, 3),
     "n_fgsm": (lambda: (NFGSM(BALL), {"ce": AdversarialCE()}), 2, 3),
 }
