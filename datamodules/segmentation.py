@@ -61,7 +61,7 @@ class SegmentationFolder(_Decoding):
         crop: side of a random square as a share of the shorter side of the image, in (0, 1].
         ignore: names that are no concepts.
         category: of all classes.
-        grey: one channel instead of RGB.
+        channels: 3, or 1 for nets that see grey images.
         seed: of the crops.
 
     Raises:
@@ -77,7 +77,7 @@ class SegmentationFolder(_Decoding):
     crop: float = 0.5
     ignore: Sequence[str] = ("unlabelled",)
     category: str = "object"
-    grey: bool = False
+    channels: int = 3
     batch_size: int = 64
     seed: int = 0
 
@@ -85,6 +85,8 @@ class SegmentationFolder(_Decoding):
         require_whole("concepts.size", self.size, 1)
         require_whole("concepts.crops", self.crops, 0)
         require_whole("concepts.batch_size", self.batch_size, 1)
+        if self.channels not in (1, 3):
+            raise ValueError(f"concepts.channels must be 1 or 3, got {self.channels!r}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"concepts.crop must lie in (0, 1], got {self.crop!r}")
         root = Path(self.path).expanduser()
@@ -117,7 +119,7 @@ class SegmentationFolder(_Decoding):
             if mask.mode not in ("1", "L", "P", "I", "I;16"):
                 raise ValueError(f"concepts.path: {str(mask_file)!r} must hold one index a pixel, found mode {mask.mode}")
             box = self._box(image.size, *self._places[number][which])
-            pixels = _resized(image.convert("L" if self.grey else "RGB"), self.size, Image.Resampling.BILINEAR, box)
+            pixels = _resized(image.convert("L" if self.channels == 1 else "RGB"), self.size, Image.Resampling.BILINEAR, box)
             indices = _resized(mask, self.size, Image.Resampling.NEAREST, box).astype(np.int64)
         if unknown := sorted(set(np.unique(indices).tolist()) - set(self._known.tolist())):
             raise ValueError(f"concepts.path: {str(mask_file)!r} holds indices without a name in classes.json: {unknown}")
@@ -169,6 +171,7 @@ class Broden(_Decoding):
         size: images and masks become squares of this side: the centre square, resized.
         split: "train" or "val"; "" for all.
         use: names of the categories to use; all by default.
+        channels: 3, or 1 for nets that see grey images.
 
     Raises:
         FileNotFoundError: a table is missing.
@@ -179,12 +182,14 @@ class Broden(_Decoding):
     size: int = 112
     split: str = ""
     use: Sequence[str] = ()
-    grey: bool = False
+    channels: int = 3
     batch_size: int = 64
 
     def __post_init__(self) -> None:
         require_whole("concepts.size", self.size, 1)
         require_whole("concepts.batch_size", self.batch_size, 1)
+        if self.channels not in (1, 3):
+            raise ValueError(f"concepts.channels must be 1 or 3, got {self.channels!r}")
         self._root = Path(self.path).expanduser()
         known = [row["name"] for row in self._table("category.csv")]
         if unknown := sorted(set(self.use) - set(known)):
@@ -218,7 +223,7 @@ class Broden(_Decoding):
     def decode(self, index: int) -> Decoded:
         row = self._rows[index]
         with Image.open(self._root / "images" / row["image"]) as image:
-            upright = image.convert("L" if self.grey else "RGB")
+            upright = image.convert("L" if self.channels == 1 else "RGB")
             pixels = _resized(upright, self.size, Image.Resampling.BILINEAR, _centre(image.size))
         maps = [self._map(part) for name in self._columns for part in (row.get(name) or "").split(";") if part]
         return pixels.reshape(self.size, self.size, -1), _once(np.stack(maps))

@@ -173,14 +173,14 @@ def test_folder_reads_the_centre_square(tmp_path: Path) -> None:
 
 def test_folder_crops_image_and_mask_alike_and_the_same_each_time(tmp_path: Path) -> None:
     write_folder(tmp_path)
-    found = SegmentationFolder(str(tmp_path), size=16, crops=5, crop=0.5, grey=True)
+    found = SegmentationFolder(str(tmp_path), size=16, crops=5, crop=0.5, channels=1)
     assert len(found) == 15
     (images, labels), (again, _) = next(iter(found)), next(iter(found))
     assert images.shape == (15, 1, 16, 16)
     assert torch.equal(images, again)
     assert (classes_of(images) == labels[:, 0]).float().mean() > 0.6  # apart from where enlarging mixes two classes
     assert len({image.numpy().tobytes() for image in images}) > 10
-    other = SegmentationFolder(str(tmp_path), size=16, crops=5, crop=0.5, grey=True, seed=1)
+    other = SegmentationFolder(str(tmp_path), size=16, crops=5, crop=0.5, channels=1, seed=1)
     assert not torch.equal(images, next(iter(other))[0])
 
 
