@@ -133,7 +133,7 @@ const GLASSARMOR = (() => {
   const tab = (target, title) => el("a", { href: `#${target}` }, title);
 
   function panel(view, after) {
-    return el("section", { id: anchor(view.name), "aria-label": view.title },
+    return el("section", { id: anchor(view.name), "aria-label": view.title, "data-epoch": shown.epoch },
       el("div", { class: "panel-head" }, el("h2", {}, view.title), el("p", { class: "headline" }, tidy(view.headline)),
         view.howToRead && el("p", { class: "how" }, el("b", {}, "How to read: "), view.howToRead) || null),
       el("div", { class: "charts" }, view.charts.map((chart, i) => draw[chart.type](chart, context(after, view.name, i)))));
