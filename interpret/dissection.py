@@ -163,10 +163,13 @@ def dissect(
     Args:
         data: see :class:`ConceptData`; batches of the size that the forward shall have.
         layers: names; activations (N, C, h, w), or (N, C), which count as one position.
+        quantile: the paper's 0.005 suits concepts that each cover a small part of much data.  Where they cover several
+            percent of the pixels, as in drawn scenes, 0.02 is nearer to what a detector would fire on: compare
+            :attr:`Dissection.attainable`.
         union: see :attr:`Dissection.iou`.
         top: images kept a unit.
-        memory: bytes for activations, thresholds and masks; the forward of one batch comes on top.  If all activations fit
-            a half of it, each image runs through the net once, else twice.
+        memory: bytes for activations, thresholds and masks; the forward and the labels of one batch come on top.  If all
+            activations fit a half of it, each image runs through the net once, else twice.
 
     Raises:
         ValueError: options out of range; data that can be iterated only once, is empty, or names concepts it has not;
@@ -178,27 +181,32 @@ def dissect(
         raise ValueError(f"union: expected one of {', '.join(get_args(Union))}, found {union!r}")
     if not layers:
         raise ValueError("layers: expected at least one name")
+    if isinstance(data, Iterator):
+        raise ValueError("concepts: the data must yield its batches twice, found an iterator, which ends")
     if len(data) == 0 or len(data.concepts) == 0 or len(data.concepts) != len(data.categories):
         raise ValueError(
             "concepts: expected images, and a category for each concept, found"
             f" {len(data)} images, {len(data.concepts)} concepts, {len(data.categories)} categories"
         )
-    if isinstance(data, Iterator):
-        raise ValueError("concepts: the data must yield its batches twice, found an iterator that ends")
-    first: dict[str, _Thresholds] = {}
+    first: dict[str, _Extremes] = {}
+    tails: dict[str, TailThreshold] = {}
     kept: list[_Batch] | None = []
     room, images = memory // 2, 0
     for batch in _batches(net, data, layers):
         for name, act in batch.acts.items():
             if name not in first:
-                first[name] = _Thresholds(name, act, quantile, len(data), top, memory // (2 * len(layers)))
+                first[name] = _Extremes(name, act, min(top, len(data)))
+                tails[name] = _tail(act, quantile, len(data), memory // (2 * len(layers)))
             first[name].add(act, images)
+            tails[name].add(act.transpose(0, 1).flatten(1))
         images += len(batch.labels)
         room -= batch.bytes
         kept = [*kept, batch] if kept is not None and room >= 0 else None
     if images != len(data):
         raise ValueError(f"concepts: the data announced {len(data)} images and yielded {images}")
-    thresholds = {name: layer.tail.threshold() for name, layer in first.items()}
+    thresholds = {name: tail.threshold() for name, tail in tails.items()}
+    errors = {name: tail.relative_error for name, tail in tails.items()}
+    tails.clear()  # their half of the budget is the masks' now
     counts: dict[str, _Counts] = {}
     concepts = _Concepts(data)
     for batch in kept if kept is not None else _batches(net, data, layers):
@@ -219,7 +227,7 @@ def dissect(
             detection=detection,
             pixels=concepts.pixels,
             thresholds=thresholds[name],
-            relative_error=layer.tail.relative_error,
+            relative_error=errors[name],
             state=state,
             intersection=count.intersection[:, :-1],
             unit=count.unit,
@@ -269,18 +277,19 @@ def _maps(name: str, act: Tensor) -> Tensor:
     return act.detach().float()
 
 
-class _Thresholds:
-    """First pass over one layer: threshold, range and strongest images of every unit."""
+def _tail(act: Tensor, quantile: float, images: int, memory: int) -> TailThreshold:
+    units, total = act.shape[1], images * act.shape[2] * act.shape[3]
+    if ExactTail.bytes(quantile, total, units) <= memory:
+        return ExactTail(quantile, total)
+    return HistogramTail(quantile, total, units, memory, act.device)
 
-    def __init__(self, name: str, act: Tensor, quantile: float, images: int, top: int, memory: int) -> None:
+
+class _Extremes:
+    """First pass over one layer: range and strongest images of every unit."""
+
+    def __init__(self, name: str, act: Tensor, top: int) -> None:
         units, self.size = act.shape[1], (act.shape[2], act.shape[3])
-        total = images * self.size[0] * self.size[1]
-        self.name, self.top = name, min(top, images)
-        self.tail: TailThreshold
-        if ExactTail.bytes(quantile, total, units) <= memory:
-            self.tail = ExactTail(quantile, total)
-        else:
-            self.tail = HistogramTail(quantile, total, units, memory, act.device)
+        self.name, self.top = name, top
         self.lowest = act.new_full((units,), torch.inf)
         self.highest = -self.lowest
         self.values = act.new_empty(units, 0)
@@ -294,7 +303,6 @@ class _Thresholds:
         if not (low.isfinite() & high.isfinite()).all():
             raise ValueError(f"layers: {self.name!r} holds activations that are not finite")
         self.lowest, self.highest = self.lowest.minimum(low), self.highest.maximum(high)
-        self.tail.add(act.transpose(0, 1).flatten(1))
         values, positions = act.flatten(2).max(2)  # (B, C)
         numbers = torch.arange(start, start + len(act), device=act.device).expand(act.shape[1], -1)
         values = torch.cat([self.values, values.T], 1)
@@ -348,7 +356,7 @@ class _Counts:
         down, across = upsampling(act.shape[2], height, act), upsampling(act.shape[3], width, act)
         image, unit = (act.amax((2, 3)) > threshold).nonzero(as_tuple=True)
         # The worst case by pixel: every pixel fires, and its labels are gathered and coded in int64.
-        chunk = max(1, memory // (height * width * (32 + 24 * maps)))
+        chunk = max(1, memory // (height * width * (64 + 40 * maps)))
         for i, k in zip(image.split(chunk), unit.split(chunk), strict=True):
             # A − T is exact in sign, also after interpolation: a plateau at T must not exceed T by a rounding error.
             above = act[i, k] - threshold[k][:, None, None]

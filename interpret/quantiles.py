@@ -52,8 +52,8 @@ class ExactTail:
 
     @staticmethod
     def bytes(quantile: float, total: int, units: int) -> int:
-        """Memory of the kept values, while they are merged included."""
-        return 4 * units * 3 * (allowed_above(quantile, total) + 1)
+        """Memory of the kept values while they are merged: thrice as many, their copy, and the chosen with their indices."""
+        return 4 * units * 9 * (allowed_above(quantile, total) + 1)
 
     def add(self, values: Tensor) -> None:
         if values.shape[1] > self.keep:

@@ -311,3 +311,9 @@ def test_data_that_lies_about_its_length() -> None:
     x, labels, _, groups = random_case()
     with pytest.raises(ValueError, match="announced 99 images and yielded 12"):
         dissect(Identity(), Short(x, labels, tuple("abcdefghi"), groups), ["units"])
+
+
+def test_data_that_ends() -> None:
+    x, labels, _, _ = random_case()
+    with pytest.raises(ValueError, match="must yield its batches twice, found an iterator"):
+        dissect(Identity(), iter([(x, labels)]), ["units"])
