@@ -33,10 +33,10 @@ class DissectionPanel:
     def __init__(
         self,
         concepts: Callable[..., ConceptData],
-        quantile: float = 0.005,
+        quantile: float = 0.02,
         union: Union = "global",
         detection: float = 0.04,
-        patches: int = 3,
+        patches: int = 2,
         cards: int = 6,
         draws: int = 3,
     ) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from interpret.views.raster import colour_image
 from interpret.views.view import Bars, Chart, Lines, MapColumn, Maps, Profiles, Scatter, Table, Trend, UnitMaps
 
-FINE_CELLS = 256  # maps up to 16×16 cells are cheap: 16 bits each, so that the value under the pointer is exact enough
+FINE_CELLS = 64  # maps up to 8×8 cells are cheap: 16 bits each, so that the value under the pointer is exact enough
 
 
 @dataclass(frozen=True)

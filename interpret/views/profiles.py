@@ -44,7 +44,7 @@ class ProfilesPanel:
         per_class: int = 40,
         neighbours: int = 10,
         points: int = 6,
-        units: int = 12,
+        units: int = 8,
     ) -> None:
         for key, value, least in (
             ("most", most, 1),
