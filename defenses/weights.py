@@ -17,7 +17,7 @@ Shifts = Mapping[nn.Parameter, Tensor]  # parameter → what is added to it, of 
 
 @dataclass(frozen=True)
 class AWP:
-    """One step of the inner maximisation over weights: v = γ·‖w‖·g/‖g‖ for each weight tensor (section 4, A = 1, K₂ = 1).
+    """One step of the inner maximisation over weights: v = γ·‖w‖·g/‖g‖ of each weight tensor (2004.05884, § 4, K₂ = 1).
 
     As released, tensors of two and more dimensions move, biases and normalisations don't.  The gradient of the loss is
     taken at w + v and applied to w, weight decay included (the released code decays w + v).

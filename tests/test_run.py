@@ -263,6 +263,14 @@ ERRORS = [
     (["probe.every_n_epochs=0"], ["probe.every_n_epochs"]),
     (["threads=-3"], ["threads"]),
     (["seed=abc"], ["seed", "abc"]),
+    (["ema=2"], ["ema", "(0, 1)", "2"]),
+    (["awp.gamma=-1"], ["awp.gamma", "-1"]),
+    (["defense.passes=separate"], ["defense.passes", "regularizers.pse", "joined"]),
+    (["defense.attack_batchnorm=train"], ["defense.attack_batchnorm", "running, batch"]),
+    (["defense.eps_share=2"], ["defense.eps_share", "[0, 1]"]),
+    (["defense.loss.clean_ce.label_smoothing=1"], ["label_smoothing", "[0, 1)"]),
+    (["defense=free_at", "defense.attack.replays=0"], ["defense.attack.replays"]),
+    (["defense=free_at", "+trainer.accumulate_grad_batches=2"], ["trainer.accumulate_grad_batches", "Free-AT"]),
     (["panels.attribution.method=magic"], ["magic", "integrated_gradients"]),
 ]
 
