@@ -1,4 +1,4 @@
-"""Two real processes (gloo): running statistics are those of all the data, not of one process."""
+"""Two real processes (gloo): running statistics, and the direction of AWP, are those of all the data, not of one process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from defenses.weights import averaged
 from interpret.metrics import ClassCentroids, KindShares, RunningSensitivity
 from interpret.observation import Observation, observe
 from interpret.pse import region_effects
@@ -39,7 +40,10 @@ def measure(rank: int, sizes: tuple[int, ...], world: int) -> dict[str, torch.Te
 def process(rank: int, sizes: tuple[int, ...], port: int, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.save(measure(rank, sizes, 2), f"{out}/{rank}.pt")
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4, 1, 2))]
+    mean = averaged({w: torch.full_like(w, 10.0 * index + rank) for index, w in enumerate(weights)})
+    found = measure(rank, sizes, 2) | {f"gradient {index}": mean[w] for index, w in enumerate(weights)}
+    torch.save(found, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -55,5 +59,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         torch.testing.assert_close(together["sensitivity"], alone["sensitivity"])
         torch.testing.assert_close(together["shares"], alone["shares"])
         torch.testing.assert_close(together["centroids"], alone["centroids"], equal_nan=True)
+        assert torch.equal(together["gradient 0"], torch.full((2, 3), 0.5)), "the direction of AWP is everybody's"
+        assert torch.equal(together["gradient 1"], torch.full((4, 1, 2), 10.5))
     own = measure(1, sizes, 2)  # outside a process group: one process's own part, to show that the parts differ
     assert not torch.allclose(own["sensitivity"], alone["sensitivity"], rtol=1e-3)
