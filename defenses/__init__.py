@@ -1,7 +1,7 @@
 """Resist: threat models, attacks, robust losses, interpretation-guided regularisers, and the defense they make up."""
 
 from defenses.adaptive import AdaptivePGD
-from defenses.attacks import Attack, FGSM, FGSMRS, NFGSM, PGD
+from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD, Attack
 from defenses.defense import Defense, StepOutput
 from defenses.evaluation import accuracy_under
 from defenses.free import Free
@@ -9,14 +9,31 @@ from defenses.local import GradAlign, GradientNorm, LocalLinearity
 from defenses.masking import UnitMask, choose_units, fine_tune, masked, unit_scores
 from defenses.minimum_norm import CarliniWagner, ElasticNet, GroupSparse
 from defenses.objectives import CrossEntropy, KLToClean, Margin, NuclearCE, Objective, Targeted
-from defenses.regularizers import CAMDiscrepancy, PSE, UnitSensitivity
+from defenses.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
 from defenses.supported import Supported
-from defenses.terms import (, AdversarialCE, CleanCE, LogitPairing, MartBCE, MartKL, Ramp, Term, TradesKL
+from defenses.terms import (
+    AdversarialCE,
+    CleanCE,
+    FeatureConsistency,
+    LogitPairing,
+    MartBCE,
+    MartKL,
+    NuclearNorm,
+    Ramp,
+    Term,
+    TradesKL,
+)
 from defenses.threat import L2, Linf, Threat
 from defenses.weights import AWP
 
 __all__ = [
     "AWP",
+    "FGSM",
+    "FGSMRS",
+    "L2",
+    "NFGSM",
+    "PGD",
+    "PSE",
     "AdaptivePGD",
     "AdversarialCE",
     "Attack",
@@ -26,27 +43,21 @@ __all__ = [
     "CrossEntropy",
     "Defense",
     "ElasticNet",
-    "FGSM",
-    "FGSMRS",
     "FeatureConsistency",
     "Free",
     "GradAlign",
     "GradientNorm",
     "GroupSparse",
     "KLToClean",
-    "L2",
     "Linf",
     "LocalLinearity",
     "LogitPairing",
     "Margin",
     "MartBCE",
     "MartKL",
-    "NFGSM",
     "NuclearCE",
     "NuclearNorm",
     "Objective",
-    "PGD",
-    "PSE",
     "Ramp",
     "StepOutput",
     "Supported",
