@@ -1,130 +1,151 @@
-"""Tables of docs/findings.md from the analyses that evaluate.py wrote: what each attack does to each network.
+"""The tables of docs/findings.md, from a folder of analyses NETWORK-ATTACK that evaluate.py wrote (see findings.sh).
 
-python evaluate.py checkpoint=runs/NAME attack=pgd        # and so on, for every network and attack
-python benchmarks/findings.py analyses/*                  # a row each, in this order
+python benchmarks/findings.py analyses
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 Analysis = dict[str, Any]
-
-
-def number(value: float | None, digits: int = 2, percent: bool = False) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f} %" if percent else f"{value:.{digits}f}"
-
-
-def show(title: str, columns: dict[str, Callable[[Analysis], str]], analyses: dict[str, Analysis]) -> None:
-    print(f"\n### {title}\n\n| analysis | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
-    for name, analysis in analyses.items():
-        print(f"| {name} | " + " | ".join(cell(analysis) for cell in columns.values()) + " |")
-
-
-def scalar(key: str, digits: int = 2, percent: bool = False) -> Callable[[Analysis], str]:
-    return lambda analysis: number(analysis["scalars"].get(key), digits, percent)
-
-
-def over_active(kind: str) -> Callable[[Analysis], str]:
-    """Share of a kind among the regions where the attack does anything."""
-
-    def cell(analysis: Analysis) -> str:
-        active = 1 - analysis["scalars"]["pse/share_inactive"]
-        return number(analysis["scalars"][f"pse/share_{kind}"] / active if active > 0 else None, percent=True)
-
-    return cell
-
-
-def overlap(kind: str, label: str) -> Callable[[Analysis], str]:
-    """Mean CAM percentile of the regions of a kind, with its p-value."""
-
-    def cell(analysis: Analysis) -> str:
-        for chart in analysis["panels"]["cam"]["charts"]:
-            if chart["type"] == "table" and chart["title"].startswith("Where the kinds"):
-                for row in chart["rows"]:
-                    if row[0] == kind and row[1] == label:
-                        return f"{number(row[3])} (p {number(row[5], 3)})" if row[2] else "–"
-        return "–"
-
-    return cell
-
-
-def by_layer(what: Callable[[dict[str, float], str], float | None], digits: int) -> Callable[[Analysis], str]:
-    """One number a layer, input to output."""
-
-    def cell(analysis: Analysis) -> str:
-        scalars = analysis["scalars"]
-        layers = [key.removeprefix("units/gap/") for key in scalars if key.startswith("units/gap/")]
-        return " · ".join(number(what(scalars, layer), digits) for layer in layers)
-
-    return cell
-
-
-def ratio(scalars: dict[str, float], layer: str) -> float | None:
-    noise = scalars.get(f"sensitivity/noise/{layer}")
-    return scalars[f"sensitivity/attack/{layer}"] / noise if noise else None
-
-
-TABLES: dict[str, dict[str, Callable[[Analysis], str]]] = {
-    "What the attack achieves, and how (kinds: share of the active regions)": {
-        "clean": scalar("outcome/clean_acc", percent=True),
-        "attacked": scalar("outcome/robust_acc", percent=True),
-        "success": scalar("outcome/success", percent=True),
-        "median L2": scalar("outcome/l2", 3),
-        "median L∞": scalar("outcome/linf", 3),
-        "pixels": scalar("outcome/pixels", percent=True),
-        "suppression": over_active("suppression"),
-        "promotion": over_active("promotion"),
-        "balanced": over_active("balanced"),
-        "inactive": scalar("pse/share_inactive", percent=True),
-        "Σ s (logits)": scalar("pse/suppression"),
-        "Σ p (logits)": scalar("pse/promotion"),
-        "gap": scalar("pse/gap"),
-    },
-    "Class-discriminative regions: interpretability score of C(x, t0) and CAM percentile by kind (½ is chance)": {
-        "score": scalar("cam/interpretability"),
-        "even δ": scalar("cam/interpretability_chance"),
-        "shuffled": scalar("cam/interpretability_shuffled"),
-        "other image": scalar("cam/interpretability_swapped"),
-        "score of C(x', t)": scalar("cam/interpretability_target"),
-        "suppression in C(x, t0)": overlap("suppression", "true class, clean"),
-        "promotion in C(x', t)": overlap("promotion", "target, adversarial"),
-        "balanced in C(x, t0)": overlap("balanced", "true class, clean"),
-    },
-    "Restoration: area under the curve": {
-        "by effect": scalar("restoration/effect"),
-        "by ‖δ‖": scalar("restoration/norm"),
-        "by chance": scalar("restoration/chance"),
-    },
-    "Units, layer by layer from input to output": {
-        "attack / noise": by_layer(ratio, 1),
-        "attack-sensitive share": by_layer(lambda s, layer: s.get(f"sensitivity/attack_sensitive/{layer}"), 2),
-        "mean sensitivity (σ)": by_layer(lambda s, layer: s.get(f"units/sensitivity/{layer}"), 2),
-        "completeness gap": by_layer(lambda s, layer: s.get(f"units/gap/{layer}"), 4),
-        "CAM change, true": scalar("cam/change_true"),
-        "CAM similarity": scalar("cam/similarity_true"),
-    },
+NETWORKS = {
+    "digits_none": "digits, undefended",
+    "digits_trades": "digits, TRADES",
+    "cifar_none": "CIFAR-10, undefended",
+    "cifar_pgd": "CIFAR-10, PGD-AT",
 }
+ATTACKS = {"pgd": "PGD-20", "fgsm": "FGSM", "cw": "C&W", "ead": "EAD", "group_sparse": "group-sparse"}
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f}"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def layers(scalars: dict[str, float]) -> list[str]:
+    return [key.removeprefix("units/gap/") for key in scalars if key.startswith("units/gap/")]
+
+
+def place(analysis: Analysis, kind: str, label: str) -> str:
+    """Mean CAM percentile of the regions of a kind; "n.s." where its permutation p-value is 0.05 or more."""
+    for chart in analysis["panels"]["cam"]["charts"]:
+        if chart["type"] == "table" and chart["title"].startswith("Where the kinds"):
+            for row in chart["rows"]:
+                if row[:2] == [kind, label] and row[2]:
+                    return number(row[3]) + ("" if row[5] < 0.05 else " n.s.")
+    return "–"
+
+
+def kinds(a: Analysis) -> list[str]:
+    s = a["scalars"]
+    active = 1 - s["pse/share_inactive"]
+    return [
+        f"{percent(s['outcome/clean_acc'])} → {percent(s['outcome/robust_acc'])}",
+        percent(s["outcome/pixels"]),
+        *(percent(s[f"pse/share_{kind}"] / active if active else None) for kind in ("suppression", "promotion", "balanced")),
+        percent(s["pse/share_inactive"]),
+        number(s["pse/gap"] / (s["pse/suppression"] + s["pse/promotion"])),
+    ]
+
+
+def regions(a: Analysis) -> list[str]:
+    s = a["scalars"]
+    return [
+        *(number(s[f"cam/interpretability{suffix}"]) for suffix in ("", "_shuffled", "_swapped", "_target")),
+        place(a, "suppression", "true class, clean"),
+        place(a, "promotion", "target, adversarial"),
+    ]
+
+
+def units(a: Analysis) -> list[str]:
+    s = a["scalars"]
+    ratios = (s[f"sensitivity/attack/{layer}"] / s[f"sensitivity/noise/{layer}"] for layer in layers(s))
+    return [
+        *(number(s[f"restoration/{order}"]) for order in ("effect", "norm", "chance")),
+        " · ".join(number(ratio, 1) for ratio in ratios),
+        number(100 * max(s[f"units/gap/{layer}"] for layer in layers(s))),
+    ]
+
+
+def supported(a: Analysis) -> str:
+    s = a["scalars"]
+    return f"{percent(s['outcome/success'])}, {percent(s['outcome/pixels'])} ({number(s['outcome/l2'])})"
+
+
+def show(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    columns = list(columns)
+    print(f"\n**{title}**\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
-    args = parser.parse_args()
-    analyses = {}
-    for folder in args.folders:
-        file = folder / "analysis.json"
-        if not file.is_file():
-            parser.error(f"{folder} holds no analysis.json")
-        analyses[folder.name] = json.loads(file.read_text(encoding="utf-8"))
-    for title, columns in TABLES.items():
-        show(title, columns, analyses)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    found = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/analysis.json")}
+
+    def by_attack(measure: Callable[[Analysis], list[str]], attacks: Iterable[str]) -> list[list[str]]:
+        return [
+            [name, ATTACKS[attack], *measure(found[f"{key}-{attack}"])]
+            for key, name in NETWORKS.items()
+            for attack in attacks
+            if f"{key}-{attack}" in found
+        ]
+
+    show(
+        "How the attack wins: kinds of regions, as shares of the active ones; % except the interaction gap",
+        [
+            "network",
+            "attack",
+            "clean → attacked",
+            "pixels",
+            "suppression",
+            "promotion",
+            "balanced",
+            "inactive",
+            "gap / (Σp + Σs)",
+        ],
+        by_attack(kinds, ATTACKS),
+    )
+    show(
+        "Class-discriminative regions: interpretability scores, and CAM percentile of the kinds (½ is chance)",
+        [
+            "network",
+            "attack",
+            "C(x, t0)",
+            "shuffled",
+            "other image",
+            "C(x′, t)",
+            "suppression in C(x, t0)",
+            "promotion in C(x′, t)",
+        ],
+        by_attack(regions, ATTACKS),
+    )
+    show(
+        "CAM support: success %, pixels changed % (median L2)",
+        ["network", "attack", "CAM support", "the same, shifted", "random pixels", "whole image"],
+        [
+            [name, title, *(supported(found[key]) if (key := f"{net}-{kind}") in found else "–" for kind in kinds_of)]
+            for net, name in NETWORKS.items()
+            for title, kinds_of in (
+                ("PGD-20", ("cam_pgd", "shifted_pgd", "random_pgd", "pgd")),
+                ("C&W", ("cam_cw", "shifted_cw", "", "cw")),
+            )
+        ],
+    )
+    show(
+        "Faithfulness: restoration areas; sensitivity over noise of equal norm by layer; completeness gap, worst layer, %",
+        ["network", "attack", "area by effect", "by ‖δ‖", "by chance", "attack / noise by layer", "gap"],
+        by_attack(units, ("pgd", "ead")),
+    )
 
 
 if __name__ == "__main__":
