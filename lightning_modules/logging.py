@@ -67,6 +67,9 @@ class RunLog:
                 if view.table is not None:
                     rows = [list(row) for row in view.table.rows]
                     payload[f"tables/{view.name}"] = wandb.Table(columns=list(view.table.columns), data=rows)
+            if self.page is not None and views:
+                # Our own page of the epoch, with no plotting library inside; inject would add W&B's style to it.
+                payload["dashboard/page"] = wandb.Html(self.page.one_epoch(epoch), inject=False)
             _survive("log an epoch", lambda: self.wandb_logger.experiment.log(payload))  # type: ignore[union-attr]
 
     def results(self, table: Table, records: Mapping[str, Any]) -> None:

@@ -18,6 +18,14 @@ settings.register_profile(
 settings.load_profile("glassarmor")
 
 
+LONG = ("test_run.py", "test_configs.py", "test_evaluate.py", "test_browser.py", "test_averaging.py", "test_free.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole runs first: two workers take files in turn, and the last one taken should be short."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     threads = torch.get_num_threads()

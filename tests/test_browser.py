@@ -68,6 +68,7 @@ class watched:
 
     def __enter__(self) -> tuple[Page, list[str]]:
         self.page = self.browser.new_page(viewport={"width": 1300, "height": 1000})
+        self.page.set_default_timeout(90_000)  # milliseconds: a busy machine is no fault of the page
         complaints: list[str] = []
         self.page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -166,6 +167,18 @@ def test_a_point_of_the_unit_scatter_shows_its_maps(page: Page) -> None:
     assert section.locator(f'.mark-point[data-name="{name}"]').get_attribute("aria-pressed") == "true"
     text = section.locator(".detail").inner_text()
     assert "no maps are kept" in text or section.locator(".detail th b").inner_text() != before
+
+
+def test_the_page_of_one_epoch_is_whole_in_itself(browser: Browser, report: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(report, tmp_path / "copy")
+    alone = tmp_path / "alone.html"
+    alone.write_text(ReportPage(copy, "run").one_epoch(2))
+    shutil.rmtree(copy)
+    with watched(browser, alone.as_uri()) as (page, complaints):
+        assert page.locator("section[data-epoch='2']").count() == len(PANELS)
+        assert page.locator("#player").is_hidden()
+        assert len(pixels(page, "#panel-pse")) > 8
+        assert complaints == []
 
 
 def test_an_open_page_notices_a_new_epoch(browser: Browser, tmp_path: Path) -> None:

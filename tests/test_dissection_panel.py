@@ -32,7 +32,7 @@ def probe() -> Probe:
 def test_the_panel_says_what_the_dissection_says(probe: Probe) -> None:
     panel = DissectionPanel(partial(procedural_concepts, count=40), cards=4, patches=2)
     view = panel(probe)
-    found = dissect(probe.net, procedural_concepts(count=40, size=16, channels=1), ["1", "3"], top=2)
+    found = dissect(probe.net, procedural_concepts(count=40, size=16, channels=1), ["1", "3"], quantile=0.02, top=2)
     control = probe.sensitivity(3)
     assert view.table is not None
     concepts = {(row[1], row[0]): row[2] for row in view.table.rows}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,21 @@ def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
             yield record
 
 
+def finished(path: Path) -> list[wandb_internal_pb2.Record]:
+    """The records of a run that has ended.  W&B's own process may still be writing when ``finish()`` has returned."""
+    end = time.monotonic() + 60
+    while True:
+        found = list(records(path)) if path.stat().st_size > 7 else []
+        if any(record.WhichOneof("record_type") == "exit" for record in found) or time.monotonic() > end:
+            return found
+        time.sleep(0.1)
+
+
 def history(folder: Path) -> list[dict[str, Any]]:
     """All logged rows of the runs below a folder, oldest file first: key → value, media as dicts with ``_type``."""
     rows = []
-    for path in sorted(folder.rglob("run-*.wandb")):
-        for record in records(path):
+    for path in sorted(folder.glob("offline-run-*/run-*.wandb")):
+        for record in finished(path):
             if record.WhichOneof("record_type") == "history":
                 row: dict[str, Any] = {}
                 for item in record.history.item:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -170,6 +171,24 @@ class ReportPage:
         self._write_index(inline)
         return self.index
 
+    def one_epoch(self, epoch: int) -> str:
+        """A page of this epoch alone, whole in itself: what W&B keeps of an epoch.
+
+        Raises:
+            ValueError: the page holds no such epoch.
+        """
+        entries = {e["epoch"]: e for e in self._manifest["epochs"]}
+        if epoch not in entries:
+            raise ValueError(f"epoch: expected one of {sorted(entries)}, found {epoch}")
+        entry = entries[epoch]
+        body = read_script(self.data / entry["file"])
+        pictures = set(re.findall(r'"blob":"(\w+)"', to_json(body["views"])))
+        for number in entry["needs"]:
+            known = read_script(self.data / entries[number]["file"])["blobs"]
+            body["blobs"] |= {key: known[key] for key in pictures & known.keys()}
+        alone = {**self._manifest, "epochs": [{**entry, "needs": []}], "complete": True, "overview": None, "results": None}
+        return self._render(alone, [(entry["file"], to_json(body))])
+
     def _replace_epochs(self, entries: list[dict[str, Any]]) -> None:
         gone = {e["file"] for e in self._manifest["epochs"]} - {e["file"] for e in entries}
         self._manifest["epochs"] = entries
@@ -193,21 +212,21 @@ class ReportPage:
         write_atomic(self.data / "manifest.js", f"{_MANIFEST_CALL}{to_json(self._manifest)});\n")
 
     def _write_index(self, inline: bool) -> None:
+        bodies = [(e["file"], _script_body(self.data / e["file"])) for e in self._manifest["epochs"] if inline]
+        write_atomic(self.index, self._render(self._manifest if inline else None, bodies))
+
+    def _render(self, manifest: dict[str, Any] | None, bodies: Sequence[tuple[str, str]]) -> str:
+        """The page, with this manifest and these epochs (file, JSON) inside, or with neither."""
         files = resources.files("interpret.views").joinpath("page")
         environment = jinja2.Environment(autoescape=True, keep_trailing_newline=True)
-        page = environment.from_string(files.joinpath("index.html").read_text(encoding="utf-8")).render(
+        return environment.from_string(files.joinpath("index.html").read_text(encoding="utf-8")).render(
             title=self._manifest["title"],
             style=_trusted(files, "style.css"),
             program=_trusted(files, "charts.js") + _trusted(files, "profiles.js") + _trusted(files, "app.js"),
             colours=_json_markup(colour_tables()),
-            manifest=_json_markup(self._manifest) if inline else None,
-            epochs=[
-                (e["file"], Markup(_script_body(self.data / e["file"]).replace("<", "\\u003c")))
-                for e in self._manifest["epochs"]
-                if inline
-            ],
+            manifest=None if manifest is None else _json_markup(manifest),
+            epochs=[(file, Markup(body.replace("<", "\\u003c"))) for file, body in bodies],
         )
-        write_atomic(self.index, page)
 
 
 def _trusted(files: Traversable, name: str) -> Markup:
