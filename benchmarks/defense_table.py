@@ -33,9 +33,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from datamodules.concepts import procedural_concepts
 from datamodules.images import Images
 from defenses import PGD, AdaptivePGD, Term, Threat, UnitMask, choose_units, fine_tune, masked
 from defenses.masking import Criterion
+from interpret.association import Mode, concept_weights
+from interpret.dissection import dissect
 from train import CONFIGS, Parts, build
 
 BASES = {  # many short steps: on so few images they train more for the time than few strong ones
@@ -43,16 +46,30 @@ BASES = {  # many short steps: on so few images they train more for the time tha
     "PGD-AT": ["defense=pgd_at", "defense.attack.steps=5"],
     "TRADES": ["defense=trades", "defense.attack.steps=5"],
 }
+CONCEPTS = "{_target_:datamodules.concepts.procedural_concepts,_partial_:true,count:200}"
 REGULARIZERS = {
     "pse units": ("pse", "pse.over=units"),
     "pse positions": ("pse", "pse.over=positions"),
     "pse both": ("pse", "pse.over=both"),
     "sensitivity all": ("sensitivity", "sensitivity.at=all"),
     "sensitivity turning": ("sensitivity", "sensitivity.at=turning"),
+    "sensitivity of detectors": ("sensitivity", f"sensitivity.concepts={CONCEPTS}", "sensitivity.mode=stabilise_detectors"),
+    "sensitivity of non-detectors": (
+        "sensitivity",
+        f"sensitivity.concepts={CONCEPTS}",
+        "sensitivity.mode=suppress_non_detectors",
+    ),
     "CAM discrepancy": ("cam_discrepancy", "cam_discrepancy.scale=none"),
     "CAM discrepancy, share": ("cam_discrepancy", "cam_discrepancy.scale=share", "cam_discrepancy.weight=0.5"),
 }
-CRITERIA: tuple[Criterion, ...] = ("sensitivity", "margin", "noise_corrected", "random")
+CRITERIA: dict[str, tuple[Criterion, Mode | None]] = {  # what scores the units, and whom the concepts favour
+    "sensitivity": ("sensitivity", None),
+    "margin": ("margin", None),
+    "noise_corrected": ("noise_corrected", None),
+    "noise_corrected, detectors kept": ("noise_corrected", "protect_detectors"),
+    "noise_corrected, non-detectors first": ("noise_corrected", "suppress_non_detectors"),
+    "random": ("random", None),
+}
 SHARES = (0.1, 0.25)
 LAYERS = ("stage2", "stage3")
 MASKED = ("undefended", "PGD-AT")  # the nets that are masked
@@ -69,9 +86,9 @@ def trained_rows() -> dict[str, list[str]]:
     return rows
 
 
-def masked_rows(base: str) -> dict[str, tuple[Criterion | None, float, str, bool]]:
+def masked_rows(base: str) -> dict[str, tuple[str, float, str, bool]]:
     """Criterion, share, layer and fine-tuning by row; first the control that is tuned as long without a mask."""
-    return {f"{base}, tuned": (None, 0.0, "", True)} | {
+    return {f"{base}, tuned": ("", 0.0, "", True)} | {
         f"{base}, {share:.0%} of {layer} by {by}{', tuned' if tuned else ''}": (by, share, layer, tuned)
         for layer, share, by, tuned in itertools.product(LAYERS, SHARES, CRITERIA, (False, True))
     }
@@ -161,6 +178,17 @@ def train_row(row: str, overrides: list[str], seed: int, settings: Settings, res
     results.add(row, seed, settings.judge(net, parts.data.test, instantiate(cfg.threat), terms), begin)
 
 
+def chosen_mask(
+    net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, layer: str, share: float, criterion: str, seed: int
+) -> UnitMask:
+    by, mode = CRITERIA[criterion]
+    weights = None
+    if mode is not None:
+        data = procedural_concepts(count=500, size=x.shape[-1], channels=x.shape[1])
+        weights = {layer: concept_weights(dissect(net, data, [layer], quantile=0.02)[layer], mode)}
+    return choose_units(net, x, x_adv, y, [layer], share, by, fill="mean", weights=weights, seed=seed)
+
+
 def mask_rows(base: str, rows: list[str], seed: int, settings: Settings, results: Results) -> None:
     cfg = settings.config(trained_rows()[base], seed)
     weights = results.path(base, seed, "pt")
@@ -174,7 +202,7 @@ def mask_rows(base: str, rows: list[str], seed: int, settings: Settings, results
     for row in rows:
         begin = time.perf_counter()
         by, share, layer, tuned = masked_rows(base)[row]
-        mask = choose_units(net, x, x_adv, y, [layer], share, by, fill="mean", seed=seed) if by else UnitMask({}, {})
+        mask = chosen_mask(net, x, x_adv, y, layer, share, by, seed) if by else UnitMask({}, {})
         twin = masked(net, mask)
         if tuned:
             defense = instantiate(cfg.defense, _convert_="all")

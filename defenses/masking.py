@@ -20,7 +20,7 @@ from interpret.conductance import conductance
 from interpret.metrics import RunningSensitivity
 from interpret.modes import evaluating
 from interpret.observation import Observation, find_layers, observe, record
-from interpret.sensitivity import SILENT, equal_norm_noise
+from interpret.sensitivity import EPS, SILENT, equal_norm_noise
 
 Criterion = Literal["sensitivity", "margin", "noise_corrected", "random"]
 
@@ -112,6 +112,7 @@ def choose_units(
     by: Criterion = "noise_corrected",
     *,
     fill: Literal["zero", "mean"] = "zero",
+    weights: Mapping[str, Tensor] | None = None,
     chunk: int = 128,
     seed: int = 0,
 ) -> UnitMask:
@@ -124,6 +125,8 @@ def choose_units(
         fill: what a masked unit answers.  "zero": nothing, as if it were pruned.  "mean": its mean on the clean images,
             which takes away what it says and leaves the layers above the level they were trained on; it costs less
             clean accuracy where no fine-tuning follows.
+        weights: by layer, (C,) >= 0, that multiply the scores, e.g. :func:`interpret.association.concept_weights`; units
+            of weight 0 are masked last.
 
     Raises:
         ValueError: a share outside (0, 1), or so large that nothing is left of a layer; another fill.
@@ -135,6 +138,10 @@ def choose_units(
     scores = unit_scores(net, x, x_adv, y, layers, by, chunk=chunk, seed=seed)
     keep, fills = {}, {layer: torch.zeros_like(score) for layer, score in scores.items()}
     for layer, score in scores.items():
+        if weights is not None and layer in weights:
+            weight = weights[layer].to(score.device)
+            # Scores below 0 must not rise by a weight below 1: first all to one side, their order kept.
+            score = ((score - score.min() + EPS) * weight).where(weight > 0, -1.0)
         chosen = score.topk(max(1, round(share * len(score)))).indices
         keep[layer] = torch.ones_like(score, dtype=torch.bool).index_fill(0, chosen, False)
     if fill == "mean":

@@ -5,20 +5,23 @@ PSE and unit sensitivity are ours, following 1904.02057; the CAM discrepancy is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from defenses.terms import Ramp, Term
+from interpret.association import Mode, concept_weights
 from interpret.cam import cam_change, class_activation_map
+from interpret.dissection import ConceptData, dissect
 from interpret.metrics import ClassCentroids, RunningSensitivity, TurningCounts
 from interpret.observation import Label, Observation
 from interpret.profiles import evidence_position, pooled, turning_layer
 from interpret.pse import contribution, margin_evidence, sum_positions
 from interpret.sensitivity import EPS, unit_change, unit_spread
 
+CONCEPT_QUANTILE = 0.02  # of positions that count as active, as in the dissection panel
 EVIDENCE_FLOOR = 0.1  # logits; keeps the share finite for samples without evidence
 
 
@@ -110,21 +113,33 @@ class UnitSensitivity(Term):
         at: "all" weighs the layers alike; "turning" by how many samples of the epoch before had their turning layer there
             (:func:`interpret.profiles.turning_layer`, between the class centroids of the epoch before that one), scaled
             to mean 1 over layers: all ones in the first two epochs, and after an epoch in which nothing turned.
+        concepts: (size, channels) → annotated images.  With them the net is dissected at the start of each epoch but the
+            first, and ω is multiplied by :func:`interpret.association.concept_weights` of ``mode``.  None: no dissection.
+        mode: which units that favours; "protect_detectors" and "suppress_non_detectors" press on the others.
 
     Raises:
-        ValueError: another ``at``.
+        ValueError: another ``at`` or ``mode``.
     """
 
     needs_clean = True
     needs_attack = True
 
     def __init__(
-        self, weight: float | Ramp = 0.5, layers: Sequence[str] = (), at: Literal["all", "turning"] = "all"
+        self,
+        weight: float | Ramp = 0.5,
+        layers: Sequence[str] = (),
+        at: Literal["all", "turning"] = "all",
+        concepts: Callable[..., ConceptData] | None = None,
+        mode: Mode = "stabilise_detectors",
     ) -> None:
         super().__init__(weight, layers)
         if at not in ("all", "turning"):
             raise ValueError(f"regularizers.sensitivity.at: expected all or turning, found {at!r}")
+        if mode not in get_args(Mode):
+            raise ValueError(f"regularizers.sensitivity.mode: expected {', '.join(get_args(Mode))}; found {mode!r}")
         self.at = at
+        self.concepts, self.mode = concepts, mode
+        self.concept_data: ConceptData | None = None
         self.running = nn.ModuleList()
         self.turning: _Turning | None = None
 
@@ -137,6 +152,11 @@ class UnitSensitivity(Term):
         self.running = nn.ModuleList(RunningSensitivity(obs.adv.acts[layer].shape[1]) for layer in self.layers).to(device)
         for i, layer in enumerate(self.layers):
             self.register_buffer(f"omega{i}", torch.ones(obs.adv.acts[layer].shape[1], device=device))
+        if self.concepts is not None:
+            channels, *sides = obs.adv.x.shape[1:]
+            self.concept_data = self.concepts(size=min(sides), channels=channels)
+            # A buffer, so that a resumed run dissects when an uninterrupted one would.
+            self.register_buffer("dissect_next", torch.tensor(False, device=device))
 
     def end_epoch(self) -> None:
         for i, running in enumerate(self.running):
@@ -145,6 +165,8 @@ class UnitSensitivity(Term):
                 sensitivity = running.compute()
                 self.get_buffer(f"omega{i}").copy_(sensitivity / (sensitivity.mean() + EPS))
                 running.reset()
+                if self.concept_data is not None:
+                    self.get_buffer("dissect_next").fill_(True)
         if self.turning is not None:
             self.turning.end_epoch()
 
@@ -152,6 +174,8 @@ class UnitSensitivity(Term):
         """(N,)."""
         if self.training and self.turning is not None:
             self.turning.update(obs, self.layers)
+        if self.training and self.concept_data is not None and self.get_buffer("dissect_next"):
+            self._weigh_by_concepts(obs, self.concept_data)
         total = torch.zeros(len(obs.y), device=obs.y.device)
         for i, (layer, running) in enumerate(zip(self.layers, self.running, strict=True)):
             assert isinstance(running, RunningSensitivity)
@@ -161,6 +185,17 @@ class UnitSensitivity(Term):
             part = (omega * unit_change(obs, layer) / (unit_spread(obs, layer) + EPS)).mean(1)
             total = total + (part if self.turning is None else self.turning.share[i] * part)
         return total
+
+    def _weigh_by_concepts(self, obs: Observation, data: ConceptData) -> None:
+        """Multiply ω by the concept weights of the net as it is now; a layer in which they are all 0 keeps its ω."""
+        assert obs.net is not None
+        found = dissect(obs.net, data, self.layers, quantile=CONCEPT_QUANTILE)
+        for i, layer in enumerate(self.layers):
+            omega = self.get_buffer(f"omega{i}")
+            weighted = omega * concept_weights(found[layer], self.mode).to(omega.device)
+            if weighted.sum() > 0:
+                omega.copy_(weighted / weighted.mean())
+        self.get_buffer("dissect_next").fill_(False)
 
 
 class _Turning(nn.Module):

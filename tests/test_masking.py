@@ -225,3 +225,17 @@ def test_errors():
         UnitMask(three.keep, {})
     with pytest.raises(ValueError, match=r"masking\.batches: expected at least one batch in epoch 1"):
         fine_tune(conv_bn(), iter([batch()[::2]]), Defense(None, {"ce": CleanCE()}), epochs=2)
+
+
+def test_weights_keep_protected_units_unless_nothing_else_is_left() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    x = torch.rand(8, 1, 4, 4)
+    x_adv, y = (x + 0.1).clamp(0, 1), torch.zeros(8, dtype=torch.long)
+    scores = unit_scores(net, x, x_adv, y, ["0"], "random", seed=3)["0"]
+    best, second = scores.topk(2).indices.tolist()
+    protect = torch.ones(4)
+    protect[best] = 0.0
+    mask = choose_units(net, x, x_adv, y, ["0"], 0.25, "random", weights={"0": protect}, seed=3)
+    assert (~mask.keep["0"]).nonzero().flatten().tolist() == [second]
+    everything = choose_units(net, x, x_adv, y, ["0"], 0.25, "random", weights={"0": torch.ones(4)}, seed=3)
+    assert (~everything.keep["0"]).nonzero().flatten().tolist() == [best]  # weights of one change nothing

@@ -11,7 +11,9 @@ from torch import nn
 
 from defenses.regularizers import EVIDENCE_FLOOR, PSE, CAMDiscrepancy, UnitSensitivity
 from defenses.terms import AdversarialCE, CleanCE, LogitPairing, MartBCE, MartKL, Ramp, TradesKL
+from interpret.association import concept_weights
 from interpret.cam import cam_change
+from interpret.dissection import dissect
 from interpret.observation import Observation, observe
 from interpret.pse import unit_effects
 from interpret.sensitivity import unit_sensitivity
@@ -424,3 +426,47 @@ def test_the_number_trained_on_is_the_number_shown():
     obs = observed(conv_bn())
     shown = unit_effects(obs, "act2").margin.relu().sum(1)
     torch.testing.assert_close(prepared(PSE(scale="none"), obs)(obs), shown, rtol=1e-4, atol=1e-5)
+
+
+def test_concepts_turn_the_weights_to_detectors_from_the_second_epoch_on() -> None:
+    """Unit 0 copies the image and so detects its bright spot; unit 1 is constant; unit 2 sees the rest."""
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    weight, bias = torch.tensor([1.0, 0.0, -1.0]).view(3, 1, 1, 1), torch.tensor([0.0, 0.3, 0.5])
+    with torch.no_grad():
+        net[0].weight.copy_(weight)  # type: ignore[union-attr, operator]
+        net[0].bias.copy_(bias)  # type: ignore[union-attr, operator]
+
+    class Spot:
+        concepts, categories = ("bright spot",), ("position",)
+
+        def __len__(self) -> int:
+            return 1
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            image = torch.zeros(1, 1, 8, 8)
+            image[..., 0, 0] = 1.0  # a share of pixels below the quantile
+            yield image, (image > 0).long() - 1
+
+    term = UnitSensitivity(layers=["0"], concepts=lambda size, channels: Spot(), mode="stabilise_detectors")
+    x = torch.rand(6, 1, 8, 8)
+    obs = observe(net, x, (x + 0.1 * torch.randn_like(x)).clamp(0, 1), torch.arange(6) % 2, layers=["0"])
+    term.prepare(obs, ())
+    term.train()
+    term(obs)
+    assert term.get_buffer("omega0").tolist() == [1, 1, 1]  # the first epoch knows nothing
+    term.end_epoch()
+    plain = term.get_buffer("omega0").clone()
+    saved = {name: value.clone() for name, value in term.state_dict().items()}
+    term(obs)
+    found = dissect(net, Spot(), ["0"], quantile=0.02)["0"]
+    expected = plain * concept_weights(found, "stabilise_detectors")
+    assert found.detectors.tolist() != [False, False, False]
+    torch.testing.assert_close(term.get_buffer("omega0"), expected / expected.mean())
+    again = UnitSensitivity(layers=["0"], concepts=lambda size, channels: Spot())
+    again.prepare(obs, ())
+    again.load_state_dict(saved)  # a run that was stopped between the epochs
+    again.train()
+    again(obs)
+    assert torch.equal(again.get_buffer("omega0"), term.get_buffer("omega0"))
+    with pytest.raises(ValueError, match=r"regularizers.sensitivity.mode: expected .* found 'luck'"):
+        UnitSensitivity(mode="luck")  # type: ignore[arg-type]
