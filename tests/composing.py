@@ -8,7 +8,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SMALL = ("network.width=0.25", "data.train_limit=160", "data.test_limit=40", "data.batch_size=32", "trainer.accelerator=cpu")
+SMALL = (
+    "network.width=0.25",
+    "data.train_limit=160",
+    "data.test_limit=40",
+    "data.batch_size=32",
+    "trainer.accelerator=cpu",
+    "probe.size=16",
+)
 
 
 def config(*overrides: str) -> DictConfig:

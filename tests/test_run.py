@@ -118,7 +118,7 @@ def test_the_wandb_log_read_back_holds_every_epoch(run: Path) -> None:
         assert f'"epoch":{row["epoch"]},"views"' in text
         assert "plotly" not in text
         assert row["tables/pse"]["_type"] == "table-file"
-        assert row["tables/pse"]["nrows"] == 8
+        assert row["tables/pse"]["nrows"] == 16
         assert sum(row[f"pse/share_{k}"] for k in ("suppression", "promotion", "balanced", "inactive")) == pytest.approx(1)
     tables = [next((run / "wandb").glob(f"*run-*/files/{row['tables/pse']['path']}")) for row in drawn]
     ids = [[cells[0] for cells in json.loads(path.read_text())["data"]] for path in tables]

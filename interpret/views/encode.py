@@ -165,7 +165,9 @@ def _units(units: UnitMaps, blobs: dict[str, str]) -> dict[str, Any]:
 
 @encode.register
 def _(chart: Table, max_side: int = 64) -> Encoded:
-    return Encoded({"type": "table", "title": chart.title, "columns": chart.columns, "rows": list(chart.rows)})
+    return Encoded(
+        {"type": "table", "title": chart.title, "columns": chart.columns, "rows": list(chart.rows), "open": chart.open}
+    )
 
 
 @encode.register

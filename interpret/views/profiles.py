@@ -8,17 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from interpret.advice import Advice, advise
 from interpret.background import Background, background_features, choose_background
 from interpret.conductance import conductance
 from interpret.observation import Observation, find_layers, observe
 from interpret.profiles import ActivationProfiles, activation_profiles, coverage_warnings, strength_positions
-from interpret.sensitivity import sensitivity_control
+from interpret.pse import PromotionSuppression
+from interpret.sensitivity import SensitivityControl, sensitivity_control
 from interpret.structure import Structure, layout, overview, structure
 from interpret.views.figures import charts_figure, to_array
 from interpret.views.rows import class_name, images, numpy, row_titles
-from interpret.views.view import Bars, LayerNode, Lines, Probe, Profiles, Trend, UnitMaps, View
+from interpret.views.view import Bars, LayerNode, Lines, Probe, Profiles, Table, Trend, UnitMaps, View
 
 TITLE = "Activation Profiles"
+MASKING = "evaluate.py: masking.by=noise_corrected masking.layers=[{layer}]"
 SIDE = 8  # cells a side that unit maps are kept at
 CHUNK = 256  # background images a forward
 
@@ -33,6 +36,7 @@ class ProfilesPanel:
         neighbours: k of class perception.
         points: attack strengths.
         units: units shown a layer, those that carry most of the attack's margin.
+        examples: of the probe images, drawn; turning layers and advice are over all of them.
     """
 
     name = "profiles"
@@ -45,6 +49,7 @@ class ProfilesPanel:
         neighbours: int = 10,
         points: int = 6,
         units: int = 8,
+        examples: int = 8,
     ) -> None:
         for key, value, least in (
             ("most", most, 1),
@@ -54,6 +59,7 @@ class ProfilesPanel:
         ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"panels.profiles.{key}: expected a whole number >= {least}, found {value!r}")
+        self.examples = examples
         self.layers = tuple(layers)
         self.most = most
         self.per_class = per_class
@@ -75,7 +81,11 @@ class ProfilesPanel:
         path = strength_positions(net, x, x_adv, obs.y, obs.target, background, points=self.points)
         warnings = coverage_warnings(found, probe.class_names)
         title = headline(found, background)
-        chart = self.chart(probe, obs, found, path, drawing, warnings)
+        maps = [layer for layer in layers if obs.adv.acts[layer].dim() in (2, 4)]
+        controls = sensitivity_control(net, x, x_adv, obs.y, maps, draws=2)
+        effects = conductance(net, x, x_adv, obs.y, obs.target, layers=maps, steps=5).units
+        chart = self.chart(probe, obs, found, path, drawing, controls, effects, warnings)
+        advice = advise(found.layers, found.turning, controls, effects, masking=MASKING)
         turns, lines = turning_bars(found), mean_lines(found)
         return View(
             name=self.name,
@@ -83,6 +93,7 @@ class ProfilesPanel:
             headline=title,
             charts=(
                 chart,
+                advice_table(advice),
                 lines,
                 Trend(
                     "Where examples turn", tuple(f"profiles/turning/{x}" for x in found.layers), found.layers, "%", "share"
@@ -114,19 +125,18 @@ class ProfilesPanel:
         found: ActivationProfiles,
         path: Tensor,
         drawing: Structure,
+        controls: Mapping[str, SensitivityControl],
+        effects: Mapping[str, PromotionSuppression],
         warnings: tuple[str, ...],
     ) -> Profiles:
-        layers, n = found.layers, len(probe.ids)
-        maps = [layer for layer in layers if obs.adv.acts[layer].dim() in (2, 4)]
-        controls = sensitivity_control(probe.net, obs.clean.x, obs.adv.x, obs.y, maps, draws=2)
-        effects = conductance(probe.net, obs.clean.x, obs.adv.x, obs.y, obs.target, layers=maps, steps=5).units
+        layers, n = found.layers, min(self.examples, len(probe.ids))
 
         def by_layer(values: Mapping[str, float]) -> tuple[float, ...]:
             return tuple(values.get(layer, float("nan")) for layer in layers)
 
         units: dict[str, UnitMaps] = {}
         concentrated: dict[str, float] = {}
-        for layer in maps:
+        for layer in effects:
             promotion, suppression = numpy(effects[layer].promotion.mean(0)), numpy(effects[layer].suppression.mean(0))
             gained = np.sort((promotion + suppression).clip(min=0))[::-1]
             concentrated[layer] = float(gained[: max(1, len(gained) // 10)].sum() / max(gained.sum(), 1e-12))
@@ -143,7 +153,7 @@ class ProfilesPanel:
             units[layer] = UnitMaps(
                 units=tuple(int(k) for k in chosen),
                 of=len(promotion),
-                values=np.stack([_small(obs.side(side).acts[layer][:, chosen.tolist()]) for side in ("clean", "adv")], 1),
+                values=np.stack([_small(obs.side(side).acts[layer][:n, chosen.tolist()]) for side in ("clean", "adv")], 1),
                 columns=columns,
                 filters=filters(probe.net, layer, chosen),
             )
@@ -174,15 +184,16 @@ class ProfilesPanel:
                 "margin carried by a tenth of the units": by_layer(concentrated),
             },
             examples=row_titles(probe, n),
-            images=np.stack([images(obs.clean.x), images(obs.adv.x)]),
+            images=np.stack([images(obs.clean.x[:n]), images(obs.adv.x[:n])]),
             classes=tuple(
-                (class_name(probe, int(y)), class_name(probe, int(t))) for y, t in zip(obs.y, obs.target, strict=True)
+                (class_name(probe, int(y)), class_name(probe, int(t)))
+                for y, t in zip(obs.y[:n], obs.target[:n], strict=True)
             ),
             strength=tuple(np.linspace(0, 1, len(path)).tolist()),
-            position=numpy(path),
-            turning=tuple(found.turning.tolist()),
-            perception=np.stack([numpy(found.clean_perception), numpy(found.adv_perception)]),
-            pair=tuple(found.pair.tolist()),
+            position=numpy(path)[:, :, :n],
+            turning=tuple(found.turning[:n].tolist()),
+            perception=np.stack([numpy(found.clean_perception), numpy(found.adv_perception)])[:, :, :n],
+            pair=tuple(found.pair[:n].tolist()),
             bands=numpy(found.bands),
             units=tuple(units.get(layer) for layer in layers),
             warnings=warnings,
@@ -242,6 +253,16 @@ def headline(found: ActivationProfiles, background: Background) -> str:
     return (
         f"{len(turned)} of {len(found.turning)} examples turn, most often at layer {found.layers[most]} "
         f"({int(counts[most])} of them), {over} of them."
+    )
+
+
+def advice_table(advice: Sequence[Advice]) -> Table:
+    """What to try, each sentence with the numbers it was computed from and the words that do it."""
+    return Table(
+        "Advice",
+        ("what the numbers say", "numbers", "what to try"),
+        [(a.sentence, ", ".join(f"{name} {value:.3g}" for name, value in a.numbers.items()), a.config) for a in advice],
+        open=True,
     )
 
 

@@ -151,11 +151,12 @@ class Maps:
 
 @dataclass(frozen=True)
 class Table:
-    """Plain cells; numbers stay numbers so that W&B can sort them."""
+    """Plain cells; numbers stay numbers so that W&B can sort them.  ``open``: shown without being asked for."""
 
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str | float | int, ...]]
+    open: bool = False
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,7 @@ const Charts = (() => {
     }
     fill(chart.rows);
     const grid = el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, heads)), body));
-    if (ctx.open) return el("figure", { class: "card wide" }, el("h3", { class: "chart-title" }, chart.title), grid);
+    if (ctx.open || chart.open) return el("figure", { class: "card wide" }, el("h3", { class: "chart-title" }, chart.title), grid);
     const key = `${ctx.view}/${ctx.chart}/open`;
     return el("div", { class: "card wide" }, el("details", { open: Boolean(ctx.ui[key]), ontoggle: (e) => { ctx.ui[key] = e.target.open; } },
       el("summary", {}, `${chart.title} (${chart.rows.length} rows)`), grid));
