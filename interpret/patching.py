@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from interpret.chunks import measuring
 from interpret.modes import evaluating
 from interpret.observation import find_layers, strongest_wrong
 from interpret.pse import PromotionSuppression
@@ -123,7 +124,14 @@ def _answering(queues: Mapping[nn.Module, deque[Callable[[], Tensor]]]) -> Itera
 
 @torch.no_grad()
 def unit_patching(
-    net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, target: Tensor | None = None, *, layer: str, chunk: int = 128
+    net: nn.Module,
+    x: Tensor,
+    x_adv: Tensor,
+    y: Tensor,
+    target: Tensor | None = None,
+    *,
+    layer: str,
+    chunk: int | None = None,
 ) -> PromotionSuppression:
     """Causal effect of each unit of a layer on both logits: what is lost when it alone is set back to clean, (N, C).
 
@@ -135,14 +143,17 @@ def unit_patching(
         x, x_adv: (N, C, H, W) in [0,1].
         y, target: true and promoted labels, (N,); the default target is the strongest wrong class at x'.
         layer: a name as in ``net.named_modules()``; its output is (N, C, …).
-        chunk: samples a rerun; there are ⌈C / max(1, chunk // N)⌉ of them beside two whole passes.
+        chunk: samples a rerun, by default as :mod:`interpret.chunks` chooses; there
+            are ⌈C / max(1, chunk // N)⌉ of them beside two whole passes.
 
     Raises:
         ValueError: see :func:`cut`.
     """
     n = len(x)
     with evaluating(net):
-        clean, adv = cut(net, layer, x), cut(net, layer, x_adv)
+        with measuring(net) as largest:
+            clean, adv = cut(net, layer, x), cut(net, layer, x_adv)
+        chunk = chunk or largest.chunk(x.device)
         if target is None:
             target = strongest_wrong(adv.logits, y)
         pair = torch.stack([y, target], 1)

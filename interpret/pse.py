@@ -12,6 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from interpret.chunks import measuring
 from interpret.modes import evaluating
 from interpret.observation import Label, Observation, strongest_wrong
 
@@ -101,7 +102,7 @@ def region_effects(
     y: Tensor,
     target: Tensor | None = None,
     regions: tuple[int, int] | Tensor = (8, 8),
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> PromotionSuppression:
     """Effect of the perturbation on each region of the image: what is lost when it is taken back there (ours).
 
@@ -112,7 +113,7 @@ def region_effects(
         x, x_adv: (N, C, H, W) in [0,1].
         y, target: true and promoted labels, (N,); the default target is the strongest wrong class at x'.
         regions: a grid (rows, columns), or region indices (H, W) int64; a negative index belongs to no region.
-        chunk: samples a forward; 64–128 is fastest on CPUs.
+        chunk: samples a forward; by default :mod:`interpret.chunks` chooses.
 
     Returns:
         effects of shape (N, G).
@@ -128,7 +129,9 @@ def region_effects(
     perturbed = (x != x_adv).any(1).flatten(1).float() @ inside.flatten(1).float().T > 0
     sample, region = perturbed.nonzero(as_tuple=True)
     with evaluating(net):
-        ends = net(torch.cat([x, x_adv])).float()
+        with measuring(net) as largest:
+            ends = net(torch.cat([x, x_adv])).float()
+        chunk = chunk or largest.chunk(x.device)
         if target is None:
             target = strongest_wrong(ends[n:], y)
         pair = torch.stack([y, target], 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from interpret.chunks import measuring
 from interpret.modes import evaluating
 from interpret.pse import PromotionSuppression, region_index
 
@@ -56,7 +57,7 @@ def restoration_curve(
     *,
     draws: int = 5,
     seed: int = 0,
-    chunk: int = 128,
+    chunk: int | None = None,
 ) -> RestorationCurve:
     """Set regions of x' back to clean one after the other, in three orders, until the net answers y.
 
@@ -66,7 +67,8 @@ def restoration_curve(
         effects: of the same regions, (N, G), from :func:`interpret.pse.region_effects`.
         regions: a grid (rows, columns), or region indices (H, W) int64; pixels of no region stay adversarial.
         draws: random orders, each its own for every sample.
-        chunk: samples a forward.  At most (G + 1)·N·(2 + draws) samples run; a sample drops out once its label is back.
+        chunk: samples a forward, by default as :mod:`interpret.chunks` chooses.  At
+            most (G + 1)·N·(2 + draws) samples run; a sample drops out once its label is back.
 
     Raises:
         ValueError: regions that fit the image in no way, or whose number differs from that of the effects.
@@ -83,6 +85,10 @@ def restoration_curve(
     # Place of each region in its order; pixels of no region are never reached.
     place = torch.nn.functional.pad(scores.argsort(dim=2, descending=True, stable=True).argsort(dim=2), (0, 1), value=count)
     with evaluating(net):
+        if chunk is None:
+            with measuring(net) as largest:
+                net(x[:1])
+            chunk = largest.chunk(x.device)
         flipped = (_answers(net, x, chunk) == y) & (_answers(net, x_adv, chunk) != y)
         samples = flipped.nonzero()[:, 0].repeat(len(scores))
         orders = place[:, flipped].flatten(0, 1)  # (rows, G + 1)
