@@ -179,7 +179,7 @@ const Charts = (() => {
     for (const v of ticks(ys.low, ys.high, 4)) picture.append(
       svg("line", { class: "grid", x1: left, x2: right, y1: y(v), y2: y(v) }),
       svg("text", { x: left - 7, y: y(v) + 4, "text-anchor": "end" }, tickText(v, ys.unit)));
-    for (const v of ticks(xs.low, xs.high, Math.max(2, Math.min(6, width / 90)))) picture.append(
+    for (const v of ticks(xs.low, xs.high, Math.max(2, Math.min(6, width / 90)), xs.whole ? WHOLE : ROUND)) if (!xs.whole || Number.isInteger(v)) picture.append(
       svg("text", { x: x(v), y: bottom + 16, "text-anchor": "middle" }, tickText(v, xs.unit)));
     picture.append(svg("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),
       svg("text", { x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, names.x),
@@ -207,7 +207,7 @@ const Charts = (() => {
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": `${chart.title}: ` +
       chart.labels.map((label, i) => `${label} ends at ${format(chart.series[i].at(-1), chart.unit)}`).join(", ") });
     const ys = chart.limits ? { low: chart.limits[0], high: chart.limits[1] } : range(all, [0]);
-    const f = frame(picture, width, height, { ...range(chart.x, []), unit: chart.x_unit }, { ...ys, unit: chart.unit },
+    const f = frame(picture, width, height, { ...range(chart.x, []), unit: chart.x_unit, whole: chart.x.every(Number.isInteger) && chart.x.length > 2 }, { ...ys, unit: chart.unit },
       { x: chart.x_label, y: chart.unit === "%" ? "" : chart.unit });
     chart.series.forEach((values, i) => {
       let path = "", pen = "M";
