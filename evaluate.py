@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import hydra
 import pytorch_lightning as pl
@@ -18,18 +19,17 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from datamodules.images import ProbeBatch
-from defenses.masking import Criterion, choose_units, masked
-from interpret.observation import find_layers
+from defenses.masking import UnitMask, choose_units, masked
 from interpret.views.encode import plain
 from interpret.views.figures import write_png
 from interpret.views.masking import masking_view
 from interpret.views.page import KeyFigure, ReportPage, write_atomic
 from interpret.views.view import Bars, Lines, Table, View
-from lightning_modules.callbacks.dashboard import Dashboard
-from lightning_modules.console import clear_errors, console
+from lightning_modules.callbacks.dashboard import Dashboard, Nudge
+from lightning_modules.console import clear_errors, console, require_whole
 from lightning_modules.networks.build import load_weights, make_network
 from lightning_modules.run_folder import commit, versions
 
@@ -96,15 +96,22 @@ def record(views: list[View], **about: Any) -> dict[str, Any]:
     }
 
 
+def choose(
+    masking: DictConfig, net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, observed: Sequence[str]
+) -> list[UnitMask]:
+    """The mask that was asked for, and one with as many units at random."""
+    layers = list(masking.layers) or [observed[-1]]
+    return [choose_units(net, x, x_adv, y, layers, masking.share, by, fill=masking.fill) for by in (masking.by, "random")]
+
+
 def compare_masked(
     masking: DictConfig, net: nn.Module, dashboard: Dashboard, choosers: ProbeBatch, device: torch.device
 ) -> View:
     """The net as it is, with the chosen units masked, and with as many masked at random; each attacked anew."""
-    layers = list(masking.layers) or [dashboard.layers[-1]]
     x, y = choosers.x.to(device), choosers.y.to(device)
     dashboard.attack.reseed(1)
     x_adv = dashboard.attack(net, x, y)
-    masks = [choose_units(net, x, x_adv, y, layers, masking.share, by, fill=masking.fill) for by in (masking.by, "random")]
+    masks = choose(masking, net, x, x_adv, y, dashboard.layers)
     probes = [dashboard.probe(each, device, {}) for each in (net, *(masked(net, mask).eval() for mask in masks))]
     units = {layer: (~keep).nonzero().flatten().tolist() for layer, keep in masks[0].keep.items()}
     return masking_view(probes, units, masking.by)
@@ -115,6 +122,7 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
     with clear_errors(cfg.debug):
         weights, run = located(cfg.checkpoint)
         cfg = completed(cfg, run)
+        require_whole(cfg, {"seed": 0, "threads": 1, "training": 1})
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
@@ -139,14 +147,17 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
         if not dashboard.panels:
             raise ValueError("panels: expected at least one, found none")
         dashboard.prepare(net)
+        dashboard.rehearse(net)
         if cfg.masking.by is not None:
-            if cfg.masking.by not in get_args(Criterion) or not 0 < cfg.masking.share < 1:
+            if not isinstance(cfg.masking.share, float) or not isinstance(cfg.masking.images, int):
                 raise ValueError(
-                    f"masking: expected by={'|'.join(get_args(Criterion))} and 0 < share < 1, "
-                    f"found by={cfg.masking.by} share={cfg.masking.share}"
+                    "masking: expected a share in (0, 1) and a number of images, "
+                    f"found share={cfg.masking.share!r} images={cfg.masking.images!r}"
                 )
-            find_layers(net, list(cfg.masking.layers), key="masking.layers")
             choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
+            few = choosers.x[:2]
+            rehearsed = Nudge(attack.threat)(net, few, choosers.y[:2])
+            choose(cfg.masking, net, few, rehearsed, choosers.y[:2], dashboard.layers)
         of = run.parent.name if run is not None else weights.stem
         name = cfg.name or re.sub(r"[^A-Za-z0-9_+.-]+", "-", f"{of}_{attack_name}")
         if Path(name).name != name:

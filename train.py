@@ -28,7 +28,7 @@ from lightning_modules.callbacks.checkpointing import checkpoints
 from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.classifier import RobustClassifier
-from lightning_modules.console import accuracy_table, clear_errors, console, show
+from lightning_modules.console import accuracy_table, clear_errors, console, require_whole, show
 from lightning_modules.logging import RunLog, check_wandb_mode, wandb_logger
 from lightning_modules.networks.build import make_network
 from lightning_modules.run_folder import RunFolder
@@ -47,9 +47,7 @@ class Parts:
 
 def build(cfg: DictConfig) -> Parts:
     """Instantiate everything that is trained, and check that it fits together, before anything is written."""
-    for key, least in (("seed", 0), ("threads", 1)):
-        if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < least):
-            raise ValueError(f"{key}: expected a whole number >= {least}, found {cfg[key]!r}")
+    require_whole(cfg, {"seed": 0, "threads": 1})
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -38,6 +38,8 @@ def find_layers(net: nn.Module, names: Sequence[str], key: str = "layers") -> di
     modules.pop("")
     found = {}
     for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{key}: expected names of layers, found {name!r}; in YAML quote names such as '1.1'")
         if name not in modules:
             close = difflib.get_close_matches(name, modules, n=5, cutoff=0.3) or list(modules)[:12]
             raise ValueError(f"{key}: the network has no layer {name!r}; close names: {', '.join(close)}")
@@ -150,11 +152,16 @@ class Observation:
 
     def delta(self, layer: str) -> Tensor:
         """ΔA = A(x') − A(x) of a layer, fp32, computed once."""
+        self._observed(layer)
         key = ("delta", layer)
         if key not in self._cache:
             with torch.enable_grad():  # a first reader under no_grad must not cut the graph of the next
                 self._cache[key] = self.adv.acts[layer].float() - self.clean.acts[layer].float()
         return self._cache[key]
+
+    def _observed(self, layer: str) -> None:
+        if layer not in self.adv.acts:
+            raise ValueError(f"layers: {layer!r} was not observed; observed are {', '.join(self.adv.acts) or 'none'}")
 
     def layer_gradient(self, layer: str, side: Side = "adv", label: Label | Tensor = "true") -> Tensor:
         """∂Z_c/∂A of a layer, c the true, the target or a given class of each sample; the layer's shape, fp32.
@@ -167,6 +174,7 @@ class Observation:
         Raises:
             ValueError: the pass was made without a graph.
         """
+        self._observed(layer)
         key = ("gradient", side, label, layer)
         if key not in self._cache:
             # In a joined pass a side's activation is a slice, not an ancestor of the logits: differentiate the whole.

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -32,6 +33,14 @@ def clear_errors(debug: bool) -> Iterator[None]:
         kind = "" if isinstance(root, (ValueError, OSError)) else f"{type(root).__name__}: "
         print(f"error: {kind}{' '.join(str(root).split())}\n(debug=true shows the stack trace)", file=sys.stderr)
         sys.exit(2)
+
+
+def require_whole(config: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    """Raises ValueError unless these entries are whole numbers of at least so much; None is left to its default."""
+    for key, low in least.items():
+        value = config[key]
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            raise ValueError(f"{key}: expected a whole number >= {low}, found {value!r}")
 
 
 def accuracy_table(title: str, records: Mapping[str, Mapping[str, float]]) -> Table:

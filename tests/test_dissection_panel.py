@@ -13,7 +13,7 @@ from datamodules.concepts import procedural_concepts
 from interpret.association import link
 from interpret.dissection import dissect
 from interpret.observation import observe
-from interpret.views.dissection import DissectionPanel
+from interpret.views.dissection import DissectionPanel, holm
 from interpret.views.encode import encode
 from interpret.views.view import Maps, Probe, Scatter, Trend
 
@@ -73,10 +73,17 @@ def test_a_card_outlines_where_the_unit_exceeds_its_threshold(probe: Probe) -> N
     one = Probe(net, obs, ("0",), ("val-0",), ("a", "b"), {})
     view = DissectionPanel(lambda size, channels: Halves(), quantile=0.6, patches=1, cards=1)(one)
     card = next(c for c in view.charts if isinstance(c, Maps))
-    assert card.row_titles == ("0, unit 0 · detects right · IoU 1.000",)
+    assert card.row_titles == ("0, unit 0 · detects right · IoU 1.000 (chance 0.333)",)  # half of all pixels each: ¼ / ¾
     picture = card.columns[0].values[0]
     magenta = np.abs(picture - [1.0, 0.0, 0.8]).max(-1) < 1e-6
     assert magenta[:, 8].all()  # the edge of the bright half
     assert not magenta[:, :8].any()
     assert not magenta[2:-2, 10:-2].any()  # the inside is left as it is
     encode(card)
+
+
+def test_holm_keeps_only_what_survives_the_number_of_layers() -> None:
+    assert holm({"a": 0.04, "b": 0.001, "c": 0.03}) == ("b",)  # 0.03 · 2 is above 0.05
+    assert holm({"a": 0.02, "b": 0.001, "c": 0.9}) == ("a", "b")
+    assert holm({"a": float("nan"), "b": 0.01}) == ("b",)
+    assert holm({"a": 0.2}) == ()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from torch import nn
 
 import evaluate
 import train
@@ -19,6 +20,7 @@ from defenses.attacks import PGD
 from defenses.masking import UnitMask, masked
 from defenses.threat import Linf
 from interpret.views.page import read_script
+from lightning_modules.networks.build import load_weights
 from tests.composing import SMALL, config, options
 
 FAST = ("images=12", "panels.sensitivity.points=3", "panels.units.steps=2", "threads=1")
@@ -108,7 +110,14 @@ def test_a_state_dict_from_elsewhere_needs_its_surroundings_named(
         ("layers=[stage9]", "no layer 'stage9'"),
         ("eps=8", "threat.eps"),
         ("name=a/b", "plain name"),
-        ("masking.by=luck", "masking: expected by="),
+        ("masking.by=luck", "masking.by: expected"),
+        ("masking.by=margin masking.fill=foo", "masking.fill: expected zero or mean"),
+        ("masking.by=margin masking.share=lots", "masking: expected a share"),
+        ("masking.by=margin masking.share=0.99 masking.layers=[stage1]", "would be masked"),
+        ("threads=-2", "threads: expected a whole number >= 1"),
+        ("seed=-1", "seed: expected a whole number >= 0"),
+        ("training=-5", "training: expected a whole number >= 1"),
+        ("panels.dissection.quantile=2", "panels.dissection"),
         ("panels=[]", "panels: expected at least one"),
     ],
 )
@@ -121,7 +130,7 @@ def test_bad_input_is_refused_before_any_work(
     message: str,
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, evaluate, f"checkpoint={run}", f"out={tmp_path}", "images=12", override)
+        command(monkeypatch, evaluate, f"checkpoint={run}", f"out={tmp_path}", "images=12", *override.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -165,3 +174,13 @@ def test_every_attack_is_analysed(run: Path, tmp_path: Path, monkeypatch: pytest
     assert scalars["outcome/robust_acc"] <= scalars["outcome/clean_acc"]
     if attack == "cam_pgd" and scalars["outcome/pixels"] is not None:
         assert scalars["outcome/pixels"] <= 0.41  # two regions of a fifth each
+
+
+def test_what_is_no_file_of_weights_is_said_to_be_none(tmp_path: Path) -> None:
+    text, other = tmp_path / "notes.md", tmp_path / "other.pt"
+    text.write_text("# Notes")
+    torch.save({"state_dict": {"epoch": 3}}, other)
+    for path, words in ((text, "is no file of weights"), (other, "no state dict of tensors")):
+        with pytest.raises(ValueError, match=words) as error:
+            load_weights(nn.Linear(1, 1), path)
+        assert "weights_only" not in str(error.value)  # torch's advice to unpickle anything

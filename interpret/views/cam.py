@@ -190,8 +190,10 @@ def score_sentence(scores: dict[str, Interpretability]) -> str:
     score, shuffled = _mean(found.score), _mean(found.shuffled)
     if not np.isfinite(score):
         return ""
-    word = "gathers" if score > 1.05 * shuffled else "avoids" if score < 0.95 * shuffled else "does not gather"
-    return f" The perturbation {word} in the true class's region: score {score:.2f}, {shuffled:.2f} with the map shuffled."
+    return (
+        f" Interpretability score {score:.2f} against {_mean(found.chance):.2f} for a perturbation spread evenly and "
+        f"{shuffled:.2f} with the map shuffled."
+    )
 
 
 def overlap_table(overlap: Overlap) -> Table:

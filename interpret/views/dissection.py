@@ -126,11 +126,25 @@ def headline(found: Mapping[str, Dissection], links: Mapping[str, Mapping[str, A
             by_category[category] = by_category.get(category, 0) + count
     most = max(by_category, key=lambda name: by_category[name])
     text = f"{detectors} of {units} units detect a concept" + (f", most of them {most}." if detectors else ".")
-    told = {layer: a["attack"] for layer, a in links.items() if a["attack"].spearman_p < 0.05}
+    told = holm({layer: a["attack"].spearman_p for layer, a in links.items()})
     if not told:
-        return text + " In no layer is sensitivity to the attack tied to interpretability (p ≥ 0.05)."
-    parts = [f"{layer} {a.spearman:+.2f} (p {a.spearman_p:.3f})".replace("-", "−") for layer, a in told.items()]
-    return text + f" Sensitivity goes with IoU, by rank, in {', '.join(parts)}."
+        return text + " In no layer is sensitivity to the attack tied to interpretability (p ≥ 0.05, Holm over layers)."
+    parts = [
+        f"{'falls' if links[layer]['attack'].spearman < 0 else 'rises'} with IoU in {layer} "
+        f"(Spearman {links[layer]['attack'].spearman:+.2f}, p {links[layer]['attack'].spearman_p:.3f})".replace("-", "−")
+        for layer in told
+    ]
+    return text + f" Sensitivity {', '.join(parts)}."
+
+
+def holm(p: Mapping[str, float], level: float = 0.05) -> tuple[str, ...]:
+    """The names whose p-values stay below ``level`` after Holm's correction for how many there are."""
+    kept = []
+    for place, name in enumerate(sorted(p, key=lambda name: (p[name] != p[name], p[name]))):
+        if not p[name] * (len(p) - place) < level:
+            break
+        kept.append(name)
+    return tuple(name for name in p if name in kept)
 
 
 def link_scatter(rows: list[UnitRow], layers: list[str]) -> Scatter:
@@ -254,7 +268,9 @@ def unit_cards(probe: Probe, data: ConceptData, found: Mapping[str, Dissection],
 def _card(dissection: Dissection, layer: str, unit: int) -> str:
     concept = dissection.concepts[int(dissection.best_concept[unit])]
     detects = "detects" if dissection.detectors[unit] else "nearest to"
-    return f"{layer}, unit {unit} · {detects} {concept} · IoU {float(dissection.best_iou[unit]):.3f}"
+    best = int(dissection.best_concept[unit])
+    chance = float(dissection.chance[unit, best])
+    return f"{layer}, unit {unit} · {detects} {concept} · IoU {float(dissection.best_iou[unit]):.3f} (chance {chance:.3f})"
 
 
 def _images_of(data: ConceptData, wanted: list[int]) -> Tensor:

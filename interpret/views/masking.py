@@ -82,6 +82,8 @@ def headline(measured: Sequence[Mapping[str, float]], masked_units: Mapping[str,
     before, after, control = ([100 * m[f"outcome/{key}_acc"] for key in ("clean", "robust")] for m in measured)
     count = sum(len(units) for units in masked_units.values())
     verdict = "helps" if after[1] > max(before[1], control[1]) + 1 else "does not help"
+    if after[1] < min(before[1], control[1]) - 1:
+        verdict = "hurts"
     return (
         f"Masking {count} units by {by.replace('_', '-')} {verdict}: accuracy under attack {before[1]:.1f} → "
         f"{after[1]:.1f} % ({control[1]:.1f} % with a random mask), "

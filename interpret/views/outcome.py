@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from interpret.views.figures import charts_figure, to_array
-from interpret.views.rows import class_name, numpy
+from interpret.views.rows import class_name, numpy, percent
 from interpret.views.view import Bars, Probe, Table, View
 
 
@@ -63,8 +63,8 @@ def summarise(probe: Probe) -> dict[str, float]:
 
 def headline(scalars: dict[str, float]) -> str:
     text = (
-        f"Accuracy falls from {100 * scalars['outcome/clean_acc']:.1f} % to {100 * scalars['outcome/robust_acc']:.1f} %: "
-        f"the attack turns {100 * scalars['outcome/success']:.1f} % of the rightly classified images"
+        f"Accuracy falls from {percent(scalars['outcome/clean_acc'])} to {percent(scalars['outcome/robust_acc'])}: "
+        f"the attack turns {percent(scalars['outcome/success'])} of the rightly classified images"
     )
     if scalars["outcome/success"] == 0:
         return text + "."

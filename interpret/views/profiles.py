@@ -247,11 +247,12 @@ def headline(found: ActivationProfiles, background: Background) -> str:
     covered = 100 * float(found.coverage.min())
     over = f"over a background of {len(background.labels)} training images, which covers {covered:.0f} %"
     if not len(turned):
-        return f"No example turns: every attacked image stays on its class's side ({over} of them)."
+        return f"No attacked image crosses over to the target's side ({over} of them)."
     counts = torch.bincount(turned, minlength=len(found.layers))
     most = int(counts.argmax())
     return (
-        f"{len(turned)} of {len(found.turning)} examples turn, most often at layer {found.layers[most]} "
+        f"{len(turned)} of {len(found.turning)} attacked images end on the target's side of the background; most of "
+        f"them cross over at layer {found.layers[most]} "
         f"({int(counts[most])} of them), {over} of them."
     )
 

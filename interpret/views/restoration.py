@@ -10,6 +10,7 @@ from interpret.views.rows import numpy
 from interpret.views.view import Bars, Lines, Probe, Trend, View
 
 TITLE = "Restoration"
+FEWEST = 10  # turned images, below which nothing is concluded
 HOW = (
     "Regions are set back to clean one after the other until the true label returns. If the map tells the truth, its order "
     "brings labels back sooner than the order of the perturbation's size and than chance."
@@ -45,7 +46,6 @@ class RestorationPanel:
             headline=title,
             charts=(
                 lines,
-                areas,
                 Trend(
                     "Area under the restoration curve",
                     tuple(f"restoration/{order}" for order in ORDERS),
@@ -65,11 +65,13 @@ def headline(curve: RestorationCurve) -> str:
     areas, regions = curve.areas, len(curve.share) - 1
     needed = float(np.median(numpy(curve.needed[curve.needed >= 0])))
     beats = areas["effect"] > max(areas["norm"], areas["chance"])
+    verdict = "the map tells where the attack acts" if beats else "the map is no better than its controls here"
+    if curve.samples < FEWEST:
+        verdict = "too few images to judge the map by"
     return (
         f"Setting back {needed:.0f} of {regions} regions in order of effect brings the true label back (median of "
         f"{count(curve)}); area {areas['effect']:.2f} against {areas['norm']:.2f} by size and "
-        f"{areas['chance']:.2f} ± {areas['chance_std']:.2f} by chance: the map "
-        + ("tells where the attack acts." if beats else "is no better than its controls here.")
+        f"{areas['chance']:.2f} ± {areas['chance_std']:.2f} by chance: {verdict}."
     )
 
 

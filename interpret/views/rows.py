@@ -16,6 +16,11 @@ def numpy(values: Tensor) -> np.ndarray:
     return values.float().numpy() if values.is_floating_point() else values.numpy()
 
 
+def percent(value: float) -> str:
+    """0.5625 → "56.3 %": halves go up, as on the page, where Python alone would round to even."""
+    return f"{100 * value + 1e-9:.1f} %"
+
+
 def class_name(probe: Probe, label: int) -> str:
     """Name of a class, its number where the data set has no names."""
     return probe.class_names[label] if label < len(probe.class_names) else str(label)

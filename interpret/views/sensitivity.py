@@ -133,7 +133,7 @@ def logit_lines(probe: Probe, curves: StrengthCurves) -> Lines:
 def layer_lines(probe: Probe, curves: StrengthCurves) -> Lines:
     """Mean movement of a layer's units along the perturbation, in clean standard deviations of each unit's mean."""
     return Lines(
-        "Movement of the layers against attack strength",
+        "Mean activation of the units against attack strength, by layer",
         tuple(curves.strength.tolist()),
         "attack strength",
         tuple(curves.units),

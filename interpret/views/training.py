@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from interpret.views.rows import percent
 from interpret.views.view import Probe, Trend, View
 
 ACCURACIES = {
@@ -58,7 +59,7 @@ def headline(scalars: Mapping[str, float], overfitting: float) -> str:
         loss = scalars.get("train/loss")
         return "No accuracy measured yet." if loss is None else f"Training loss {loss:.3g}; no accuracy measured yet."
     parts = [
-        f"{name} {100 * value:.1f} %" for name, value in (("robust accuracy", robust), ("clean", clean)) if value is not None
+        f"{name} {percent(value)}" for name, value in (("robust accuracy", robust), ("clean", clean)) if value is not None
     ]
     text = f"Held-out {', '.join(parts)}."
     gap = scalars.get("train/robust_acc", 0.0) - robust if robust is not None else 0.0

@@ -122,7 +122,8 @@ def headline(layers: list[LayerUnits], top: int) -> str:
     return (
         f"The attack moves layer {moved.layer} most, by {moved.sensitivity.mean():.2f} σ on average; its unit {peak} moves "
         f"{moved.sensitivity[peak]:.2f} σ, and its top {len(units)} of {len(moved.sensitivity)} units carry "
-        f"{100 * moved.share(units):.0f} % of the layer's sensitivity. In layer {layers[-1].layer} "
+        f"{100 * moved.share(units):.0f} % of the layer's sensitivity (evenly spread: "
+        f"{100 * len(units) / len(moved.sensitivity):.0f} %). In layer {layers[-1].layer} "
         f"{min(top, len(carriers))} of {len(carriers)} units carry {100 * share:.0f} % of the margin that the attack gains."
     )
 

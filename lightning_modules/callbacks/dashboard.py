@@ -11,10 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from defenses.attacks import Attack
+from defenses.threat import Threat
 from interpret.modes import undisturbed
 from interpret.observation import feature_layers, find_layers, observe
 from interpret.views.view import Panel, Probe, View
 from lightning_modules.logging import RunLog
+
+
+class Nudge:
+    """Stands in for an attack in rehearsals, where a real one may take minutes: a small fixed change of each image."""
+
+    def __init__(self, threat: Threat) -> None:
+        self.threat = threat
+
+    def reseed(self, call: int) -> None:
+        pass
+
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+        return (x + 0.05 * noise).clamp(0, 1)
 
 
 class Dashboard(pl.Callback):
@@ -81,7 +96,7 @@ class Dashboard(pl.Callback):
             ValueError: a panel that cannot be drawn for this network and these images; names it.
         """
         few = copy.copy(self)
-        few.x, few.y, few.ids, few.attack = self.x[:2], self.y[:2], self.ids[:2], copy.copy(self.attack)
+        few.x, few.y, few.ids, few.attack = self.x[:2], self.y[:2], self.ids[:2], Nudge(self.attack.threat)
         device = next((p.device for p in net.parameters()), few.x.device)
         for name, panel in self.panels.items():
             few.panels = {name: panel}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_modules.networks.check import check_network
 
@@ -46,9 +46,11 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
     """
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise ValueError(f"checkpoint: {path} cannot be read ({type(error).__name__}: {error})") from error
+    except Exception as error:  # torch's own words recommend to unpickle anything
+        raise ValueError(f"checkpoint: {path} is no file of weights ({type(error).__name__})") from error
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"checkpoint: {path} holds no state dict of tensors")
     if any(name.startswith("net.") for name in state):
         state = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
     wanted = net.state_dict()

@@ -154,13 +154,13 @@ const Charts = (() => {
   function bars(chart) {
     const reference = chart.reference || [];
     const low = Math.min(0, ...chart.values, ...reference), high = Math.max(0, ...chart.values, ...reference) || 1;
-    const place = (v) => (100 * (v - low)) / (high - low);
+    const place = (v) => (100 * (v - low)) / (high - low), whole = chart.values.every((v) => v === null || Number.isInteger(v));
     const rows = chart.labels.flatMap((label, i) => {
       const value = chart.values[i];
       const bar = value == null ? null : el("i", { style: `left:${place(Math.min(0, value))}%;width:${place(low + Math.abs(value))}%;` +
         `background:${at(colours.series, value < 0 ? 0 : 1)}` });
       const mark = reference[i] == null ? null : el("em", { style: `left:${place(reference[i])}%`, title: `${chart.reference_label} ${format(reference[i], chart.unit)}` });
-      return [el("span", { class: "name" }, label), el("span", { class: "track" }, bar, mark), el("span", { class: "value" }, chart.unit === "%" ? format(value, "%") : format(value))];
+      return [el("span", { class: "name" }, label), el("span", { class: "track" }, bar, mark), el("span", { class: "value" }, chart.unit === "%" ? format(value, "%") : whole ? String(value) : format(value))];
     });
     const legend = el("div", { class: "legend muted" }, chart.unit && chart.unit !== "%" ? el("span", {}, `in ${chart.unit}`) : null,
       chart.reference && el("span", {}, el("i", { style: "width:2px;height:0.9rem;border-radius:0;background:var(--ink)" }), chart.reference_label));
@@ -366,7 +366,7 @@ const Charts = (() => {
       return row;
     });
     const head = el("tr", {}, el("td", {}), chart.columns.map((c) => el("th", { scope: "col" }, c.title, c.unit && el("small", {}, c.unit))),
-      el("th", { scope: "col" }, "Colour scale", el("small", {}, chart.limits ? "of the row" : "of the row, over all epochs")));
+      el("th", { scope: "col" }, "Colour scale", el("small", {}, chart.limits || ctx.single ? "of the row" : "of the row, over all epochs")));
     const repaint = () => paints.forEach((draw) => draw());
     repaint();
     const kinds = chart.columns.find((c) => c.kind === "category");
