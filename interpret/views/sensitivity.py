@@ -55,7 +55,7 @@ class SensitivityPanel:
                     "%",
                 ),
             ),
-            figure=to_array(charts_figure([scatter, by_layer, logits, layers, units], title)),
+            figure=to_array(charts_figure([scatter, by_layer, logits], title)),
             scalars=scalars,
             how_to_read="The control is random noise of the attack's own L2 norm, image by image. A unit above the dashed "
             "line is attack-sensitive; one on it merely varies a lot. Strength 1 is the whole perturbation.",

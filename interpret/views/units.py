@@ -74,7 +74,7 @@ class UnitsPanel:
             title="Attack-sensitive units",
             headline=title,
             charts=(points, by_layer, decision, *by_unit, unit_table(layers)),
-            figure=to_array(charts_figure([points, by_layer, decision, *by_unit], title)),
+            figure=to_array(charts_figure([points, by_layer, decision], title)),
             scalars={
                 **{f"units/sensitivity/{layer.layer}": float(layer.sensitivity.mean()) for layer in layers},
                 **{f"units/gap/{layer.layer}": layer.gap for layer in layers},
