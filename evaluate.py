@@ -21,8 +21,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from datamodules.concepts import procedural_concepts
 from datamodules.images import ProbeBatch
 from defenses.masking import UnitMask, choose_units, masked
+from interpret.association import concept_weights
+from interpret.dissection import dissect
 from interpret.views.encode import plain
 from interpret.views.figures import write_png
 from interpret.views.masking import masking_view
@@ -101,7 +104,16 @@ def choose(
 ) -> list[UnitMask]:
     """The mask that was asked for, and one with as many units at random."""
     layers = list(masking.layers) or [observed[-1]]
-    return [choose_units(net, x, x_adv, y, layers, masking.share, by, fill=masking.fill) for by in (masking.by, "random")]
+    weights = None
+    if masking.concepts is not None:
+        data = procedural_concepts(count=500, size=min(x.shape[2:]), channels=x.shape[1])
+        found = dissect(net, data, layers, quantile=0.02)
+        weights = {layer: concept_weights(found[layer], masking.concepts) for layer in layers}
+    share, fill = masking.share, masking.fill
+    return [
+        choose_units(net, x, x_adv, y, layers, share, masking.by, fill=fill, weights=weights),
+        choose_units(net, x, x_adv, y, layers, share, "random", fill=fill),
+    ]
 
 
 def compare_masked(

@@ -16,9 +16,11 @@ from torch import nn
 
 import evaluate
 import train
+from datamodules.concepts import procedural_concepts
 from defenses.attacks import PGD
 from defenses.masking import UnitMask, masked
 from defenses.threat import Linf
+from interpret.dissection import dissect
 from interpret.views.page import read_script
 from lightning_modules.networks.build import load_weights
 from tests.composing import SMALL, config, options
@@ -112,6 +114,7 @@ def test_a_state_dict_from_elsewhere_needs_its_surroundings_named(
         ("name=a/b", "plain name"),
         ("masking.by=luck", "masking.by: expected"),
         ("masking.by=margin masking.fill=foo", "masking.fill: expected zero or mean"),
+        ("masking.by=margin masking.concepts=luck", "mode: expected"),
         ("masking.by=margin masking.share=lots", "masking: expected a share"),
         ("masking.by=margin masking.share=0.99 masking.layers=[stage1]", "would be masked"),
         ("threads=-2", "threads: expected a whole number >= 1"),
@@ -156,6 +159,20 @@ def test_a_masked_net_is_attacked_through_its_mask(run: Path, tmp_path: Path, mo
     robust = float((twin(x_adv).argmax(1) == images.y).float().mean())
     assert found["scalars"]["masking/outcome/robust_acc/masked"] == pytest.approx(robust)
     assert found["scalars"]["masking/outcome/clean_acc/as it was"] == found["scalars"]["outcome/clean_acc"]
+
+
+def test_a_mask_can_spare_the_detectors(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    masking = ("masking.by=random", "masking.share=0.25", "masking.images=20", "masking.concepts=protect_detectors")
+    command(monkeypatch, evaluate, "images=12", "panels=[outcome]", f"checkpoint={run}", f"out={tmp_path}", *masking)
+    found = analysis(tmp_path / "net_pgd")
+    tables = {chart["title"]: chart["rows"] for chart in found["panels"]["masking"]["charts"] if chart["type"] == "table"}
+    chosen = [int(unit) for unit in tables["Masked units"][0][1].split(", ")]
+    parts = train.build(config(*SMALL, "panels=[]"))
+    parts.module.load_state_dict(torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"])
+    net = parts.module.net.eval()
+    detectors = dissect(net, procedural_concepts(500, 32, 1), ["stage3"], quantile=0.02)["stage3"].detectors
+    spared = int((~detectors).sum())
+    assert int(detectors[chosen].sum()) == max(0, len(chosen) - spared)  # detectors only where nothing else is left
 
 
 @pytest.mark.parametrize("attack", [name for name in options("attack") if name != "pgd"])
