@@ -14,7 +14,7 @@ from interpret.observation import record
 from interpret.views.figures import charts_figure, to_array
 from interpret.views.rows import images as pictures
 from interpret.views.rows import numpy
-from interpret.views.view import Bars, MapColumn, Maps, Probe, Scatter, Table, Trend, View
+from interpret.views.view import MapColumn, Maps, Probe, Scatter, Table, Trend, View
 
 
 class DissectionPanel:
@@ -67,7 +67,7 @@ class DissectionPanel:
             probe.concepts[layer] = tuple(row.concept for row in rows if row.layer == layer)
         links = {layer: link(found[layer], controls[layer]) for layer in layers}
         title = headline(found, links)
-        scatter, bars = link_scatter(rows, layers), category_bars(found)
+        scatter = link_scatter(rows, layers)
         scalars = summarise(found, links)
         return View(
             name=self.name,
@@ -91,7 +91,7 @@ class DissectionPanel:
                 link_table(links),
                 unit_table(rows),
             ),
-            figure=to_array(charts_figure([scatter, bars], title, columns=2)),
+            figure=to_array(charts_figure([scatter], title)),
             scalars=scalars,
             table=unit_table(rows),
             how_to_read=f"A unit detects a concept if its strongest {100 * self.quantile:g} % of positions overlap the "
@@ -160,16 +160,6 @@ def link_scatter(rows: list[UnitRow], layers: list[str]) -> Scatter:
         group=tuple(layers.index(row.layer) for row in rows),
         groups=tuple(layers),
     )
-
-
-def category_bars(found: Mapping[str, Dissection]) -> Bars:
-    """Detectors over all layers, by category."""
-    counts: dict[str, int] = {}
-    for dissection in found.values():
-        for category, count in dissection.detectors_by_category.items():
-            counts[category] = counts.get(category, 0) + count
-    order = sorted(counts, key=lambda name: -counts[name])
-    return Bars("Detectors by concept category", tuple(order), tuple(float(counts[name]) for name in order), "units")
 
 
 def link_table(links: Mapping[str, Mapping[str, Association]]) -> Table:
