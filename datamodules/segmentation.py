@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,16 +24,16 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of
 Decoded = tuple[np.ndarray, np.ndarray]  # (size, size, C) uint8; (maps, size, size) int16
 
 
-class _Decoding:
+class _Decoding(ABC):
     """Yields batches of decoded samples; a subclass knows how many there are, and decodes one."""
 
     batch_size: int
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def decode(self, index: int) -> Decoded:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, index: int) -> Decoded: ...
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, C, size, size) fp32 in [0,1], labels (B, maps, size, size) int16; as many maps as one image needs."""
