@@ -87,3 +87,9 @@ def test_holm_keeps_only_what_survives_the_number_of_layers() -> None:
     assert holm({"a": 0.02, "b": 0.001, "c": 0.9}) == ("a", "b")
     assert holm({"a": float("nan"), "b": 0.01}) == ("b",)
     assert holm({"a": 0.2}) == ()
+
+
+def test_cards_keep_a_colour_scale_of_their_own(probe: Probe) -> None:
+    """Another epoch has other best detectors: a row means another unit then."""
+    view = DissectionPanel(partial(procedural_concepts, count=20), cards=2, patches=1)(probe)
+    assert next(c for c in view.charts if isinstance(c, Maps)).own_scale

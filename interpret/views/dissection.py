@@ -129,11 +129,13 @@ def headline(found: Mapping[str, Dissection], links: Mapping[str, Mapping[str, A
     told = holm({layer: a["attack"].spearman_p for layer, a in links.items()})
     if not told:
         return text + " In no layer is sensitivity to the attack tied to interpretability (p ≥ 0.05, Holm over layers)."
-    parts = [
-        f"{'falls' if links[layer]['attack'].spearman < 0 else 'rises'} with IoU in {layer} "
-        f"(Spearman {links[layer]['attack'].spearman:+.2f}, p {links[layer]['attack'].spearman_p:.3f})".replace("-", "−")
-        for layer in told
-    ]
+    parts = []
+    for layer in told:
+        rho, p = links[layer]["attack"].spearman, links[layer]["attack"].spearman_p
+        sure = "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+        parts.append(
+            f"{'falls' if rho < 0 else 'rises'} with IoU in {layer} (Spearman {rho:+.2f}, {sure})".replace("-", "−")
+        )
     return text + f" Sensitivity {', '.join(parts)}."
 
 
