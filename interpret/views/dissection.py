@@ -252,9 +252,8 @@ def unit_cards(probe: Probe, data: ConceptData, found: Mapping[str, Dissection],
             act = act if act.ndim == 2 else act[None, None]
             values.append(np.kron(act, np.ones((-(-side // act.shape[0]), -(-side // act.shape[1]))))[:side, :side])
         columns.append(MapColumn(f"{probe.ids[0]}, {name}", np.stack(values), "signed", scale_group="activation"))
-    return Maps(
-        "Cards of the best detectors", tuple(_card(found[layer], layer, unit) for layer, unit in chosen), tuple(columns)
-    )
+    titles = tuple(_card(found[layer], layer, unit) for layer, unit in chosen)
+    return Maps("Cards of the best detectors", titles, tuple(columns), own_scale=True)
 
 
 def _card(dissection: Dissection, layer: str, unit: int) -> str:
