@@ -245,15 +245,14 @@ def summarise(found: ActivationProfiles) -> dict[str, float]:
 def headline(found: ActivationProfiles, background: Background) -> str:
     turned = found.turning[found.turning >= 0]
     covered = 100 * float(found.coverage.min())
-    over = f"over a background of {len(background.labels)} training images, which covers {covered:.0f} %"
+    over = f"seen before a background of {len(background.labels)} training images, which covers {covered:.0f} %"
     if not len(turned):
-        return f"No attacked image crosses over to the target's side ({over} of them)."
+        return f"No attacked image crosses over to the target's side ({over} of the images)."
     counts = torch.bincount(turned, minlength=len(found.layers))
     most = int(counts.argmax())
     return (
-        f"{len(turned)} of {len(found.turning)} attacked images end on the target's side of the background; most of "
-        f"them cross over at layer {found.layers[most]} "
-        f"({int(counts[most])} of them), {over} of them."
+        f"{len(turned)} of {len(found.turning)} attacked images end on the target's side of the background; they cross over "
+        f"most often at layer {found.layers[most]} ({int(counts[most])}), {over} of the images."
     )
 
 
