@@ -63,7 +63,7 @@ const Charts = (() => {
 
   function trend(chart, ctx) {
     const share = chart.style === "share";
-    const palette = share ? colours.categories : colours.series;
+    const palette = share ? [...colours.categories, ...colours.series] : colours.series;
     const series = chart.keys
       .map((key, i) => ({ label: chart.labels[i], colour: at(palette, i), dash: at(["", "", "", "7 3", "2 3", "9 3 2 3"], i),
                           values: ctx.history.map((e) => e.scalars[key] ?? null) }))
