@@ -110,11 +110,17 @@ def path_contributions(
             ]
             for name, act, *slopes in zip(acts, acts.values(), *gradients, strict=True):
                 a = act.detach().float().unflatten(0, (-1, n))
-                g = torch.stack(slopes).float().unflatten(1, (-1, n))  # (L, points, N, …)
-                if name in ends:
-                    a, g = torch.cat([ends[name][0], a]), torch.cat([ends[name][1], g], 1)
-                # Copies: a slice would keep the whole chunk alive.
-                ends[name] = a[-1:].clone(), g[:, -1:].clone()
-                part = (0.5 * (g[:, 1:] + g[:, :-1]) * (a[1:] - a[:-1])).sum(1)
+                g = [slope.float().unflatten(0, (-1, n)) for slope in slopes]
+                # The trapezoid summed by parts: each gradient is read once, times half the change on both its sides.
+                half = 0.5 * (a[1:] - a[:-1])
+                weight = torch.zeros_like(a)
+                weight[:-1] += half
+                weight[1:] += half
+                part = torch.stack([(slope * weight).sum(0) for slope in g])
+                if name in ends:  # the interval from the chunk before
+                    before, slope_before = ends[name]
+                    part += 0.5 * (a[0] - before) * (slope_before + torch.stack([slope[0] for slope in g]))
                 totals[name] = totals[name] + part if name in totals else part
+                # Copies: a slice would keep the whole chunk alive.
+                ends[name] = a[-1].clone(), torch.stack([slope[-1] for slope in g])
     return totals, logits[-1][-n:] - logits[0][:n]
