@@ -44,7 +44,7 @@ const Profiles = (() => {
       flow, says,
       el("h4", {}, "Architecture View ", el("small", {}, "click a coloured layer to take it into the flow or out of it")),
       el("div", { class: "controls" }, el("label", {}, "colour ", el("select", { "aria-label": "Colour of the layers", onchange: (event) => { state.colour = event.target.value; refresh(); } },
-        Object.keys(chart.colours).map((name) => el("option", { value: name, selected: name === state.colour }, name)))), legend(chart, state)),
+        Object.keys(chart.colours).map((name) => el("option", { value: name, selected: name === state.colour }, name)))), el("span", { class: "muted" }, "pale: least, dark: most")),
       architecture,
       el("h4", {}, "Layer View ", el("small", {}, "units of one layer for the chosen example; all maps of a layer share one scale")),
       layer);
@@ -120,12 +120,6 @@ const Profiles = (() => {
     const finite = values.filter((u) => u !== null), most = Math.max(...finite, 1e-12), rgb = new Uint8Array(3);
     colourMap(rgb, [v ?? 0], null, 1, most, "positive");
     return { fill: v === null ? "var(--card)" : `rgb(${[...rgb].join(" ")})`, dark: v !== null && rgb[0] + rgb[1] + rgb[2] < 330 };
-  }
-
-  function legend(chart, state) {
-    const node = el("span", { class: "muted" });
-    node.append("pale: least, dark: most");
-    return node;
   }
 
   function drawArchitecture(chart, state, holder, refresh) {
