@@ -24,8 +24,9 @@ from datamodules.images import ImageDataModule
 from defenses.evaluation import accuracy_under
 from interpret.views.page import ReportPage
 from lightning_modules.callbacks.averaging import averaging
-from lightning_modules.callbacks.checkpointing import checkpoints
+from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.callbacks.dashboard import Dashboard
+from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.classifier import RobustClassifier
 from lightning_modules.console import accuracy_table, clear_errors, console, require_whole, show
@@ -91,8 +92,7 @@ def undefended(cfg: DictConfig) -> DictConfig:
 def train(cfg: DictConfig, what: str) -> float:
     """Train, test, report; returns the best held-out robust accuracy, for sweeps: the test set selects nothing."""
     with clear_errors(cfg.debug):
-        resumed = cfg.resume is not None
-        folder = RunFolder.existing(cfg.resume) if resumed else None
+        folder = RunFolder.existing(cfg.resume) if cfg.resume is not None else None
         parts = build(cfg)
         data, module = parts.data, parts.module
         probe = data.probe(cfg.probe.size)
@@ -123,7 +123,8 @@ def train(cfg: DictConfig, what: str) -> float:
         checked = instantiate(cfg.trainer, logger=False, enable_progress_bar=False, enable_checkpointing=False)
         if module.defense.replays > 1 and checked.accumulate_grad_batches > 1:
             raise ValueError("trainer.accumulate_grad_batches: each replay of Free-AT is an optimiser step; expected 1")
-        first_epoch = folder.resume_epoch() if folder is not None else 0
+        point = folder.resume_point() if folder is not None else None
+        require_whole({"checkpoint_every": cfg.get("checkpoint_every")}, {"checkpoint_every": 1})
         if folder is None:
             folder = RunFolder.create(cfg.out, cfg.name, what, OmegaConf.to_yaml(cfg, resolve=True), probe=probe.hash)
 
@@ -147,20 +148,22 @@ def train(cfg: DictConfig, what: str) -> float:
         list(cfg.wandb.tags),
     )
     dashboard.log_to = log = RunLog(folder.path, ReportPage(folder.report, folder.path.name, meta), logger)
-    if resumed:
-        log.resume_from(first_epoch)
-    with closing(log):
+    kept = Checkpoints(folder.checkpoints, cfg.get("checkpoint_every"))
+    if point is not None:
+        console.print(f"resume      {point}")
+        log.resume_from(point.epoch)
+    with closing(log), Preemption(kept, folder.path) as preemption:
         console.print(
             f"run folder  {folder.path}\ndashboard   {folder.report / 'index.html'} (open it now: it grows while we train)"
         )
-        best, last = checkpoints(folder.checkpoints)
         trainer: pl.Trainer = instantiate(
             cfg.trainer,
             logger=logger or False,
-            callbacks=[*average, dashboard, ProgressBar(), best, last],
+            callbacks=[*average, dashboard, ProgressBar(), kept, preemption],
             default_root_dir=str(folder.path),
         )
-        trainer.fit(module, datamodule=data, ckpt_path=str(folder.last) if resumed else None, weights_only=True)
+        start = None if point is None or point.path is None else str(point.path)
+        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
 
         def judge(net: torch.nn.Module) -> dict[str, float]:
             return accuracy_under(
@@ -168,9 +171,9 @@ def train(cfg: DictConfig, what: str) -> float:
             )
 
         records = {}
-        for name, path in (("defended, best epoch", folder.best), ("defended, last epoch", folder.last)):
-            module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["state_dict"])
-            records[name] = judge(module.net)
+        for name, state in kept.final_states(module).items():
+            module.load_state_dict(state)
+            records[f"defended, {name}"] = judge(module.net)
         if cfg.compare_undefended:
             console.print("training the same network without defense, for comparison")
             plain = build(undefended(cfg))
@@ -186,7 +189,7 @@ def train(cfg: DictConfig, what: str) -> float:
     console.print(f"checkpoints  {folder.best} and {folder.last.name}")
     if logger is not None:
         console.print(f"W&B          {folder.path / 'wandb'} (an offline run is sent with: wandb sync DIRECTORY)")
-    return float(best.best_model_score or 0.0)
+    return kept.best_score or 0.0
 
 
 def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -175,6 +175,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self._position: dict[str, Any] | None = None  # of the next training loader
         require_whole("data.batch_size", self.batch_size, 1)
         require_whole("data.eval_batch_size", self.eval_batch_size, 1)
         require_whole("data.seed", self.seed, 0)
@@ -237,8 +238,26 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         return channels, height, width
 
     def train_dataloader(self) -> TensorLoader | Replayed:
-        loader = self._loader(self.train, self.batch_size, training=True)
-        return Replayed(loader, self.replays) if self.replays > 1 else loader
+        loader: TensorLoader | Replayed = self._loader(self.train, self.batch_size, training=True)
+        if self.replays > 1:
+            assert isinstance(loader, TensorLoader)
+            loader = Replayed(loader, self.replays)
+        if self._position is not None:
+            loader.load_state_dict(self._position)
+            self._position = None
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training loader is.
+
+        Lightning keeps this of loaders, too, but gives it back too late where a schedule has asked for the number of steps.
+        """
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        return {} if loader is None else loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The next training loader goes on from there."""
+        self._position = state_dict
 
     def val_dataloader(self) -> TensorLoader:
         return self._loader(self.val, self.eval_batch_size, training=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from defenses.attacks import Attack
@@ -52,12 +52,25 @@ class RobustClassifier(pl.LightningModule):
         self.seed = seed
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.train_loss = MeanMetric(nan_strategy="ignore")
+        self.train_terms = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in defense.named_terms()})
+        for metric in self._epoch_metrics():
+            metric.persistent(True)  # an epoch may be resumed in its middle
         self.clean = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
         self.robust = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of images in [0,1]: the plain network, no interpretation inside."""
         return self.net(x)
+
+    def _epoch_metrics(self) -> list[Metric]:
+        """What is summed over an epoch of training."""
+        found = (self.train_accuracy, self.train_loss, *self.train_terms.values())
+        return [metric for metric in found if isinstance(metric, Metric)]
+
+    def on_train_epoch_start(self) -> None:
+        # A checkpoint of an epoch's end holds its sums; an epoch that is resumed in its middle does not come by here.
+        for metric in self._epoch_metrics():
+            metric.reset()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x, y = batch
@@ -72,21 +85,17 @@ class RobustClassifier(pl.LightningModule):
         if look and not torch.isfinite(out.loss):
             terms = ", ".join(f"{name} {float(value):.4g}" for name, value in out.terms.items())
             raise FloatingPointError(
-                f"training diverged at step {self.global_step}: {terms}; the last checkpoint holds the epoch before. "
+                f"training diverged at step {self.global_step}: {terms}; last.ckpt holds an earlier step. "
                 "Try a lower optimizer.lr or trainer.gradient_clip_val=1"
             )
         name = "train/clean_acc" if self.defense.attack is None else "train/robust_acc"
         self.log(name, self.train_accuracy, on_step=False, on_epoch=True, prog_bar=True)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         for name, value in out.terms.items():  # as they enter the total, so that they add up to it
-            self.log(
-                f"train/loss/{name}",
-                out.weights[name] * value,
-                on_step=True,
-                on_epoch=True,
-                batch_size=len(y),
-                sync_dist=True,
-            )
+            term = self.train_terms[name]
+            assert isinstance(term, Metric)
+            term(out.weights[name] * value)
+            self.log(f"train/loss/{name}", term, on_step=True, on_epoch=True)
         return out.loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

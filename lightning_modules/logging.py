@@ -54,39 +54,52 @@ class RunLog:
         for view in views:
             scalars = {**scalars, **view.scalars}
         self.history.append({"epoch": epoch, "step": step, **scalars})
-        self._write_csv()
+        _survive("write metrics.csv", self._write_csv)
         if self.page is not None:
-            self.page.write_epoch(epoch, step, scalars, views)
+            _survive("write the report", lambda: self.page.write_epoch(epoch, step, scalars, views))  # type: ignore[union-attr]
         if self.wandb_logger is not None:
-            # No step=: W&B would drop what arrives behind Lightning's own counter.
-            payload: dict[str, Any] = {"epoch": epoch, "trainer/global_step": step}
-            for view in views:
-                payload.update(view.scalars)
-                if view.figure is not None:
-                    payload[f"dashboard/{view.name}"] = wandb.Image(view.figure, caption=view.headline)
-                if view.table is not None:
-                    rows = [list(row) for row in view.table.rows]
-                    payload[f"tables/{view.name}"] = wandb.Table(columns=list(view.table.columns), data=rows)
-            if self.page is not None and views:
-                # Our own page of the epoch, with no plotting library inside; inject would add W&B's style to it.
-                payload["dashboard/page"] = wandb.Html(self.page.one_epoch(epoch), inject=False)
-            _survive("log an epoch", lambda: self.wandb_logger.experiment.log(payload))  # type: ignore[union-attr]
+            _survive("log an epoch to W&B", lambda: self._log_to_wandb(epoch, step, views))
+
+    def _log_to_wandb(self, epoch: int, step: int, views: Sequence[View]) -> None:
+        assert self.wandb_logger is not None
+        # No step=: W&B would drop what arrives behind Lightning's own counter.
+        payload: dict[str, Any] = {"epoch": epoch, "trainer/global_step": step}
+        for view in views:
+            payload.update(view.scalars)
+            if view.figure is not None:
+                payload[f"dashboard/{view.name}"] = wandb.Image(view.figure, caption=view.headline)
+            if view.table is not None:
+                rows = [list(row) for row in view.table.rows]
+                payload[f"tables/{view.name}"] = wandb.Table(columns=list(view.table.columns), data=rows)
+        if self.page is not None and views and epoch in self.page.epochs:
+            # Our own page of the epoch, with no plotting library inside; inject would add W&B's style to it.
+            payload["dashboard/page"] = wandb.Html(self.page.one_epoch(epoch), inject=False)
+        self.wandb_logger.experiment.log(payload)
 
     def results(self, table: Table, records: Mapping[str, Any]) -> None:
         """The final comparison: ``results.json``, on top of the report, and in W&B's summary."""
-        write_atomic(self.folder / "results.json", json.dumps(records, indent=2) + "\n")
+        text = json.dumps(records, indent=2) + "\n"
+        _survive("write results.json", lambda: write_atomic(self.folder / "results.json", text))
         if self.page is not None:
-            self.page.write_results(table)
-            self.page.finish()  # one self-contained file from now on
+            _survive("write the report", lambda: self._finish_page(table))
         if self.wandb_logger is not None:
-            rows = [list(row) for row in table.rows]
-            payload = {"tables/results": wandb.Table(columns=list(table.columns), data=rows)}
-            _survive("log the results", lambda: self.wandb_logger.experiment.log(payload))  # type: ignore[union-attr]
+            _survive("log the results to W&B", lambda: self._results_to_wandb(table))
+
+    def _finish_page(self, table: Table) -> None:
+        assert self.page is not None
+        self.page.write_results(table)
+        self.page.finish()  # one self-contained file from now on
+
+    def _results_to_wandb(self, table: Table) -> None:
+        assert self.wandb_logger is not None
+        rows = [list(row) for row in table.rows]
+        payload = {"tables/results": wandb.Table(columns=list(table.columns), data=rows)}
+        self.wandb_logger.experiment.log(payload)
 
     def close(self) -> None:
         """End the W&B run, also after a failure: in a sweep the next run must not go on with it."""
         if self.wandb_logger is not None:
-            _survive("finish", wandb.finish)
+            _survive("end the W&B run", wandb.finish)
 
     def _write_csv(self) -> None:
         columns = list(dict.fromkeys(name for row in self.history for name in row))
@@ -97,19 +110,30 @@ class RunLog:
         write_atomic(self.folder / "metrics.csv", text.getvalue())
 
 
+_told: set[str] = set()
+
+
 def _survive(what: str, call: Callable[[], Any]) -> None:
-    """W&B is a guest: when it fails, training goes on."""
+    """Records are guests: where one can't be written, training goes on, and the next one is tried.  Said once each."""
     try:
         call()
     except Exception as error:
-        warnings.warn(f"W&B could not {what} ({type(error).__name__}: {error}); training goes on", stacklevel=3)
+        # Without the name of the file, which differs each time.
+        reason = f"{type(error).__name__}: {(isinstance(error, OSError) and error.strerror) or error}"
+        message = f"could not {what} ({reason}); training goes on"
+        if message not in _told:
+            _told.add(message)
+            warnings.warn(message, stacklevel=3)
 
 
 class _PatientWandbLogger(WandbLogger):
     """Lightning's logger, whose failures do not end a run."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        _survive("log metrics", lambda: super(_PatientWandbLogger, self).log_metrics(metrics, step))
+        _survive("log metrics to W&B", lambda: super(_PatientWandbLogger, self).log_metrics(metrics, step))
+
+    def log_hyperparams(self, params: Any) -> None:
+        _survive("log the config to W&B", lambda: super(_PatientWandbLogger, self).log_hyperparams(params))
 
 
 def check_wandb_mode(mode: str) -> None:

@@ -22,6 +22,20 @@ _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "captu
 
 
 @dataclass(frozen=True)
+class ResumePoint:
+    """Where a resumed run goes on: ``path`` None is the beginning."""
+
+    path: Path | None
+    epoch: int  # the first that is trained, or trained further
+    step: int  # optimiser steps done
+    unreadable: tuple[str, ...]  # newer checkpoints, and why they can't be used
+
+    def __str__(self) -> str:
+        here = "no checkpoint yet" if self.path is None else self.path.name
+        return "; ".join([*self.unreadable, f"goes on from {here}, epoch {self.epoch}, step {self.step}"])
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """Paths of one run.
 
@@ -48,6 +62,10 @@ class RunFolder:
         return self.checkpoints / "last.ckpt"
 
     @property
+    def previous(self) -> Path:
+        return self.checkpoints / "previous.ckpt"
+
+    @property
     def report(self) -> Path:
         return self.path / "report"
 
@@ -57,18 +75,25 @@ class RunFolder:
         result: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         return result
 
-    def resume_epoch(self) -> int:
-        """The epoch that a resumed run trains first.
+    def resume_point(self) -> ResumePoint:
+        """The newest checkpoint that can be read: the last one, else the one before, else the best epoch's.
 
         Raises:
-            ValueError: the last checkpoint cannot be read.
+            ValueError: there are checkpoints, and none of them can be read.
         """
-        try:
-            return int(torch.load(self.last, weights_only=True, map_location="cpu")["epoch"]) + 1
-        except Exception as error:
-            raise ValueError(
-                f"resume: {self.last} is no readable checkpoint ({type(error).__name__}); {self.best} may still be one"
-            ) from error
+        unreadable: list[str] = []
+        for path in (self.last, self.previous, self.best):
+            if not path.is_file():
+                continue
+            try:
+                state = torch.load(path, weights_only=True, map_location="cpu")
+                progress = state["loops"]["fit_loop"]["epoch_progress"]["current"]
+                return ResumePoint(path, int(progress["processed"]), int(state["global_step"]), tuple(unreadable))
+            except Exception as error:
+                unreadable.append(f"{path} is no readable checkpoint ({type(error).__name__})")
+        if unreadable:
+            raise ValueError(f"resume: {'; '.join(unreadable)}; nothing to go on from, start anew")
+        return ResumePoint(None, 0, 0, ())
 
     @classmethod
     def create(cls, out: str | Path, name: str | None, what: str, config: str, **info: str) -> RunFolder:
@@ -116,13 +141,11 @@ class RunFolder:
         """A folder to go on with.
 
         Raises:
-            ValueError: no run folder, or one without a checkpoint.
+            ValueError: no run folder.
         """
         folder = cls(Path(path))
         if not folder.config.is_file() or not (folder.path / "run.json").is_file():
             raise ValueError(f"resume: expected a run folder with config.yaml and run.json, found none at {path}")
-        if not folder.last.is_file():
-            raise ValueError(f"resume: {folder.last} does not exist: no epoch was finished; start anew")
         return folder
 
 

@@ -18,7 +18,15 @@ settings.register_profile(
 settings.load_profile("glassarmor")
 
 
-LONG = ("test_run.py", "test_configs.py", "test_evaluate.py", "test_browser.py", "test_averaging.py", "test_free.py")
+LONG = (
+    "test_run.py",
+    "test_faults.py",
+    "test_configs.py",
+    "test_evaluate.py",
+    "test_browser.py",
+    "test_averaging.py",
+    "test_free.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -156,8 +156,6 @@ def test_each_batch_comes_several_times_and_resumes_at_any_replay():
 def fit(folder: Path, resume: Path | None = None) -> dict[str, torch.Tensor]:
     parts = train.build(config(*SMALL, "defense=free_at", "defense.attack.replays=3", "regularizers=[]", "panels=[]"))
     assert parts.data.replays == 3
-    # A scheduler asks for the number of steps, for which Lightning loads the loader before it restores the loader's state.
-    parts.module.make_scheduler = None
     keep = pl.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
     trainer = pl.Trainer(
         accelerator="cpu",

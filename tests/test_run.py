@@ -199,10 +199,11 @@ def test_a_finished_run_can_be_trained_longer(run: Path, tmp_path: Path, monkeyp
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
 
 
-def test_a_corrupt_checkpoint_is_named_before_anything_is_touched(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_corrupt_checkpoints_are_named_before_anything_is_touched(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     shutil.copytree(run, tmp_path / "copy", symlinks=True)
     last = tmp_path / "copy" / "checkpoints" / "last.ckpt"
-    last.write_bytes(last.read_bytes()[:3000])
+    for path in last.parent.iterdir():  # with a good one before it, the run would go on from there: test_faults.py
+        path.write_bytes(path.read_bytes()[:3000])
 
     def written() -> dict[Path, int]:  # W&B's own service may still be writing its log, which the copy links to
         return {path: path.lstat().st_mtime_ns for path in (tmp_path / "copy").rglob("*")}
@@ -268,6 +269,7 @@ ERRORS = [
     (["probe.every_n_epochs=0"], ["probe.every_n_epochs"]),
     (["threads=-3"], ["threads"]),
     (["seed=abc"], ["seed", "abc"]),
+    (["checkpoint_every=0"], ["checkpoint_every", ">= 1"]),
     (["ema=2"], ["ema", "(0, 1)", "2"]),
     (["awp.gamma=-1"], ["awp.gamma", "-1"]),
     (["defense.passes=separate"], ["defense.passes", "regularizers.pse", "joined"]),

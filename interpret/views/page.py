@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -258,14 +257,19 @@ def _script_body(path: Path) -> str:
     return text[text.index("(") + 1 : text.rindex(")")]
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader sees the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
+    """Replace a file as a whole: readers, and a machine that was switched off, find the old one or the new one.
+
+    Raises:
+        OSError: it could not be written; the old one is still there.
+    """
+    part = path.with_name(f".{path.name}.part")  # one name, so that what a killed process left is overwritten
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; reports are shared like any other file
-        os.replace(temporary, path)
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise

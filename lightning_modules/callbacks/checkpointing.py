@@ -1,27 +1,156 @@
-"""Checkpoints: the best epoch by held-out robust accuracy, and the last one, which a run resumes from."""
+"""Checkpoints that survive a killed process, a full disk and a file that went bad: ``best``, ``last``, ``previous``.
+
+Everything a step depends on is inside: weights and their average, running estimates, Free-AT's δ, optimiser and schedule,
+sums of the epoch's metrics, the loader's position and generator states, all of which load with ``weights_only``.
+"""
 
 from __future__ import annotations
 
+import io
+import os
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
-from pytorch_lightning.callbacks import ModelCheckpoint
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import nn
+
+from interpret.views.page import write_atomic
+from lightning_modules.randomness import generator_states, set_generator_states
+
+COST = 0.01  # share of the training time that checkpoints inside an epoch may take
 
 
-def checkpoints(folder: Path, monitor: str = "val/robust_acc") -> list[ModelCheckpoint]:
-    """``best.ckpt`` and ``last.ckpt``, both written when an epoch is complete, validation included.
+class DurableIO(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all; where the disk is full the run goes on, and is told once."""
 
-    Lightning writes to a temporary file first, so that an interruption leaves the checkpoint before.
+    def __init__(self) -> None:
+        self.failed = False  # the latest write
+        self._told = False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
+        buffer = io.BytesIO()  # in memory first: torch's writer does not survive a full disk
+        torch.save(checkpoint, buffer)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(Path(path), buffer.getbuffer())
+            self.failed = False
+        except OSError as error:
+            self.failed = True
+            if not self._told:
+                warnings.warn(
+                    f"could not write {path} ({error.strerror}); training goes on and tries again next time", stacklevel=2
+                )
+            self._told = True
+
+
+class Checkpoints(Checkpoint):
+    """``last.ckpt`` every few steps and at the end of each epoch, the one before as ``previous.ckpt``, and ``best.ckpt``.
+
+    A run resumes from ``last.ckpt`` exactly, also inside an epoch.  It is written at the end of an epoch, when validation
+    and dashboards are done, one step before that end, so that a stop in validation costs a step, and every n steps.  With
+    accumulated gradients, only where the optimiser has stepped.
+
+    Args:
+        folder: where the files go.
+        every_n_steps: n; None: as often as it takes no more than ``COST`` of the time.
+        monitor: the metric, higher is better, whose best epoch ``best.ckpt`` holds.
+
+    Raises:
+        ValueError: ``every_n_steps`` is no whole number >= 1.
     """
-    best = ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor=monitor,
-        mode="max",
-        save_top_k=1,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
-    last = ModelCheckpoint(
-        dirpath=folder, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
-    )
-    return [best, last]
+
+    def __init__(self, folder: Path, every_n_steps: int | None = None, monitor: str = "val/robust_acc") -> None:
+        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
+            raise ValueError(f"checkpoint_every: expected null or a whole number >= 1, found {every_n_steps!r}")
+        self.best, self.last, self.previous = (folder / f"{name}.ckpt" for name in ("best", "last", "previous"))
+        self.every_n_steps, self.monitor = every_n_steps, monitor
+        self.best_score: float | None = None
+        self.saved_step: int | None = None  # the optimiser step that last.ckpt holds
+        self._files = DurableIO()
+        self._generators: dict[str, Any] | None = None
+        self.resumable = False  # the batch that just ended is a place to go on from
+        self._whole = False  # last.ckpt is readable, so worth keeping as the one before
+        self._stale = False  # a later one could not be written
+        self._stepped = 0
+        self._saved_at, self._took = 0.0, 0.1  # seconds; a guess until the first one was written
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        trainer.strategy.checkpoint_io = self._files  # of every checkpoint of this trainer
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._whole = Path(trainer.ckpt_path).resolve() == self.last.resolve()
+        self.saved_step = checkpoint["global_step"]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._stepped, self._saved_at = int(trainer.global_step), time.monotonic()
+        if self._generators is not None:
+            set_generator_states(self._generators)
+            self._generators = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Not at the end of an epoch, where validation comes next, nor between steps of the optimiser.
+        self.resumable = not trainer.is_last_batch and int(trainer.global_step) != self._stepped
+        self._stepped = int(trainer.global_step)
+        if self.resumable and self._due(trainer, batch_idx):
+            self.save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        score, before = trainer.callback_metrics.get(self.monitor), self.best_score
+        if score is not None and (before is None or float(score) > before):
+            self.best_score = float(score)  # belongs into the file
+            if not self._written(trainer, self.best):
+                self.best_score = before  # a later epoch is compared with the file that is there
+        self.save_last(trainer)
+
+    def _due(self, trainer: Any, batch_idx: int) -> bool:
+        if batch_idx + 2 == trainer.num_training_batches:
+            return True
+        if self.every_n_steps is not None:
+            return int(trainer.global_step) % self.every_n_steps == 0
+        due = time.monotonic() - self._saved_at > self._took / COST
+        return bool(trainer.strategy.broadcast(due)) if trainer.world_size > 1 else due
+
+    def save_last(self, trainer: Any) -> None:
+        """Write ``last.ckpt``; the one before becomes ``previous.ckpt``."""
+        began = time.monotonic()
+        fresh = self.last.with_name("next.ckpt")
+        if self._written(trainer, fresh):
+            if trainer.is_global_zero:
+                if self._whole:
+                    os.replace(self.last, self.previous)
+                os.replace(fresh, self.last)
+            self._whole, self._stale, self.saved_step = True, False, int(trainer.global_step)
+        else:
+            self._stale = True
+        self._saved_at = time.monotonic()
+        self._took = self._saved_at - began
+
+    def _written(self, trainer: Any, path: Path) -> bool:
+        trainer.save_checkpoint(path)
+        return bool(trainer.strategy.broadcast(not self._files.failed))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "generators": generator_states()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score, self._generators = state_dict["best_score"], state_dict["generators"]
+
+    def final_states(self, module: nn.Module) -> dict[str, dict[str, Any]]:
+        """Weights after training: "best epoch", left out if no disk took it, and "last epoch".
+
+        From their files, the last one from memory where its file could not be written.
+        """
+        kept = self._whole and not self._stale
+        files = {"best epoch": self.best, **({"last epoch": self.last} if kept else {})}
+        found = {
+            name: torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
+            for name, path in files.items()
+            if path.is_file()
+        }
+        if not kept:
+            found["last epoch"] = {key: value.clone() for key, value in module.state_dict().items()}
+        return found

@@ -1,0 +1,92 @@
+"""A machine that is taken away: SIGTERM, SIGUSR1 and SIGUSR2 finish the step, save, and end the run with exit code 75."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+from pytorch_lightning.callbacks import Checkpoint
+
+from lightning_modules.callbacks.checkpointing import Checkpoints
+from lightning_modules.console import console
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, worth starting again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Preempted(SystemExit):
+    """The run was asked to end.  A SystemExit, so that a sweep ends with it."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_CODE)
+
+
+class Preemption(Checkpoint):
+    """While a run trains, a signal waits for the end of the step; ``last.ckpt`` is written, then :class:`Preempted` raised.
+
+    In validation it raises after the batch, with the step before the last one saved.  Wherever no step is under way it
+    raises at once.  Use it as a context around all of a run, and as a callback of the training.  A ``Checkpoint`` to
+    Lightning, so that it comes after every callback whose state is to be saved.
+
+    Lightning's own handlers are not enough here: on SIGTERM it ends a run unsaved, with exit code 0; its SLURM handler
+    saves in the middle of a step and starts the same command again, which would be another run.
+
+    Args:
+        checkpoints: the run's; listed before this callback.
+        folder: the run folder, for the message.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, folder: Any) -> None:
+        self.checkpoints, self.folder = checkpoints, folder
+        self.received: signal.Signals | None = None
+        self._training = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Preemption:
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        if not self._training:
+            raise self._ended()
+
+    def _ended(self) -> Preempted:
+        self._training = False
+        step = self.checkpoints.saved_step
+        held = "no step was saved" if step is None else f"last.ckpt holds step {step}"
+        name = "another process's signal" if self.received is None else self.received.name
+        console.print(f"{name}: {held}; go on with  python train.py resume={self.folder}  (exit code {EXIT_CODE})")
+        return Preempted()
+
+    def _asked(self, trainer: Any) -> bool:
+        """On every process, if on one."""
+        return bool(trainer.strategy.reduce_boolean_decision(self.received is not None, all=False))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._training = True
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._training = False
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._training = False
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.checkpoints.resumable and self._asked(trainer):
+            if self.checkpoints.saved_step != trainer.global_step:
+                self.checkpoints.save_last(trainer)
+            raise self._ended()
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        if self._asked(trainer):
+            raise self._ended()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._asked(trainer):
+            raise self._ended()
