@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,14 @@ class RunFolder:
             if not path.is_file():
                 continue
             try:
+                with zipfile.ZipFile(path) as parts:
+                    if (bad := parts.testzip()) is not None:  # torch compares no checksums when it loads
+                        raise ValueError(f"wrong checksum of {bad}")
                 state = torch.load(path, weights_only=True, map_location="cpu")
                 progress = state["loops"]["fit_loop"]["epoch_progress"]["current"]
                 return ResumePoint(path, int(progress["processed"]), int(state["global_step"]), tuple(unreadable))
             except Exception as error:
-                unreadable.append(f"{path} is no readable checkpoint ({type(error).__name__})")
+                unreadable.append(f"{path} is no readable checkpoint ({str(error) or type(error).__name__})")
         if unreadable:
             raise ValueError(f"resume: {'; '.join(unreadable)}; nothing to go on from, start anew")
         return ResumePoint(None, 0, 0, ())

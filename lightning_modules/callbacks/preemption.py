@@ -61,7 +61,7 @@ class Preemption(Checkpoint):
         step = self.checkpoints.saved_step
         held = "no step was saved" if step is None else f"last.ckpt holds step {step}"
         name = "another process's signal" if self.received is None else self.received.name
-        console.print(f"{name}: {held}; go on with  python train.py resume={self.folder}  (exit code {EXIT_CODE})")
+        console.print(f"\n{name}: {held}; go on with  python train.py resume={self.folder}  (exit code {EXIT_CODE})")
         return Preempted()
 
     def _asked(self, trainer: Any) -> bool:
