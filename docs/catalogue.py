@@ -18,6 +18,8 @@ from hydra.utils import get_class, instantiate  # noqa: E402
 from omegaconf import DictConfig, ListConfig, OmegaConf  # noqa: E402
 from torch import nn  # noqa: E402
 
+from lightning_modules.networks.peers import CASGate  # noqa: E402
+
 PAGE = ROOT / "docs" / "methods.md"
 LIVE = 1000.0  # an epoch at which every ramp has arrived
 
@@ -45,10 +47,14 @@ def words(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
 
 
+def comment(group: str, word: str, line: int) -> str:
+    text = (ROOT / "configs" / group / f"{word}.yaml").read_text(encoding="utf-8").splitlines()[line]
+    return text.removeprefix("# ").replace("|", "\\|")
+
+
 def source(group: str, word: str) -> str:
     """The first comment of a YAML: where the method comes from, and what it is."""
-    line = (ROOT / "configs" / group / f"{word}.yaml").read_text(encoding="utf-8").splitlines()[0]
-    return line.removeprefix("# ").replace("|", "\\|")
+    return comment(group, word, 0)
 
 
 def summary(target: str) -> str:
@@ -71,7 +77,8 @@ def terms(group: Mapping[str, Mapping[str, Any]]) -> str:
 def forwards(cfg: DictConfig) -> int:
     """Passes over the batch that one step makes, forward and backward, counted on a small net."""
     torch.manual_seed(0)
-    body = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    gate = CASGate(channels=4, num_classes=3)  # an auxiliary head, for the term that trains one
+    body = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), gate, nn.AdaptiveAvgPool2d(1)
     net = nn.Sequential(*body, nn.Flatten(), nn.Linear(4, 3))
     x, y = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
     defense = instantiate(cfg.defense, _convert_="all")
@@ -133,6 +140,17 @@ def regularizers() -> list[str]:
     return rows
 
 
+def peers() -> list[str]:
+    """Networks that differ from an ordinary one by a gate, and what their YAML expects of the sanity checks."""
+    rows = ["| `network=` | method | gate | sanity checks |", "|---|---|---|---|"]
+    for word in words("network"):
+        network = OmegaConf.load(ROOT / "configs" / "network" / f"{word}.yaml")
+        if "gate" in network:
+            verdict = comment("network", word, 1).removeprefix("Sanity checks: ")
+            rows.append(f"| `{word}` | {source('network', word)} | {summary(network.gate._target_)} | {verdict} |")
+    return rows
+
+
 # ruff: noqa: E501 (a row of a Markdown table is one line)
 OPTIONS = """\
 | key | what it does | forwards |
@@ -158,6 +176,12 @@ def page() -> str:
             "\n".join(defenses()),
             "## Regularisers",
             "\n".join(regularizers()),
+            "## Architecture peers",
+            "Gates behind one layer of any network (`network=cas network@network.base=resnet18`), our readings of the papers' "
+            "ideas: no label and no detached mask in the evaluated forward, so attacks go through the gate. Their auxiliary "
+            "heads are trained by `regularizers=[auxiliary]`. The verdicts are what checks for masked gradients "
+            "should say: what was measured is in [findings](findings.md).",
+            "\n".join(peers()),
             "## Options of any of them",
             OPTIONS.format(awp=summary("defenses.weights.AWP")).strip(),
         ]

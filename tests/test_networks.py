@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +21,7 @@ from lightning_modules.networks.resnet import PreActResNet, ResNet, preact_resne
 from lightning_modules.networks.small_cnn import SmallCNN
 from lightning_modules.networks.torchvision_net import IMAGENET_MEAN, IMAGENET_STD, TorchvisionNet, torchvision_net
 from lightning_modules.networks.wide_resnet import wide_resnet
+from tests.composing import config
 
 MEAN, STD = (0.49, 0.48, 0.44), (0.25, 0.24, 0.26)
 Factory = Callable[..., nn.Module]
@@ -500,12 +501,16 @@ CONFIGS = Path(__file__).parent.parent / "configs" / "network"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_each_config_names_a_factory_and_its_options(path: Path) -> None:
     assert path.read_text().startswith("# ")
-    config = yaml.safe_load(path.read_text())
-    module, _, name = config.pop("_target_").rpartition(".")
-    factory = getattr(__import__(module, fromlist=[name]), name)
-    assert config.pop("_partial_") is True
-    config.pop("_convert_", None)
-    if path.stem == "imported":
-        config["target"] = "torch.nn:Flatten"
+    target = ["network.target=torch.nn:Flatten"] if path.stem == "imported" else []
+    factory = instantiate(config(f"network={path.stem}", *target).network)
     with torch.device("meta"):
-        assert isinstance(factory(num_classes=10, in_channels=3, mean=MEAN, std=STD, **config), nn.Module)
+        assert isinstance(factory(num_classes=10, in_channels=3, mean=MEAN, std=STD), nn.Module)
+
+
+def test_a_peer_gates_any_network_by_name() -> None:
+    """The base is a choice of the same group: network=fsr network@network.base=resnet18."""
+    factory = instantiate(config("network=fsr", "network@network.base=resnet18", "network.layer=layer3").network)
+    with torch.device("meta"):
+        net = factory(num_classes=10, in_channels=3, mean=MEAN, std=STD)
+    assert isinstance(net, ResNet)
+    assert net.layer3.gate.classifier.weight.shape == (10, 256)
