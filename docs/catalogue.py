@@ -179,8 +179,8 @@ def page() -> str:
             "## Architecture peers",
             "Gates behind one layer of any network (`network=cas network@network.base=resnet18`), our readings of the papers' "
             "ideas: no label and no detached mask in the evaluated forward, so attacks go through the gate. Their auxiliary "
-            "heads are trained by `regularizers=[auxiliary]`. The verdicts are what checks for masked gradients "
-            "should say: what was measured is in [findings](findings.md).",
+            "heads are trained by `regularizers=[auxiliary]`. The verdicts are what we expect of checks for masked "
+            "gradients.",
             "\n".join(peers()),
             "## Options of any of them",
             OPTIONS.format(awp=summary("defenses.weights.AWP")).strip(),
