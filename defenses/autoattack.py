@@ -1,0 +1,82 @@
+"""The four attacks of standard AutoAttack (Croce & Hein 2020, 2003.01690), through its maintained package ``pyautoattack``.
+
+The only module that knows the package.  Each attack runs by itself on the images it is given; which images, in which order,
+and who fell is the suite's business.  The package's own loop does the same, but its checks put a trace function of the
+interpreter in place of whichever is there (a debugger's, a coverage tool's).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from defenses.threat import L2, Linf, Threat
+from interpret.modes import undisturbed
+
+Part = Literal["apgd-ce", "apgd-t", "fab-t", "square"]
+TARGETS = 9  # of the two targeted attacks, where there are as many wrong classes
+
+
+class AutoAttackPart:
+    """One attack of AutoAttack's standard version, as the package sets it up.
+
+    An image that the attack does not fell comes back clean.  The global random generators, which the package seeds, are put
+    back.
+
+    Args:
+        threat: Linf or L2.
+        part: "apgd-ce", "apgd-t" (9 targets, or as many wrong classes as there are), "fab-t" (as many), "square".
+        queries: of Square; 5000 in the standard version.
+        seed: the call number is mixed in, so that a resumed run repeats an uninterrupted one.
+
+    Raises:
+        ValueError: another threat or part, no query; when called, apgd-t with fewer than 4 classes, fab-t without a rival.
+    """
+
+    def __init__(self, threat: Threat, part: Part, queries: int = 5000, seed: int = 0) -> None:
+        if not isinstance(threat, Linf | L2):
+            raise ValueError(f"threat: AutoAttack's standard version is run for Linf and L2, found {threat}")
+        if part not in get_args(Part):
+            raise ValueError(f"attack.part: expected {', '.join(get_args(Part))}; found {part!r}")
+        if not isinstance(queries, int) or queries < 1:
+            raise ValueError(f"attack.queries: expected a whole number >= 1, found {queries!r}")
+        self.threat: Threat = threat
+        self.part = part
+        self.queries = queries
+        self.seed = seed
+        self.calls = 0
+
+    def reseed(self, call: int) -> None:
+        self.calls = call
+
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Adversarial images (N, C, H, W), fp32, detached; for the arguments see :class:`defenses.apgd.APGD`."""
+        seed = (self.seed * 1_000_003 + self.calls) % 2**63
+        self.calls += 1
+        devices = [] if x.device.type == "cpu" else [x.device]
+        with undisturbed(net), torch.no_grad(), torch.random.fork_rng(devices, device_type=x.device.type):
+            x, y = x.detach().clone(), y.clone()
+            attack = self._attack(net, x.device, seed, classes=net(x[:1]).shape[1])
+            found: Tensor = attack.perturb(x, y)
+        return found.detach()
+
+    def _attack(self, net: nn.Module, device: torch.device, seed: int, classes: int) -> Any:
+        from pyautoattack import AutoAttack  # here: importing it takes longer than most runs of a suite
+
+        package = AutoAttack(net, norm=self.threat.name, eps=self.threat.eps, seed=seed, version="standard", device=device)
+        if self.part == "apgd-ce":
+            package.apgd.loss = "ce"
+            return package.apgd
+        if self.part == "apgd-t":
+            if classes < 4:
+                raise ValueError(f"attack.part: apgd-t needs 4 classes for its targeted DLR loss, found {classes}")
+            package.apgd_targeted.n_target_classes = min(TARGETS, classes - 1)
+            return package.apgd_targeted
+        if self.part == "fab-t":
+            package.fab.targeted, package.fab.n_restarts = True, 1
+            package.fab.n_target_classes = min(TARGETS, classes - 1)
+            return package.fab
+        package.square.n_queries = self.queries
+        return package.square
