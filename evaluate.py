@@ -1,6 +1,8 @@
-"""Look into a trained network: the full analysis of one attack on one set of images, as a page, pictures and JSON.
+"""Look into a trained network: the full analysis of one attack on one set of images, as a page, pictures and JSON; or judge
+it by a suite of attacks.
 
 python evaluate.py checkpoint=runs/NAME attack=cw images=128
+python evaluate.py checkpoint=runs/NAME suite=standard
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from datamodules.concepts import procedural_concepts
 from datamodules.images import ProbeBatch
 from defenses.masking import UnitMask, choose_units, masked
+from defenses.suite import SUITES, check_images
 from interpret.association import concept_weights
 from interpret.dissection import dissect
 from interpret.views.encode import plain
@@ -33,6 +36,7 @@ from interpret.views.page import KeyFigure, ReportPage, write_atomic
 from interpret.views.view import Bars, Lines, Table, View
 from lightning_modules.callbacks.dashboard import Dashboard, Nudge
 from lightning_modules.console import clear_errors, console, require_whole
+from lightning_modules.judging import judge
 from lightning_modules.networks.build import load_weights, make_network
 from lightning_modules.run_folder import commit, versions
 
@@ -45,12 +49,14 @@ KEY_FIGURES = (
 )
 
 
-def located(checkpoint: str) -> tuple[Path, Path | None]:
+def located(checkpoint: str | None) -> tuple[Path, Path | None]:
     """The weights file, and the config of the run it belongs to where there is one.
 
     Raises:
-        ValueError: no such file, or a folder without a checkpoint.
+        ValueError: none named, no such file, or a folder without a checkpoint.
     """
+    if checkpoint is None:
+        raise ValueError("checkpoint: expected a run folder or a file of weights, e.g. checkpoint=runs/NAME; found none")
     path = Path(checkpoint).expanduser()
     weights = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
     if not weights.is_file():
@@ -143,7 +149,7 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
         net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")))
         load_weights(net, weights)
         net.eval()
-        images = data.probe(cfg.images, cfg.split, "images")
+        images = data.probe(128 if cfg.images is None else cfg.images, cfg.split, "images")
         attack = instantiate(cfg.attack, _convert_="all")
         attack.threat.check(data.image_shape)
         dashboard = Dashboard(
@@ -209,10 +215,100 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
     return folder
 
 
+def imported(cfg: DictConfig) -> DictConfig:
+    """The config with ``model`` and ``weights`` in the places of ``network`` and ``checkpoint``, where they are given.
+
+    Raises:
+        ValueError: both ways are used at once.
+    """
+    if cfg.model is None:
+        if cfg.weights is not None:
+            raise ValueError(f"weights: expected model=module:callable beside it, found weights={cfg.weights} alone")
+        return cfg
+    if cfg.network is not None or cfg.checkpoint is not None:
+        raise ValueError("model: takes the place of network= and checkpoint= (with weights=), found both")
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    target = "lightning_modules.networks.imported.imported"
+    cfg.network = {"_target_": target, "_partial_": True, "target": cfg.model, "normalize": False}
+    cfg.checkpoint = cfg.weights
+    return cfg
+
+
+def judge_by_suite(cfg: DictConfig) -> Path:
+    """Robust accuracy by ``cfg.suite``; returns the folder that holds ``suite.json``."""
+    with clear_errors(cfg.debug):
+        cfg = imported(cfg)
+        weights, run = (None, None) if cfg.model and cfg.checkpoint is None else located(cfg.checkpoint)
+        cfg = completed(cfg, run)
+        require_whole(cfg, {"seed": 0, "threads": 1, "images": 1, "batch": 1})
+        if cfg.suite not in SUITES:
+            raise ValueError(f"suite: expected {', '.join(SUITES)}; found {cfg.suite!r}")
+        if cfg.split not in ("test", "val"):
+            raise ValueError(f"split: expected val or test, found {cfg.split!r}")
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        data = instantiate(cfg.data, _convert_="all")
+        data.setup("fit")
+        net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")))
+        if weights is not None:
+            load_weights(net, weights)
+        twin = None
+        if cfg.twin is not None:
+            twin_weights, twin_run = located(cfg.twin)
+            twin_network = OmegaConf.load(twin_run).network if twin_run is not None else cfg.network
+            twin = make_network(instantiate(twin_network), data).eval()
+            load_weights(twin, twin_weights)
+        part = data.test if cfg.split == "test" else data.val
+        if cfg.images is not None and cfg.images > len(part):
+            raise ValueError(f"images: expected 1 to {len(part)} images of the {cfg.split} split, found {cfg.images}")
+        threat = instantiate(cfg.threat)
+        images, labels = part.images.float() / 255, part.labels
+        check_images(net, images, labels, threat)
+        terms = instantiate(cfg.regularizers or {}, _convert_="all")
+        of = run.parent.name if run is not None else (weights.stem if weights is not None else cfg.model)
+        name = cfg.name or re.sub(r"[^A-Za-z0-9_+.-]+", "-", f"{of}_{cfg.suite}")
+        if Path(name).name != name:
+            raise ValueError(f"name: expected the plain name of a folder inside out={cfg.out}, found {name!r}")
+        folder = Path(cfg.out) / name
+        if (folder / "suite.json").exists():
+            raise ValueError(f"name: {folder} holds an evaluation already; choose another name, or move it away")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = {
+        "net": str(weights or cfg.model),
+        "split": cfg.split,
+        "class_names": data.class_names,
+        "commit": commit(),
+        "versions": versions(),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }
+    judge(
+        net.to(device),
+        images,
+        labels,
+        threat,
+        cfg.suite,
+        folder,
+        about,
+        subset=cfg.images,
+        batch_size=cfg.batch,
+        seed=cfg.seed,
+        terms=terms,
+        twin=None if twin is None else twin.to(device),
+        corruptions=cfg.corruptions,
+    )
+    return folder
+
+
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Entry point; see ``python evaluate.py --help`` for the groups."""
-    analyse(cfg, HydraConfig.get().runtime.choices["attack"])
+    if cfg.suite is not None:
+        judge_by_suite(cfg)
+    else:
+        with clear_errors(cfg.debug):
+            cfg = imported(cfg)
+        analyse(cfg, HydraConfig.get().runtime.choices["attack"])
 
 
 if __name__ == "__main__":

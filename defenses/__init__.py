@@ -1,6 +1,7 @@
 """Resist: threat models, attacks, robust losses, interpretation-guided regularisers, and the defense they make up."""
 
 from defenses.adaptive import AdaptivePGD
+from defenses.apgd import APGD, APGDT
 from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD, Attack
 from defenses.defense import Defense, StepOutput
 from defenses.evaluation import accuracy_under
@@ -8,8 +9,19 @@ from defenses.free import Free
 from defenses.local import GradAlign, GradientNorm, LocalLinearity
 from defenses.masking import UnitMask, choose_units, fine_tune, masked, unit_scores
 from defenses.minimum_norm import CarliniWagner, ElasticNet, GroupSparse
-from defenses.objectives import CrossEntropy, KLToClean, Margin, NuclearCE, Objective, Targeted
+from defenses.objectives import (
+    DLR,
+    CrossEntropy,
+    KLToClean,
+    Margin,
+    NuclearCE,
+    Objective,
+    Targeted,
+    TargetedDLR,
+    TargetedMargin,
+)
 from defenses.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
+from defenses.suite import Evaluation, Suite, evaluate_robustness, make_suite
 from defenses.supported import Supported
 from defenses.terms import (
     AdversarialCE,
@@ -27,7 +39,10 @@ from defenses.threat import L2, Linf, Threat
 from defenses.weights import AWP
 
 __all__ = [
+    "APGD",
+    "APGDT",
     "AWP",
+    "DLR",
     "FGSM",
     "FGSMRS",
     "L2",
@@ -43,6 +58,7 @@ __all__ = [
     "CrossEntropy",
     "Defense",
     "ElasticNet",
+    "Evaluation",
     "FeatureConsistency",
     "Free",
     "GradAlign",
@@ -60,8 +76,11 @@ __all__ = [
     "Objective",
     "Ramp",
     "StepOutput",
+    "Suite",
     "Supported",
     "Targeted",
+    "TargetedDLR",
+    "TargetedMargin",
     "Term",
     "Threat",
     "TradesKL",
@@ -69,7 +88,9 @@ __all__ = [
     "UnitSensitivity",
     "accuracy_under",
     "choose_units",
+    "evaluate_robustness",
     "fine_tune",
+    "make_suite",
     "masked",
     "unit_scores",
 ]

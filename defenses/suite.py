@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,6 +29,7 @@ from defenses.adaptive import AdaptivePGD
 from defenses.apgd import APGD, APGDT
 from defenses.attacks import PGD, Attack
 from defenses.autoattack import TARGETS, AutoAttackPart
+from defenses.corruptions import corrupted_accuracy
 from defenses.identity import described, net_hash, tensors_hash
 from defenses.objectives import CrossEntropy, Margin
 from defenses.sampling import stratified_rows, wilson
@@ -183,6 +184,7 @@ class Evaluation:
     felled: the attack, as its place in ``attacks``, (n,) int64; STANDS = −1, WRONG = −2 for what needs no attack.
     interval: Wilson's, 95 %, for the accuracy on images drawn as these were.
     fingerprint: of weights, images, labels, settings.  notes: what a reader must know beside the numbers.
+    corruptions: accuracy by corruption at its five severities, where asked for.
     """
 
     suite: str
@@ -198,6 +200,7 @@ class Evaluation:
     seconds: float
     fingerprint: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    corruptions: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -387,6 +390,7 @@ def evaluate_robustness(
     twin: nn.Module | None = None,
     state: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
+    corruptions: bool = False,
 ) -> Evaluation:
     """Worst case per example over the attacks of a suite; only examples that still stand are attacked again.
 
@@ -404,6 +408,7 @@ def evaluate_robustness(
         terms, twin: for "adaptive", see :func:`make_suite`.
         state: file that keeps the work done; left in place at the end.
         progress: told after each batch.
+        corruptions: accuracy under common corruptions too, on the same images.
 
     Raises:
         ValueError: see :func:`check_images`; also a subset or a batch size out of range, or an unknown suite.
@@ -438,6 +443,7 @@ def evaluate_robustness(
             now = reached
             if path is not None:
                 now.save(path)
+        corrupted = corrupted_accuracy(net, images, labels, batch_size, seed) if corruptions else {}
     felled = torch.tensor(now.felled)
     right, standing = felled != WRONG, felled == STANDS
     notes = []
@@ -457,6 +463,7 @@ def evaluate_robustness(
         seconds=sum(count[2] for count in now.counts),
         fingerprint=fingerprint,
         notes=tuple(notes),
+        corruptions=corrupted,
     )
 
 

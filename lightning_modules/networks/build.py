@@ -51,9 +51,9 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
     state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"checkpoint: {path} holds no state dict of tensors")
-    if any(name.startswith("net.") for name in state):
-        state = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
     wanted = net.state_dict()
+    if state.keys() != wanted.keys() and any(name.startswith("net.") for name in state):
+        state = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
     missing, foreign = wanted.keys() - state.keys(), state.keys() - wanted.keys()
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
