@@ -133,7 +133,7 @@ class APGD:
             x, y = x.detach().clone(), y.clone()  # clones: tensors made under inference mode refuse autograd
             with torch.no_grad():
                 clean = net(x).float()
-            found, lead = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
+            found, lead = x.clone(), clean.new_full((len(x),), -torch.inf)
             standing = (clean.argmax(1) == y).nonzero().flatten()
             for objective in self.objectives(clean.shape[1]):
                 for _ in range(self.restarts):
@@ -186,7 +186,7 @@ class APGD:
 
     def _begin(self, x: Tensor, y: Tensor, clean: Tensor, rows: Tensor, generator: torch.Generator) -> _Ascent:
         at = self.threat.project(x, x + self.threat.noise(x, generator))
-        lowest = torch.full((len(x),), -torch.inf, device=x.device)
+        lowest = clean.new_full((len(x),), -torch.inf)
         zeros = torch.zeros_like(x)
         return _Ascent(
             row=rows,
@@ -204,7 +204,7 @@ class APGD:
             checked_value=lowest,
             rises=torch.zeros(len(x), dtype=torch.long, device=x.device),
             halved=torch.zeros(len(x), dtype=torch.bool, device=x.device),
-            step=torch.full((len(x),), 2 * self.threat.eps, device=x.device),
+            step=x.new_full((len(x),), 2 * self.threat.eps),
         )
 
     def _look(
