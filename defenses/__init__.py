@@ -21,6 +21,8 @@ from defenses.objectives import (
     TargetedMargin,
 )
 from defenses.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
+from defenses.sanity import Check, SanityReport, sanity_checks
+from defenses.square import Square
 from defenses.suite import Evaluation, Suite, evaluate_robustness, make_suite
 from defenses.supported import Supported
 from defenses.terms import (
@@ -54,6 +56,7 @@ __all__ = [
     "Attack",
     "CAMDiscrepancy",
     "CarliniWagner",
+    "Check",
     "CleanCE",
     "CrossEntropy",
     "Defense",
@@ -75,6 +78,8 @@ __all__ = [
     "NuclearNorm",
     "Objective",
     "Ramp",
+    "SanityReport",
+    "Square",
     "StepOutput",
     "Suite",
     "Supported",
@@ -92,5 +97,6 @@ __all__ = [
     "fine_tune",
     "make_suite",
     "masked",
+    "sanity_checks",
     "unit_scores",
 ]

@@ -179,7 +179,7 @@ def test_every_attack_attacks(name: str) -> None:
     parts = train.build(cfg)
     attack = instantiate(cfg.attack, _convert_="all")
     inner = getattr(attack, "attack", attack)
-    for option in ("steps", "search_steps"):
+    for option in ("steps", "search_steps", "queries"):
         if hasattr(inner, option):
             setattr(inner, option, 2)
     few = parts.data.probe(2)

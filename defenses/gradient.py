@@ -1,0 +1,138 @@
+"""Is the gradient that a network hands an attacker the slope of what it computes?  (ours)"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from defenses.losses import cross_entropy
+from interpret.modes import undisturbed
+
+INTERIOR: Final = 0.005  # distance kept from 0 and 1, where a net that clamps its input has a kink
+STEP: Final = {torch.float64: 1e-5, torch.float32: 1e-3}  # of every pixel: far above rounding, far below most kinks
+
+
+class Reachable(nn.Module):
+    """``net``, with a gradient for every input: zero where it has none, or none that is finite.
+
+    So that an attack on a net that cuts its gradients runs, and fails, instead of raising.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            logits: Tensor = self.net(x)
+            return logits
+        inside = x * 1  # not the leaf itself: it takes the hook, and a net may change its input in place
+        inside.register_hook(torch.nan_to_num)
+        return self.net(inside) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def zero_gradients(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """(N,) bool: no pixel of this image (N, C, H, W) has a finite gradient of the cross-entropy other than zero."""
+    with undisturbed(net):
+        images = x.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(cross_entropy(Reachable(net)(images), y).sum(), images)
+    return ~(gradient.flatten(1) != 0).any(1)
+
+
+def gradient_error(net: nn.Module, x: Tensor, y: Tensor, directions: int = 4, seed: int = 0) -> Tensor:
+    """Share of the true slope that the reported gradient g misses, (N,): 0 if it is right, 1 if it reports nothing.
+
+    Σ (f′_v − g·v)² / (Σ f′_v² + Σ (g·v)²), f = Z_t − Z_y with the strongest wrong class t, f′_v the central difference
+    along v.  Once for v = sign g, where an attack goes, and once summed over random signs; the larger counts.  In float64
+    where the net can be copied so, so that neither rounding nor kinks weigh.
+
+    Args:
+        x: images in [0,1], (N, C, H, W); 0.005 is kept from 0 and 1, and small noise added to leave the grid of grey levels.
+        y: true labels (N,).
+    """
+    net, dtype = _sharp(net, x)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    noise = torch.rand(x.shape, generator=generator, device=x.device) - 0.5
+    points = (x.detach() + 2 * INTERIOR * noise).clamp(INTERIOR, 1 - INTERIOR).to(dtype)
+    step = STEP[dtype]
+    with undisturbed(net):
+        reachable = Reachable(net)
+        points.requires_grad_()
+        logits = reachable(points)
+        rival = logits.scatter(1, y[:, None], -torch.inf).argmax(1)
+
+        def lead(logits: Tensor) -> Tensor:
+            return (logits.gather(1, rival[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+        (gradient,) = torch.autograd.grad(lead(logits).sum(), points)
+        points = points.detach()
+
+        def slopes(v: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                ahead, behind = (lead(reachable(points + sign * step * v)) for sign in (1, -1))
+            return (ahead - behind) / (2 * step), (gradient * v).flatten(1).sum(1)
+
+        random = [torch.randint(2, x.shape, generator=generator, device=x.device) * 2 - 1 for _ in range(directions)]
+        along = _missed([slopes(gradient.sign())])
+        return torch.maximum(along, _missed([slopes(signs.to(dtype)) for signs in random])).float()
+
+
+def _missed(slopes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    true, reported = (torch.stack(values) for values in zip(*slopes, strict=True))
+    whole = (true.square() + reported.square()).sum(0)
+    return (true - reported).square().sum(0) / torch.where(whole > 0, whole, 1)
+
+
+def _sharp(net: nn.Module, x: Tensor) -> tuple[nn.Module, torch.dtype]:
+    """The net in float64 if it computes the same there, else as it is."""
+    few = x[:2].detach()
+    try:
+        twin = copy.deepcopy(net).double()
+        with undisturbed(net), undisturbed(twin), torch.no_grad():
+            plain, sharp = net(few), twin(few.double())
+        if sharp.dtype == torch.float64 and torch.allclose(plain.double(), sharp, rtol=1e-2, atol=1e-2):
+            return twin, torch.float64
+    except Exception:  # whatever a foreign net raises here: it was not made for float64, or not for copying
+        pass
+    return net, torch.float32
+
+
+@dataclass
+class _Watch(TorchFunctionMode):
+    """Notes who calls autograd, and who cuts a tensor that depends on the images out of the graph."""
+
+    calls: set[str] = field(default_factory=set)
+    cuts: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+                self.cuts.add("data")
+            elif name in ("detach", "detach_"):
+                self.cuts.add(name)
+            elif not torch.is_grad_enabled() and not name.startswith("__"):
+                self.cuts.add("no_grad")
+        if name in ("grad", "backward", "requires_grad_"):
+            self.calls.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def watched(net: nn.Module, x: Tensor) -> tuple[list[str], list[str]]:
+    """What one forward of ``net`` does to the graph: calls of autograd, and cuts of what depends on the images; by name."""
+    with undisturbed(net):
+        images = x.detach().clone().requires_grad_() * 1
+        with _Watch() as watch:
+            net(images)
+    return sorted(watch.calls), sorted(watch.cuts)

@@ -1,0 +1,352 @@
+"""Sanity checks: what must fail fails, what must pass passes, and a share of few images proves little."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import comb
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from defenses.attacks import PGD
+from defenses.gradient import gradient_error, watched, zero_gradients
+from defenses.sanity import LIMITS, Check, SanityReport, lower_limit, sanity_checks, share_check
+from defenses.threat import L2, Linf
+from tests.planted import DEFENSES, Planted, Saturated, Shattered
+from tests.reference.nets import Linear, batch, conv_bn, seeded, smooth, unchanged, untidy
+from tests.reference.trained import images
+
+EPS = 0.03
+
+
+@cache
+def weights(robust: bool, seed: int) -> dict[str, Tensor]:
+    """Of a small net trained in seconds, as usual or on PGD-3."""
+    net = conv_bn(seed=seed)
+    x, y = images(512, seed=seed + 10)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    attack = PGD(Linf(EPS), steps=3, seed=seed)
+    for step in range(80):
+        rows = torch.arange(step * 64, step * 64 + 64) % 512
+        batch = attack(net, x[rows], y[rows]) if robust else x[rows]
+        optimizer.zero_grad()
+        F.cross_entropy(net.train()(batch), y[rows]).backward()
+        optimizer.step()
+    return net.state_dict()
+
+
+def trained(robust: bool = True, seed: int = 0) -> nn.Sequential:
+    net = conv_bn()
+    net.load_state_dict(weights(robust, seed))
+    return net.eval()
+
+
+def judged(net: nn.Module, n: int = 64, seed: int = 0, **options) -> SanityReport:
+    x, y = images(n, seed=seed + 50)
+    return sanity_checks(net, x, y, Linf(EPS), **{"queries": 60, "steps": 10} | options)
+
+
+def outcome(report: SanityReport, name: str) -> Check:
+    (found,) = [check for check in report.checks if check.name == name]
+    return found
+
+
+# Intervals and the verdict
+
+
+@pytest.mark.parametrize(("count", "n"), [(1, 16), (8, 256), (16, 16), (100, 1000)])
+def test_the_lower_limit_is_exact(count, n):
+    """At the limit, so many or more are seen once in a hundred times."""
+    p = lower_limit(count, n)
+    tail = sum(comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(count, n + 1))
+    assert tail == pytest.approx(0.01, rel=1e-6)
+    assert lower_limit(0, n) == 0
+
+
+def test_a_share_of_few_images_proves_little():
+    assert LIMITS["PGD ≥ FGSM"] == (0.01, 0.05)
+    assert share_check("PGD ≥ FGSM", 7, 256, "").passed
+    assert not share_check("PGD ≥ FGSM", 8, 256, "").passed
+    assert share_check("PGD ≥ FGSM", 1, 16, "").passed  # 6 %, but of 16
+    assert not share_check("PGD ≥ FGSM", 8, 256, "").grave
+    assert share_check("PGD ≥ FGSM", 64, 256, "").grave
+    found = share_check("PGD ≥ FGSM", 64, 256, "fall")
+    assert found.figure == 0.25
+    assert found.sentence.startswith("64 of 256 images fall (25.0 %, at least 18.")
+
+
+def test_the_verdict_follows_from_the_checks():
+    passed = Check("a", True, 0.0, "", "fine")
+    failed = Check("b", False, 0.1, "", "odd")
+    grave = Check("c", False, 0.9, "", "broken", grave=True)
+    assert SanityReport((passed,)).verdict == "trusted"
+    assert SanityReport((passed,)).reasons == ()
+    assert SanityReport((passed, failed)).verdict == "suspicious"
+    both = SanityReport((failed, passed, grave))
+    assert both.verdict == "invalid"
+    assert both.reasons == ("broken", "odd")
+    table = both.table()
+    assert "invalid" in table.title
+    assert [row[:2] for row in table.rows] == [("b", "failed"), ("a", "passed"), ("c", "failed")]
+    assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+# The gradient
+
+
+def test_the_slope_of_a_linear_and_of_a_smooth_net_is_exact():
+    net = Linear((2, 4, 4), 3)
+    x, _, y = batch(n=6, size=4, channels=2, classes=3)
+    assert gradient_error(net, x, y).max() < 1e-12
+    assert gradient_error(smooth().float(), x, y).max() < 1e-8
+    assert not zero_gradients(net, x, y).any()
+
+
+class HalfDetached(nn.Module):
+    """Z = a², half of it detached: the reported gradient is half the true one."""
+
+    def __init__(self, cut: bool) -> None:
+        super().__init__()
+        self.linear, self.cut = Linear((2, 4, 4), 3), cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.linear(x)
+        return a * (a.detach() if self.cut else a)
+
+
+def test_what_a_detached_factor_misses_in_closed_form():
+    """Half the slope in every direction: (1 − ½)² / (1 + ½²) = 0.2."""
+    x, _, y = batch(n=6, size=4, channels=2, classes=3)
+    torch.testing.assert_close(gradient_error(HalfDetached(True), x, y), torch.full((6,), 0.2), rtol=1e-4, atol=0)
+    assert gradient_error(HalfDetached(False), x, y).max() < 1e-6
+
+
+class InSinglePrecision(Planted):
+    """Cannot run in float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.net(x.float()).float(), torch.eye(3))
+
+
+def test_the_slope_in_single_precision():
+    """Where the net has no float64 copy, tolerances still tell right from wrong."""
+    x, _, y = batch(n=6, size=4, channels=2, classes=3)
+    assert gradient_error(InSinglePrecision(HalfDetached(False)), x, y).max() < 0.01
+    assert gradient_error(InSinglePrecision(HalfDetached(True)), x, y).min() > 0.1
+
+
+def test_zero_gradients():
+    net = Linear((2, 4, 4), 3)
+    x, _, _ = batch(n=6, size=4, channels=2, classes=3)
+    y = net(x).argmax(1)
+    top = net(x).detach().topk(2, 1).values
+    scale = 60 / (top[:, 0] - top[:, 1])  # the second class at exp(−60), as the first is at 1
+
+    class Scaled(Planted):
+        factor = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) * (scale * self.factor)[:, None]
+
+    scaled = Scaled(net)
+    assert not zero_gradients(scaled, x, y).any()
+    scaled.factor = 2.0  # exp(−120) is no number of fp32
+    assert zero_gradients(scaled, x, y).all()
+
+    class Broken(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + (0 * x).sqrt().flatten(1).sum(1, keepdim=True)  # slope ∞ · 0
+
+    assert zero_gradients(Broken(net), x, y).all()
+    assert zero_gradients(DEFENSES["argmax"](net), x, y).all()
+
+
+def test_autograd_inside_a_forward_is_seen():
+    class Steered(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            inner = x.detach().requires_grad_()
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(self.net(inner).max(1).values.sum(), inner)
+            return self.net(x + gradient.sign() * 0.01)
+
+    class Cut(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                mask = x > 0.5
+            return self.net(x * mask)
+
+    x = torch.rand(2, 3, 8, 8)
+    net = trained()
+    assert watched(net, x) == ([], [])
+    assert watched(Steered(net), x) == (["grad", "requires_grad_"], ["detach"])
+    assert watched(Cut(net), x) == ([], ["no_grad"])
+    assert not outcome(judged(Steered(net), n=16, steps=2, queries=3), "no autograd inside forward").passed
+
+
+# Whole networks
+
+
+@pytest.mark.parametrize("robust", [False, True], ids=["undefended", "PGD-AT"])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 6))])
+def test_honest_nets_are_trusted(robust, seed):
+    report = judged(trained(robust, seed), seed=seed, transfer_from=trained(False, seed + 1))
+    assert report.reasons == ()
+    assert report.verdict == "trusted"
+    assert {check.name for check in report.checks} >= set(LIMITS)
+    accuracy = report.accuracy
+    assert accuracy["clean"] >= accuracy["FGSM"] >= accuracy["gradient attacks"] >= accuracy["with transfer"]
+    if not robust:
+        assert accuracy["gradient attacks"] < 0.5 < accuracy["clean"]
+
+
+def test_honest_nets_are_trusted_on_few_images():
+    for seed in range(2):
+        assert judged(trained(False), n=16, seed=seed).verdict == "trusted"
+
+
+CALLED_BY = {
+    "quantised input": "gradients are not zero",
+    "saturated logits": "gradients are not zero",
+    "noise": "deterministic",
+    "random resize": "deterministic",
+    "compression in numpy": "gradients are not zero",
+    "argmax": "outputs are logits",
+    "detached gate": "gradient is the slope",
+    "probabilities": "outputs are logits",
+}
+
+
+@pytest.mark.parametrize("robust", [False, True], ids=["undefended", "PGD-AT"])
+@pytest.mark.parametrize("name", CALLED_BY)
+def test_planted_defenses_are_called_out(name, robust):
+    report = judged(DEFENSES[name](trained(robust)).eval())
+    assert report.verdict == "invalid"
+    assert outcome(report, CALLED_BY[name]).grave
+    assert outcome(report, CALLED_BY[name]).sentence in report.reasons
+
+
+def test_transfer_finds_what_gradients_hide():
+    """The ripple's gradient is right, so only attacks that do not follow it can tell."""
+    report = judged(Shattered(trained(False)), transfer_from=trained(False))
+    assert outcome(report, "gradient is the slope").passed
+    assert not outcome(report, "gradients are not zero").grave
+    assert outcome(report, "gradients beat transfer").grave
+    assert report.verdict == "invalid"
+
+
+def test_a_thorough_look_at_zero_gradients_finds_them_useless():
+    plain = judged(DEFENSES["quantised input"](trained(False)))
+    assert "gradients beat Square" not in {check.name for check in plain.checks}
+    report = judged(DEFENSES["quantised input"](trained(False)), thorough=True)
+    assert outcome(report, "gradients beat Square").grave
+    assert report.accuracy["with noise and Square"] < report.accuracy["gradient attacks"] - 0.15
+
+
+def test_the_margin_sees_through_saturated_logits():
+    report = judged(Saturated(trained(False)), thorough=True)
+    assert outcome(report, "losses agree").grave
+    assert outcome(report, "scale of the logits").grave
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_larger_and_smaller_logits_are_no_reproach(scale):
+    class Scaled(Saturated):
+        pass
+
+    Scaled.scale = scale
+    assert judged(Scaled(trained(False))).verdict == "trusted"
+
+
+def test_outputs_that_are_no_logits():
+    class LogSoftmax(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).log_softmax(1)
+
+    class Sigmoid(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).sigmoid()
+
+    logs = judged(LogSoftmax(trained()))
+    assert logs.verdict == "suspicious"  # neither cross-entropy nor margin sees the shift
+    assert logs.reasons == ("the outputs are log-probabilities: leave out the log-softmax",)
+    assert not outcome(judged(Sigmoid(trained()), n=16, steps=2, queries=3), "outputs are logits").passed
+
+
+def test_a_net_that_looks_at_the_whole_batch_is_invalid():
+    class Centred(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.net(x)
+            return logits - logits.mean(0)
+
+    report = judged(Centred(trained()))
+    assert outcome(report, "deterministic").passed
+    assert outcome(report, "independent of the batch").grave
+
+
+class Decided(nn.Module):
+    """A linear two-class net on interior images: everything that L∞ and L2 attacks do to it is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Linear((3, 4, 4), 2, seed=3)
+        with torch.no_grad():
+            self.net.head.weight.mul_(0.2)
+            self.net.head.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x - 0.5)
+
+
+@pytest.mark.parametrize("threat", [Linf(0.02), L2(0.1)], ids=repr)
+def test_accuracy_on_a_linear_net_is_the_closed_form(threat):
+    net = Decided()
+    x = torch.rand(96, 3, 4, 4, generator=seeded(5)) * 0.6 + 0.2
+    margin = net(x).detach().diff(dim=1)[:, 0]
+    y = (margin > 0).long()
+    w = net.net.head.weight.detach().diff(dim=0)
+    reach = threat.eps * (w.abs().sum() if threat.p > 2 else w.norm())
+    report = sanity_checks(net, x, y, threat, queries=60)
+    assert report.accuracy["clean"] == 1
+    expected = float((margin.abs() > reach).double().mean())
+    assert 0.1 < expected < 0.9
+    assert report.accuracy["gradient attacks"] == pytest.approx(expected)
+    assert report.accuracy["FGSM"] == pytest.approx(expected)
+    assert report.verdict == "trusted"
+
+
+def test_the_net_and_the_random_numbers_are_given_back():
+    net = untidy(conv_bn(dropout=0.3))
+    x, y = torch.rand(24, 3, 8, 8), torch.arange(24) % 5
+    state = torch.get_rng_state()
+    told: list[str] = []
+    with unchanged(net):
+        report = sanity_checks(net, x, y, Linf(EPS), queries=5, steps=2, thorough=True, tell=told.append)
+        assert sanity_checks(net, x, y, Linf(EPS), queries=5, steps=2, thorough=True) == report
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {"outputs", "gradients", "FGSM", "PGD-2", "PGD-10", "Square, 5 queries"} <= set(told)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.rand(8, 3, 8, 8), "y": torch.zeros(8).long()}, "at least 16 images"),
+        ({"y": torch.zeros(20).long()}, r"found \(24, 3, 8, 8\) and \(20,\)"),
+        ({"x": torch.rand(24, 3, 8, 8) * 255}, r"images in \[0,1\], found"),
+        ({"y": torch.full((24,), 7)}, "K > 7, the largest label"),
+        ({"threat": Linf(0)}, "threat.eps: expected a ball with a radius"),
+        ({"threat": L2(100)}, "threat.eps: images live in"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    good = {"x": torch.rand(24, 3, 8, 8), "y": torch.arange(24) % 5, "threat": Linf(EPS)}
+    with pytest.raises(ValueError, match=message):
+        sanity_checks(conv_bn().eval(), **good | change)
+
+
+def test_a_net_that_is_always_wrong_is_refused():
+    net = trained()
+    x, _ = images(32, seed=3)
+    with pytest.raises(ValueError, match="classified rightly, found none"):
+        sanity_checks(net, x, (net(x).argmax(1) + 1) % 5, Linf(EPS))
