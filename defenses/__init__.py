@@ -20,7 +20,7 @@ from defenses.objectives import (
     TargetedDLR,
     TargetedMargin,
 )
-from defenses.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
+from defenses.regularizers import PSE, CAMDiscrepancy, UnitKL, UnitSensitivity
 from defenses.sanity import Check, SanityReport, sanity_checks
 from defenses.square import Square
 from defenses.suite import Evaluation, Suite, evaluate_robustness, make_suite
@@ -89,6 +89,7 @@ __all__ = [
     "Term",
     "Threat",
     "TradesKL",
+    "UnitKL",
     "UnitMask",
     "UnitSensitivity",
     "accuracy_under",

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from defenses.terms import Ramp, Term
 from interpret.association import Mode, concept_weights
@@ -23,6 +24,18 @@ from interpret.sensitivity import EPS, unit_change, unit_spread
 
 CONCEPT_QUANTILE = 0.02  # of positions that count as active, as in the dissection panel
 EVIDENCE_FLOOR = 0.1  # logits; keeps the share finite for samples without evidence
+Samples = Literal["all", "held", "flipped"]
+
+
+def selected(obs: Observation, samples: Samples) -> Tensor:
+    """1 for the samples that a term is about, else 0, (N,) without gradient; their share stays in the batch's mean.
+
+    "held": the attack has not yet flipped the prediction at x'; "flipped": it has.
+    """
+    if samples == "all":
+        return torch.ones(len(obs.y), device=obs.y.device)
+    held = obs.adv.logits.detach().argmax(1) == obs.y
+    return (held if samples == "held" else ~held).float()
 
 
 class PSE(Term):
@@ -34,11 +47,14 @@ class PSE(Term):
     Args:
         weight: a number or a ramp.
         layers: default: the last feature layer; below a pooled linear head the effects are exact there and nearly free.
-        over: "units", "positions", or "both" (their mean).
+        over: "units", "positions", "both" (their mean), or "activations", each unit at each position alone.
         power: q, 1 or 2.
         top: share of the parts, the largest effects, that count; 1 takes all.
         scale: "share" divides by the clean evidence Σ |(w_t − w_t0)·A(x)|, gradient through both, "margin" by the
-            detached clean margin, "none" leaves logits: cheapest to meet by shrinking the logits, which hurts.
+            detached clean margin, "logits" by ‖Z(x) − mean Z(x)‖₂, gradient through both, "none" leaves logits: cheapest
+            to meet by shrinking the logits, which hurts.
+        samples: all, or those whose prediction the attack has not yet ("held") or has ("flipped") flipped.
+        promotion, suppression: m weighs the two apart, m = promotion · p + suppression · s; the bound holds at 1 and 1.
 
     Raises:
         ValueError: an option outside what is listed.
@@ -52,25 +68,36 @@ class PSE(Term):
         self,
         weight: float | Ramp = 1.0,
         layers: Sequence[str] = (),
-        over: Literal["units", "positions", "both"] = "units",
+        over: Literal["units", "positions", "both", "activations"] = "units",
         power: int = 1,
         top: float = 1.0,
-        scale: Literal["share", "margin", "none"] = "share",
+        scale: Literal["share", "margin", "logits", "none"] = "share",
+        samples: Samples = "all",
+        promotion: float = 1.0,
+        suppression: float = 1.0,
     ) -> None:
         super().__init__(weight, layers)
-        if over not in ("units", "positions", "both"):
-            raise ValueError(f"regularizers.pse.over: expected units, positions or both; found {over!r}")
+        if over not in ("units", "positions", "both", "activations"):
+            raise ValueError(f"regularizers.pse.over: expected units, positions, both or activations; found {over!r}")
         if power not in (1, 2):
             raise ValueError(f"regularizers.pse.power: expected 1 or 2, found {power!r}")
         if not 0 < top <= 1:
             raise ValueError(f"regularizers.pse.top: expected a share in (0, 1], found {top!r}")
-        if scale not in ("share", "margin", "none"):
-            raise ValueError(f"regularizers.pse.scale: expected share, margin or none; found {scale!r}")
-        self.over, self.power, self.top, self.scale = over, power, top, scale
+        if scale not in ("share", "margin", "logits", "none"):
+            raise ValueError(f"regularizers.pse.scale: expected share, margin, logits or none; found {scale!r}")
+        if samples not in get_args(Samples):
+            raise ValueError(f"regularizers.pse.samples: expected {', '.join(get_args(Samples))}; found {samples!r}")
+        for name, factor in (("promotion", promotion), ("suppression", suppression)):
+            if not isinstance(factor, int | float) or not 0 <= factor < float("inf"):
+                raise ValueError(f"regularizers.pse.{name}: expected a finite number >= 0, found {factor!r}")
+        if promotion == suppression == 0:
+            raise ValueError("regularizers.pse.promotion: expected it or suppression above 0, found both 0")
+        self.over, self.power, self.top, self.scale, self.samples = over, power, top, scale, samples
+        self.promotion, self.suppression = promotion, suppression
 
     def prepare(self, obs: Observation, features: tuple[str, ...]) -> None:
         self.layers = self.layers or features[-1:]
-        if self.over != "units":
+        if self.over in ("positions", "both"):
             for layer in self.layers:
                 if obs.adv.acts[layer].dim() < 3:
                     raise ValueError(f"regularizers.pse.layers: {layer!r} has no positions; use over=units")
@@ -82,13 +109,16 @@ class PSE(Term):
             for layer in self.layers
             for part in (("units", "positions") if self.over == "both" else (self.over,))
         ]
-        return torch.stack(values).mean(0)
+        return selected(obs, self.samples) * torch.stack(values).mean(0)
 
     def _value(self, obs: Observation, layer: str, part: str) -> Tensor:
         def parts(values: Tensor) -> Tensor:
+            if part == "activations":
+                return values.flatten(1)
             return sum_positions(values) if part == "units" else values.sum(1).flatten(1)
 
-        gained = parts(contribution(obs, layer, "target") - contribution(obs, layer, "true")).relu()
+        promoted, suppressed = contribution(obs, layer, "target"), -contribution(obs, layer, "true")
+        gained = parts(self.promotion * promoted + self.suppression * suppressed).relu()
         if self.top < 1:
             gained = gained.topk(max(1, round(self.top * gained.shape[1])), dim=1).values
         if self.scale == "share":
@@ -97,7 +127,46 @@ class PSE(Term):
         elif self.scale == "margin":
             clean = (obs.logit("true", "clean") - obs.logit("target", "clean")).detach()
             gained = gained / clean.clamp_min(EVIDENCE_FLOOR)[:, None]
+        elif self.scale == "logits":
+            centred = obs.clean.logits - obs.clean.logits.mean(1, keepdim=True)
+            gained = gained / (centred.norm(dim=1, keepdim=True) + EVIDENCE_FLOOR)
         return gained.pow(self.power).sum(1)
+
+
+class UnitKL(Term):
+    """TRADES' KL unit by unit: what each unit's movement, alone and C-fold, does to the two-class prediction (ours).
+
+        L = 1/C Σ_k KL(b(M) ‖ b(M − C·m_k)),    b = (sigmoid, 1 − sigmoid),
+
+    with M the clean margin Z_t0 − Z_t and m_k a unit's promotion + suppression (:func:`interpret.pse.unit_effects`).  KL is
+    convex in the second logits, so L ≥ KL(b(M) ‖ b(M − Σ m_k)), the KL between x and x' over the two classes, with equality
+    where all units move alike: units that help and units that hurt don't cancel.
+
+    Args:
+        weight: a number or a ramp; in place of the KL: ``defense=trades defense.loss.kl.weight=0 regularizers=[unit_kl]``.
+        layers: default: the last feature layer; below a pooled linear head the effects are exact there and nearly free.
+    """
+
+    needs_clean = True
+    needs_graph = True
+    needs_attack = True
+
+    def __init__(self, weight: float | Ramp = 6.0, layers: Sequence[str] = ()) -> None:
+        super().__init__(weight, layers)
+
+    def prepare(self, obs: Observation, features: tuple[str, ...]) -> None:
+        self.layers = self.layers or features[-1:]
+
+    def forward(self, obs: Observation) -> Tensor:
+        """Mean over layers, (N,)."""
+        return torch.stack([self._value(obs, layer) for layer in self.layers]).mean(0)
+
+    def _value(self, obs: Observation, layer: str) -> Tensor:
+        moved = sum_positions(contribution(obs, layer, "target") - contribution(obs, layer, "true"))
+        clean = (obs.logit("true", "clean") - obs.logit("target", "clean"))[:, None]
+        moved = moved * moved.shape[1]
+        # KL of two logistic distributions, from softplus: no logarithm of a probability that underflows.
+        return (softplus(clean - moved) - softplus(clean) + clean.sigmoid() * moved).mean(1)
 
 
 class UnitSensitivity(Term):
@@ -116,9 +185,10 @@ class UnitSensitivity(Term):
         concepts: (size, channels) → annotated images.  With them the net is dissected at the start of each epoch but the
             first, and ω is multiplied by :func:`interpret.association.concept_weights` of ``mode``.  None: no dissection.
         mode: which units that favours; "protect_detectors" and "suppress_non_detectors" press on the others.
+        samples: all, or those whose prediction the attack has not yet ("held") or has ("flipped") flipped.
 
     Raises:
-        ValueError: another ``at`` or ``mode``.
+        ValueError: another ``at``, ``mode`` or ``samples``.
     """
 
     needs_clean = True
@@ -131,13 +201,16 @@ class UnitSensitivity(Term):
         at: Literal["all", "turning"] = "all",
         concepts: Callable[..., ConceptData] | None = None,
         mode: Mode = "stabilise_detectors",
+        samples: Samples = "all",
     ) -> None:
         super().__init__(weight, layers)
+        if samples not in get_args(Samples):
+            raise ValueError(f"regularizers.sensitivity.samples: expected {', '.join(get_args(Samples))}; found {samples!r}")
         if at not in ("all", "turning"):
             raise ValueError(f"regularizers.sensitivity.at: expected all or turning, found {at!r}")
         if mode not in get_args(Mode):
             raise ValueError(f"regularizers.sensitivity.mode: expected {', '.join(get_args(Mode))}; found {mode!r}")
-        self.at = at
+        self.at, self.samples = at, samples
         self.concepts, self.mode = concepts, mode
         self.concept_data: ConceptData | None = None
         self.running = nn.ModuleList()
@@ -184,7 +257,7 @@ class UnitSensitivity(Term):
             omega = self.get_buffer(f"omega{i}")
             part = (omega * unit_change(obs, layer) / (unit_spread(obs, layer) + EPS)).mean(1)
             total = total + (part if self.turning is None else self.turning.share[i] * part)
-        return total
+        return selected(obs, self.samples) * total
 
     def _weigh_by_concepts(self, obs: Observation, data: ConceptData) -> None:
         """Multiply ω by the concept weights of the net as it is now; a layer in which they are all 0 keeps its ω."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from defenses.regularizers import EVIDENCE_FLOOR, PSE, CAMDiscrepancy, UnitSensitivity
+from defenses.regularizers import EVIDENCE_FLOOR, PSE, CAMDiscrepancy, UnitKL, UnitSensitivity
 from defenses.terms import AdversarialCE, CleanCE, LogitPairing, MartBCE, MartKL, Ramp, TradesKL
 from interpret.association import concept_weights
 from interpret.cam import cam_change
@@ -67,6 +67,87 @@ def test_pse_equals_the_slow_reference(over, power, top, scale):
         )
         close(prepared(term, obs)(obs), expected)
         assert expected.max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": "logits"},
+        {"over": "activations"},
+        {"over": "activations", "top": 0.1, "power": 2},
+        {"promotion": 0.0},
+        {"suppression": 0.0, "over": "both"},
+        {"promotion": 0.3, "suppression": 2.0, "over": "positions", "scale": "none"},
+    ],
+)
+def test_other_forms_of_pse_equal_the_slow_reference(options):
+    net = conv_bn()
+    obs = observed(net, "joined", n=6)
+    head = (net.head.weight.detach().double().numpy(), net.head.bias.detach().double().numpy())
+    usual = {"over": "units", "power": 1, "top": 1.0, "scale": "share", "promotion": 1.0, "suppression": 1.0}
+    expected = reference.pse_regularizer(
+        *acts(obs, "act2"), *head, obs.y.numpy(), obs.target.numpy(), floor=EVIDENCE_FLOOR, **{**usual, **options}
+    )
+    found = prepared(PSE(**options), obs)(obs)
+    close(found, expected)
+    assert not torch.allclose(found, prepared(PSE(), obs)(obs))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda on: PSE(samples=on), lambda on: UnitSensitivity(samples=on)], ids=["pse", "sensitivity"]
+)
+def test_terms_on_what_the_attack_has_or_has_not_flipped(make):
+    """Which sample is which follows the prediction at x' alone, and the two parts make up the whole."""
+    obs = observed(conv_bn(), n=16)
+    flipped = obs.adv.logits.argmax(1) != obs.y
+    assert 0 < flipped.sum() < 16
+    every, held, lost = (prepared(make(on), obs)(obs) for on in ("all", "held", "flipped"))
+    assert (every > 0).all()
+    torch.testing.assert_close(held + lost, every)
+    assert torch.equal(held == 0, flipped)
+    assert torch.equal(lost == 0, ~flipped)
+
+
+def test_pse_by_the_norm_of_the_logits_does_not_fall_when_the_logits_shrink():
+    net = conv_bn()
+    _head_times(net, 1e4)
+    once = prepared(PSE(scale="logits"), observed(net))(observed(net))
+    _head_times(net, 2)
+    torch.testing.assert_close(prepared(PSE(scale="logits"), observed(net))(observed(net)), once, rtol=1e-3, atol=0)
+    assert once.max() > 1e-3
+
+
+def _two_class_kl(clean: float, adv: float) -> float:
+    """KL of the two-class predictions at these margins, from the probabilities."""
+    p, q = (1 / (1 + np.exp(-m)) for m in (clean, adv))
+    return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+
+
+def test_unit_kl_equals_its_formula_and_bounds_the_kl_of_two_classes():
+    net = conv_bn()
+    for mode in differences.MODES:
+        obs = observed(net, mode, n=8)
+        value = prepared(UnitKL(), obs)(obs)
+        margins = unit_effects(obs, "act2").margin.detach().double().numpy()
+        clean = (obs.logit("true", "clean") - obs.logit("target", "clean")).detach().double().numpy()
+        units = margins.shape[1]
+        close(value, [np.mean([_two_class_kl(clean[i], clean[i] - units * m) for m in margins[i]]) for i in range(8)], 1e-3)
+        whole = [_two_class_kl(clean[i], clean[i] - margins[i].sum()) for i in range(8)]
+        assert (value.detach().numpy() >= np.array(whole) - 1e-6).all()
+        assert max(whole) > 1e-3
+
+
+def test_unit_kl_is_the_kl_where_all_units_move_alike():
+    """One unit: nothing can cancel.  With the two classes of the net alone that is TRADES' KL itself."""
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        OrderedDict(body=nn.Conv2d(3, 1, 1), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(1, 2))
+    )
+    x, x_adv, y = batch(n=6, eps=0.3)
+    obs = observe(net, x, x_adv, y % 2, layers=["body"])
+    term = UnitKL(layers=["body"])
+    torch.testing.assert_close(term(obs), TradesKL()(obs), rtol=1e-3, atol=1e-6)
+    assert term(obs).max() > 1e-6
 
 
 def test_pse_reads_the_last_feature_layer_unless_told_and_means_over_layers():
@@ -182,7 +263,17 @@ def test_sensitivity_counts_only_in_training():
     assert term.running[0].samples == 0
 
 
-@pytest.mark.parametrize("term", [PSE(), PSE(over="both", power=2), UnitSensitivity(), CAMDiscrepancy()])
+@pytest.mark.parametrize(
+    "term",
+    [
+        PSE(),
+        PSE(over="both", power=2),
+        PSE(over="activations", scale="logits"),
+        UnitKL(),
+        UnitSensitivity(),
+        CAMDiscrepancy(),
+    ],
+)
 def test_no_attack_effect_is_value_zero_and_finite_gradient(term):
     net = conv_bn().train()
     x, _, y = batch()
@@ -333,6 +424,11 @@ def test_cam_discrepancy_asks_for_positions():
     ("term", "options", "message"),
     [
         (UnitSensitivity, {"at": "some"}, "regularizers.sensitivity.at: expected all or turning, found 'some'"),
+        (
+            UnitSensitivity,
+            {"samples": "some"},
+            "regularizers.sensitivity.samples: expected all, held, flipped; found 'some'",
+        ),
         (CAMDiscrepancy, {"classes": 0}, "regularizers.cam_discrepancy.classes: expected a whole number >= 1 or null"),
         (CAMDiscrepancy, {"scale": "margin"}, "regularizers.cam_discrepancy.scale: expected none or share, found 'margin'"),
     ],
@@ -345,11 +441,14 @@ def test_other_options_outside_the_list(term, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"over": "pixels"}, "regularizers.pse.over: expected units, positions or both; found 'pixels'"),
+        ({"over": "pixels"}, "regularizers.pse.over: expected units, positions, both or activations; found 'pixels'"),
         ({"power": 3}, "regularizers.pse.power: expected 1 or 2, found 3"),
         ({"top": 0}, r"regularizers.pse.top: expected a share in \(0, 1\], found 0"),
         ({"top": 1.5}, r"found 1.5"),
-        ({"scale": "log"}, "regularizers.pse.scale: expected share, margin or none; found 'log'"),
+        ({"scale": "log"}, "regularizers.pse.scale: expected share, margin, logits or none; found 'log'"),
+        ({"samples": "some"}, "regularizers.pse.samples: expected all, held, flipped; found 'some'"),
+        ({"promotion": -1}, "regularizers.pse.promotion: expected a finite number >= 0, found -1"),
+        ({"promotion": 0, "suppression": 0}, "expected it or suppression above 0, found both 0"),
     ],
 )
 def test_options_outside_the_list(options, message):
@@ -387,6 +486,10 @@ TERMS = {
         for over, power, top, scale in OPTIONS
         if scale != "margin"  # held fixed: tested below
     },
+    "pse logits": lambda: PSE(1.0, LAYERS, scale="logits"),
+    "pse activations": lambda: PSE(1.0, LAYERS, "activations", 2),  # squared: one of so many sits at the kink of the relu
+    "pse apart, held": lambda: PSE(1.0, LAYERS, promotion=0.3, suppression=2.0, samples="held"),
+    "unit kl": lambda: UnitKL(1.0, LAYERS),
     "sensitivity": lambda: UnitSensitivity(layers=LAYERS),
     "sensitivity turning": lambda: UnitSensitivity(layers=LAYERS, at="turning"),
     **{

@@ -75,17 +75,22 @@ def pse_regularizer(
     top: float,
     scale: str,
     floor: float = 0.1,
+    promotion: float = 1.0,
+    suppression: float = 1.0,
 ) -> ndarray:
     """Σ relu(m)^q per sample, (N,)."""
     if over == "both":
-        return (
-            sum(pse_regularizer(a, a_adv, w, b, y, t, part, power, top, scale, floor) for part in ("units", "positions")) / 2
-        )
+        halves = [
+            pse_regularizer(a, a_adv, w, b, y, t, part, power, top, scale, floor, promotion, suppression)
+            for part in ("units", "positions")
+        ]
+        return sum(halves) / 2
     values = []
     for i in range(len(a)):
-        m = contribution(a[i], a_adv[i], w, t[i]) - contribution(a[i], a_adv[i], w, y[i])  # p + s = K^t − K^t0
+        p, s = contribution(a[i], a_adv[i], w, t[i]), -contribution(a[i], a_adv[i], w, y[i])
+        m = promotion * p + suppression * s
         evidence = contribution(np.zeros_like(a[i]), a[i], w, t[i]) - contribution(np.zeros_like(a[i]), a[i], w, y[i])
-        axes = (1, 2) if over == "units" else (0,)
+        axes = {"units": (1, 2), "positions": (0,), "activations": ()}[over]
         gained = np.sort(np.maximum(m.sum(axes).ravel(), 0))[::-1]
         gained = gained[: max(1, round(top * len(gained)))]
         if scale == "share":
@@ -93,6 +98,9 @@ def pse_regularizer(
         elif scale == "margin":
             z = w @ a[i].mean((1, 2)) + b
             gained = gained / max(z[y[i]] - z[t[i]], floor)
+        elif scale == "logits":
+            z = w @ a[i].mean((1, 2)) + b
+            gained = gained / (np.sqrt(np.sum((z - z.mean()) ** 2)) + floor)
         values.append((gained**power).sum())
     return np.array(values)
 
