@@ -1,6 +1,7 @@
-"""Set runs beside each other: one page with their results, their curves and what their dashboards measured.
+"""Set runs beside each other: tables with statistics over seeds, pictures, and one page with their curves.
 
-python compare.py runs/A runs/B [--out comparisons/NAME]
+python compare.py runs/A runs/B [--baseline METHOD] [--out comparisons/NAME]    run folders, cards, folders of cards
+python compare.py --study configs/study/tiny.yaml --out DIR [--jobs 2] [data.path=…]    train what is left of a study first
 """
 
 from __future__ import annotations
@@ -8,17 +9,29 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from interpret.views.page import ReportPage
 from interpret.views.view import Bars, Chart, Lines, Table, View
+from lightning_modules.ablation import ablation_view, attack_compared, write_ablation
+from lightning_modules.cards import RunCard, check_comparable, read_cards
+from lightning_modules.comparison import SELECTED, runs_table, settings_of
 from lightning_modules.console import clear_errors, console, show
+from lightning_modules.logging import check_wandb_mode, log_tables
+from lightning_modules.study import Study, cards_of, members_of, planned, read_study, run_members
 
-SAME = ("data", "threat", "probe", "val_attack", "test_attacks")  # what must agree for numbers to compare
+ROOT = Path(__file__).resolve().parent
+CONFIGS = ROOT / "configs"
 CURVES = {  # key in metrics.csv → title, unit
     "val/robust_acc": ("Robust accuracy, held out", "%"),
     "val/clean_acc": ("Clean accuracy, held out", "%"),
@@ -65,23 +78,6 @@ def read_run(path: Path) -> Run:
         metrics,
         json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {},
     )
-
-
-def check_comparable(runs: list[Run]) -> None:
-    """Raises ValueError unless data, threat, attacks and probe images agree; says what differs."""
-    first = runs[0]
-    for run in runs[1:]:
-        for key in SAME:
-            mine, theirs = (_without_seeds(OmegaConf.to_container(r.config.get(key))) for r in (first, run))
-            if mine != theirs:
-                raise ValueError(f"runs: {first.name} and {run.name} don't compare: {key} differs")
-
-
-def _without_seeds(value: Any) -> Any:
-    """Seeds may differ: runs that differ in nothing else are what means and deviations are made of."""
-    if isinstance(value, dict):
-        return {key: _without_seeds(inner) for key, inner in value.items() if key != "seed"}
-    return value
 
 
 def results_table(runs: list[Run]) -> Table:
@@ -156,26 +152,93 @@ def compare(runs: list[Run]) -> View:
     )
 
 
+def composed(overrides: Sequence[str]) -> dict[str, Any]:
+    """The config that ``python train.py OVERRIDES`` would train."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = OmegaConf.to_container(compose("train", list(overrides)), resolve=True, throw_on_missing=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard]]:
+    """Train what is left of a study, and read the cards of all its members."""
+    with clear_errors(args.debug):
+        study = read_study(args.study)
+        if args.out is None:
+            raise ValueError("--out: a study needs a folder of its own, which it goes on with when called again")
+        if args.jobs < 1:
+            raise ValueError(f"--jobs: expected a whole number >= 1, found {args.jobs}")
+        members = members_of(study, composed, args.runs)
+        check_comparable([planned(member) for member in members], args.any_effort)
+        chosen = [m for m in members if fnmatch(m.name, args.only)]
+        if not chosen:
+            raise ValueError(f"--only: {args.only!r} matches none of {len(members)} members, e.g. {members[0].name}")
+    try:
+        run_members(chosen, args.out, ROOT / "train.py", args.jobs, lambda line: console.print(line, highlight=False))
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        sys.exit(130)
+    return study, cards_of(members, args.out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="*", help="run folders or cards; with --study, overrides for every member")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--study", type=Path, default=None, help="a YAML, e.g. of configs/study")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="members trained at a time, a thread each")
+    parser.add_argument("--only", default="*", help="pattern of member names to train now")
+    parser.add_argument("--baseline", default=None, help="method that the others are judged against; the first by default")
+    parser.add_argument("--attack", default=None, help="whose accuracy is compared; the last of the table by default")
+    parser.add_argument("--network", default=None, help=f"row of the results that is compared; {SELECTED!r} by default")
+    parser.add_argument("--any-effort", action="store_true", help="compare runs of other epochs and steps, too")
+    parser.add_argument("--wandb", default="disabled", help="log the tables: online, offline, auto")
     parser.add_argument("--debug", action="store_true", help="stack traces of errors")
     args = parser.parse_args()
+    study, folders = None, [Path(path) for path in args.runs if args.study is None]
     with clear_errors(args.debug):
-        if len(args.runs) < 2:
-            raise ValueError(f"runs: expected at least two run folders, found {len(args.runs)}")
-        runs = [read_run(path) for path in args.runs]
-        check_comparable(runs)
-        out = args.out or Path("comparisons") / "_".join(run.name for run in runs)[:120]
-        if (out / "index.html").exists():
+        check_wandb_mode(args.wandb)
+    if args.study is not None:
+        study, cards = train_study(args)
+    with clear_errors(args.debug):
+        if study is None:
+            cards = read_cards(folders)
+            if len(cards) < 2:
+                raise ValueError(f"runs: expected at least two run folders, found {len(cards)}")
+            check_comparable(cards, args.any_effort)
+        runs = [read_run(path) for path in folders if (path / "config.yaml").is_file()]
+        name = "_".join(path.stem for path in folders)[:120]
+        out = args.out / "comparison" if study is not None else args.out or Path("comparisons") / name
+        if study is None and (out / "index.html").exists():
             raise ValueError(f"--out: {out} holds a comparison already; choose another folder")
-    view = compare(runs)
-    meta = {run.name: f"{run.info['what']}, commit {run.info['commit']}" for run in runs}
-    page = ReportPage(out, " / ".join(run.name for run in runs), meta, key_figures=(), overview=None)
-    page.write_epoch(0, 0, {}, [view])
+        views = [compare(runs)] if len(runs) > 1 else []
+        tables: list[Table] = []
+        lines: list[str] = []
+        known = [card for card in cards if card.evaluations]
+        network = args.network or (study.network if study is not None else SELECTED)
+        if known:
+            attack = attack_compared(
+                settings_of(cards), args.attack or (study.attack if study is not None else None), network
+            )
+            baseline = args.baseline or (study.baseline if study is not None else known[0].method)
+            caveat = "Runs of unequal training effort are compared." if args.any_effort else ""
+            view, tables, lines = ablation_view(cards, baseline, attack, network, caveat)
+            views.insert(0, view)
+        if not views:
+            raise ValueError("runs: none has finished, and cards have no curves; nothing can be compared yet")
+    meta = {card.name: f"{card.method} {card.setting}, commit {card.about.get('commit', 'unknown')}" for card in cards[:40]}
+    page = ReportPage(out, study.name if study is not None else name, meta, key_figures=(), overview=None)
+    page.write_epoch(0, 0, {}, views)
     page.finish()
-    show(results_table(runs))
+    show(tables[0] if tables else results_table(runs))
+    for line in lines:
+        console.print(line, highlight=False)
+    for path in write_ablation(out, cards, tables, attack, network) if tables else []:
+        console.print(path)
+    if tables and args.wandb != "disabled":
+        named = dict(zip(("accuracy", "verdicts", "measured"), tables, strict=False))
+        log_tables(out, "glassarmor", args.wandb, {**named, "runs": runs_table(cards)}, page.one_epoch(0))
     console.print(f"page  {page.index}")
 
 

@@ -21,13 +21,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from datamodules.images import ImageDataModule
-from defenses.evaluation import accuracy_under
+from defenses.evaluation import correct_under
 from interpret.views.page import ReportPage
 from lightning_modules.callbacks.averaging import averaging
 from lightning_modules.callbacks.checkpointing import Checkpoints
+from lightning_modules.callbacks.cost import Cost
 from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import ProgressBar
+from lightning_modules.cards import write_correct
 from lightning_modules.classifier import RobustClassifier
 from lightning_modules.console import accuracy_table, clear_errors, console, require_whole, show
 from lightning_modules.logging import RunLog, check_wandb_mode, wandb_logger
@@ -159,21 +161,21 @@ def train(cfg: DictConfig, what: str) -> float:
         trainer: pl.Trainer = instantiate(
             cfg.trainer,
             logger=logger or False,
-            callbacks=[*average, dashboard, ProgressBar(), kept, preemption],
+            callbacks=[*average, dashboard, ProgressBar(), Cost(folder.path), kept, preemption],
             default_root_dir=str(folder.path),
         )
         start = None if point is None or point.path is None else str(point.path)
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
 
-        def judge(net: torch.nn.Module) -> dict[str, float]:
-            return accuracy_under(
-                net.to(trainer.strategy.root_device), data.test_dataloader(), attacks, trainer.strategy.root_device
-            )
+        def judge(name: str, net: torch.nn.Module) -> dict[str, float]:
+            device = trainer.strategy.root_device
+            correct[name] = correct_under(net.to(device), data.test_dataloader(), attacks, device)
+            return {attack: float(right.double().mean()) for attack, right in correct[name].items()}
 
-        records = {}
+        records, correct = {}, dict[str, dict[str, torch.Tensor]]()
         for name, state in kept.final_states(module).items():
             module.load_state_dict(state)
-            records[f"defended, {name}"] = judge(module.net)
+            records[f"defended, {name}"] = judge(f"defended, {name}", module.net)
         if cfg.compare_undefended:
             console.print("training the same network without defense, for comparison")
             plain = build(undefended(cfg))
@@ -181,7 +183,8 @@ def train(cfg: DictConfig, what: str) -> float:
             instantiate(cfg.trainer, logger=False, callbacks=callbacks, enable_checkpointing=False, limit_val_batches=0).fit(
                 plain.module, datamodule=plain.data
             )
-            records["undefended"] = judge(plain.module.net)
+            records["undefended"] = judge("undefended", plain.module.net)
+        write_correct(folder.path, correct)
         table = accuracy_table(f"Accuracy on the test set, {meta['threat']}", records)
         log.results(table, {"threat": meta["threat"], **records})
     show(table)

@@ -26,18 +26,27 @@ def accuracy_under(
     Raises:
         ValueError: no batch.
     """
-    correct = dict.fromkeys(["clean", *attacks], 0)
-    total = 0
+    return {name: float(right.double().mean()) for name, right in correct_under(net, batches, attacks, device).items()}
+
+
+def correct_under(
+    net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], attacks: Mapping[str, Attack], device: torch.device
+) -> dict[str, Tensor]:
+    """As :func:`accuracy_under`, image by image in the order of the batches: (N,) bool on the CPU, by attack.
+
+    Raises:
+        ValueError: no batch.
+    """
+    correct: dict[str, list[Tensor]] = {name: [] for name in ("clean", *attacks)}
     for index, (x, y) in enumerate(batches):
         x, y = x.to(device), y.to(device)
-        total += len(y)
         images = {"clean": x}
         for name, attack in attacks.items():
             attack.reseed(index)
             images[name] = attack(net, x, y)
         with undisturbed(net), torch.no_grad():
             for name, x_attacked in images.items():
-                correct[name] += int((net(x_attacked).argmax(1) == y).sum())
-    if total == 0:
+                correct[name].append((net(x_attacked).argmax(1) == y).cpu())
+    if not correct["clean"]:
         raise ValueError("evaluation: expected at least one batch, found none")
-    return {name: count / total for name, count in correct.items()}
+    return {name: torch.cat(parts) for name, parts in correct.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -111,6 +112,21 @@ class RunLog:
 
 
 _told: set[str] = set()
+
+
+def log_tables(folder: Path, project: str, mode: WandbMode, tables: Mapping[str, Table], page: str) -> None:
+    """A comparison as a W&B run of its own: its tables, and its page."""
+    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:10]
+    logger = wandb_logger(folder, project, mode, run_id, folder.name, {}, ["comparison"])
+    if logger is None:
+        return
+    payload: dict[str, Any] = {
+        f"tables/{name}": wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
+        for name, table in tables.items()
+    }
+    payload["comparison/page"] = wandb.Html(page, inject=False)
+    _survive("log a comparison", lambda: logger.experiment.log(payload))
+    _survive("finish", wandb.finish)
 
 
 def _survive(what: str, call: Callable[[], Any]) -> None:

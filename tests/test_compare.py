@@ -4,28 +4,49 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
+from scipy import stats
 
 import compare
+from defenses.statistics import bootstrap_interval, holm
+from interpret.views.ablation import parallel_figure
 from interpret.views.page import read_script
+from interpret.views.text import comma_separated, latex, markdown
+from interpret.views.view import Table
+from lightning_modules.ablation import headline
+from lightning_modules.cards import Evaluation, RunCard, card_of, read_card, read_cards, write_card, write_correct
+from lightning_modules.comparison import accuracy_table, chosen, on_front, settings_of, verdicts
 from tests.composing import config
+from tests.wandb_log import history
 
 
-def make_run(folder: Path, robust: list[float], *overrides: str, finished: bool = True) -> Path:
+def make_run(
+    folder: Path,
+    robust: list[float],
+    *overrides: str,
+    finished: bool = True,
+    what: str = "digits",
+    test: float = 0.5,
+    probe: str = "p0",
+) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(config(*overrides), resolve=True))
-    (folder / "run.json").write_text(json.dumps({"what": "digits", "commit": "abc"}))
+    (folder / "run.json").write_text(json.dumps({"what": what, "commit": "abc", "probe": probe}))
     with (folder / "metrics.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["epoch", "step", "val/robust_acc", "val/clean_acc", "pse/promotion"])
         writer.writerows([[i, 10 * i, value, 0.9, ""] for i, value in enumerate(robust)])
     if finished:
         (folder / "results.json").write_text(
-            json.dumps({"threat": "Linf", "defended, best epoch": {"clean": 0.95, "PGD-20": 0.5}})
+            json.dumps({"threat": "Linf", "defended, best epoch": {"clean": 0.95, "PGD-20": test}})
         )
     return folder
 
@@ -39,7 +60,8 @@ def test_runs_are_set_beside_each_other(tmp_path: Path, monkeypatch: pytest.Monk
     one = make_run(tmp_path / "one", [0.1, 0.6, 0.4])
     two = make_run(tmp_path / "two", [0.2, 0.3], "seed=1", "defense=pgd_at", finished=False)
     command(monkeypatch, one, two, "--out", tmp_path / "page")
-    data = read_script(tmp_path / "page" / "data" / "epoch_00000.js")["views"][0]
+    views = read_script(tmp_path / "page" / "data" / "epoch_00000.js")["views"]
+    data = next(view for view in views if view["name"] == "comparison")
     assert data["headline"] == "Held-out robust accuracy at the best epoch: one 60.0 %, two 30.0 %."
     tables = {chart["title"]: chart["rows"] for chart in data["charts"] if chart["type"] == "table"}
     assert tables["Accuracy on the test set"] == [
@@ -58,6 +80,14 @@ def test_runs_are_set_beside_each_other(tmp_path: Path, monkeypatch: pytest.Monk
         (("threat.eps=0.1",), "threat differs"),
         (("data.val_fraction=0.3",), "data differs"),
         (("threat=l2",), "threat differs"),
+        (("threat.eps=0.1",), "the threat model: threat.eps is 0.06 and 0.1"),
+        (("data.val_fraction=0.3",), "the split: data.val_fraction is 0.15 and 0.3"),
+        (("val_attack.steps=7",), "the selection: val_attack.steps is 20 and 7"),
+        (("+attack@test_attacks.adaptive=adaptive_pgd",), "the evaluation: test_attacks.adaptive"),
+        (
+            ("trainer.max_epochs=3",),
+            "the training effort (--any-effort compares all the same): trainer.max_epochs is 20 and 3",
+        ),
     ],
 )
 def test_what_does_not_compare_is_refused(
@@ -83,3 +113,216 @@ def test_one_run_or_none_is_refused(
     with pytest.raises(SystemExit):
         command(monkeypatch, tmp_path / "one", tmp_path / "nowhere")
     assert "found none at" in capsys.readouterr().err
+
+
+def test_other_effort_compares_when_asked_and_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = make_run(tmp_path / "one", [0.1]), make_run(tmp_path / "two", [0.2], "trainer.max_epochs=3")
+    command(monkeypatch, one, two, "--out", tmp_path / "page", "--any-effort")
+    view = read_script(tmp_path / "page" / "data" / "epoch_00000.js")["views"][0]
+    assert view["headline"].endswith("Runs of unequal training effort are compared.")
+
+
+def test_other_images_of_one_seed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same config on other data: only the hash of the probe images tells."""
+    one = make_run(tmp_path / "one", [0.1])
+    two, three = (make_run(tmp_path / f"s{s}", [0.1], f"seed={s}", "defense=mart", probe="p1") for s in (0, 1))
+    with pytest.raises(SystemExit):
+        command(monkeypatch, one, two, "--out", tmp_path / "page")
+    assert "seed 0 gave them other validation images (hashes p0 and p1)" in capsys.readouterr().err
+    command(monkeypatch, one, three, "--out", tmp_path / "page")  # another seed holds out other images
+
+
+# ---- statistics over seeds ------------------------------------------------------------------------------------------
+
+BASE, OURS = [0.50, 0.52, 0.51], [0.53, 0.54, 0.55]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three seeds each of a baseline, of a method that gains, and of one that loses."""
+    folder = tmp_path_factory.mktemp("runs")
+    methods = {
+        "trades": ("defense=trades", BASE),
+        "pgd_at": ("defense=pgd_at", OURS),
+        "mart": ("defense=mart", [0.49, 0.40, 0.45]),
+    }
+    return [
+        make_run(folder / f"{what}{s}", [value], override, f"seed={s}", what=f"{what}-s{s}", test=value)
+        for what, (override, values) in methods.items()
+        for s, value in enumerate(values)
+    ]
+
+
+def test_the_table_says_what_scipy_says(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command(monkeypatch, *runs, "--out", tmp_path / "page", "--baseline", "trades")
+    view = read_script(tmp_path / "page" / "data" / "epoch_00000.js")["views"][0]
+    accuracy, against = (chart for chart in view["charts"][:2])
+    assert accuracy["columns"][:5] == ["method", "setting", "seeds", "clean (%)", "PGD-20 (%)"]
+    assert accuracy["rows"][0][:5] == ["trades", "", "3", "95.0 ± 0.0", "51.0 ± 1.0"]
+    row = dict(zip(against["columns"], against["rows"][0], strict=True))
+    test = stats.ttest_rel(OURS, BASE)
+    interval = test.confidence_interval()
+    assert row["candidate"] == "pgd_at"
+    assert row["Δ PGD-20"] == f"+3.0 [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+    assert row["p"] == f"{test.pvalue:.3f}"
+    assert row["p, flips"] == "0.250"
+    other = stats.ttest_rel([0.49, 0.40, 0.45], BASE).pvalue
+    assert row["p, Holm"] == f"{holm([test.pvalue, other])[0]:.3f}"
+    assert against["rows"][1][-1] == "trades"  # what dominates the loser
+    assert "+3.0 points (pgd_at, 3 seeds)" in view["headline"]
+    assert "the test set was opened once" in view["howToRead"]
+    text = (tmp_path / "page" / "tables.md").read_text()
+    assert "| trades |  | 3 | 95.0 ± 0.0 | 51.0 ± 1.0 |" in text
+    assert "![fronts](fronts.svg)" in text
+    assert r"trades &  & 3 & 95.0 $\pm$ 0.0 & 51.0 $\pm$ 1.0" in (tmp_path / "page" / "tables.tex").read_text()
+    with (tmp_path / "page" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["PGD-20"]) for row in rows[:6]] == [*BASE, *OURS]
+    assert [row["seed"] for row in rows[:3]] == ["0", "1", "2"]
+    assert "<svg" in (tmp_path / "page" / "fronts.svg").read_text()
+
+
+def test_a_baseline_or_attack_that_is_not_there_is_refused(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for arguments, words in (
+        (("--baseline", "alp"), "baseline: expected one of trades, pgd_at, mart; found 'alp'"),
+        (("--attack", "CW"), "attack: expected one of PGD-20; found 'CW'"),
+        (("--network", "undefended"), "no attack was run on 'undefended' in every run"),
+        (("--wandb", "on"), "wandb.mode: expected"),
+    ):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, *runs, "--out", tmp_path / "page", *arguments)
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
+
+
+def test_tables_reach_wandb(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETRC", os.devnull)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    command(monkeypatch, *runs, "--out", tmp_path / "page", "--wandb", "offline")
+    logged = next(row for row in history(tmp_path / "page" / "wandb") if "tables/runs" in row)
+    assert {"tables/accuracy", "tables/verdicts", "tables/measured", "comparison/page"} - {
+        "tables/measured"
+    } <= logged.keys()
+    assert logged["tables/runs"]["nrows"] == 9
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_told_apart(tmp_path: Path) -> None:
+    three = [
+        make_run(tmp_path / "a", [0.1]),
+        make_run(tmp_path / "b", [0.1], "regularizers.pse.weight=2"),
+        make_run(tmp_path / "c", [0.1], "seed=1", "regularizers.pse.weight=2", "out=elsewhere"),
+    ]
+    cards = read_cards(three)
+    assert [c.setting for c in cards] == ["regularizers.pse.weight=0.5", *["regularizers.pse.weight=2"] * 2]
+    assert cards[1].config != cards[2].config != cards[0].config
+    again = make_run(tmp_path / "d", [0.1], "out=elsewhere")
+    assert card_of(again).config == cards[0].config
+    with pytest.raises(ValueError, match=r"a and d are both digits .* with seed 0"):
+        read_cards([*three, again])
+
+
+def test_a_card_holds_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [0.1, 0.6, 0.4])
+    (run / "cost.json").write_text(
+        json.dumps({"seconds": [1.5, 2.5], "cpu_seconds": [1.0, 1.0], "passes": 13.0, "steps": 9})
+    )
+    right = torch.arange(13) % 3 == 0
+    write_correct(run, {"defended, best epoch": {"clean": right, "PGD-20": ~right}})
+    card = card_of(run)
+    assert card.selected == {"epoch": 1, "val/robust_acc": 0.6, "val/clean_acc": 0.9}
+    assert card.cost == {"seconds": 4.0, "cpu_seconds": 2.0, "passes": 13.0, "steps": 9}
+    write_card(card, tmp_path / "card.json")
+    found = read_card(tmp_path / "card.json")
+    best = found.evaluations["defended, best epoch"]
+    assert best.correct["clean"].tolist() == right.tolist()
+    assert best.correct["PGD-20"].tolist() == (~right).tolist()
+    assert (found.settled, found.seed, found.config) == (card.settled, card.seed, card.config)
+    assert read_cards([tmp_path / "card.json"])[0].cost == card.cost
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other.json is no card of a run \(KeyError"):
+        read_card(tmp_path / "other.json")
+    with pytest.raises(ValueError, match=r"expected a run folder with config.yaml and run.json, or a card"):
+        card_of(tmp_path)
+
+
+def card(method: str, point: str, seed: int, clean: float, robust: float, held: float, **more) -> RunCard:
+    found = Evaluation({"clean": clean, "PGD": robust}, more.get("correct", {}))
+    evaluations = {} if more.get("failure") else {"defended, best epoch": found}
+    name = f"{method}{point}{seed}"
+    return RunCard(
+        name, method, point, seed, name, {}, evaluations, {"val/robust_acc": held}, {}, {}, {}, more.get("failure", "")
+    )
+
+
+def test_the_validation_split_selects_and_the_fronts_compare_at_equal_clean_accuracy() -> None:
+    """The candidate's held-out best is its first point, though the second is better on the test set."""
+    cards = []
+    for s in range(3):
+        wobble = 0.002 * s
+        cards += [
+            card("base", "b=1", s, 0.80 + wobble, 0.30, 0.31),
+            card("base", "b=6", s, 0.70 + wobble, 0.40, 0.41),
+            card("ours", "w=1", s, 0.75 + wobble, 0.37 + wobble, 0.45),
+            card("ours", "w=2", s, 0.75 + wobble, 0.50, 0.44),
+            card("weak", "w=1", s, 0.90, 0.10, 0.10),
+        ]
+    settings = settings_of(cards)
+    assert chosen(settings[2:4]).point == "w=1"
+    ours, weak = verdicts(settings, "base", "PGD")
+    assert ours.setting.point == "w=1"
+    assert ours.robust.mean == pytest.approx(-0.03 + 0.002)  # against the baseline's best
+    assert ours.equal_clean.mean == pytest.approx(0.02 + 0.002)  # its front has 0.35 there
+    assert ours.dominated_by == "ours · w=2"
+    assert ours.volume.mean > 0
+    assert weak.equal_clean is None  # more clean accuracy than the baseline ever had
+    assert weak.volume is None
+    assert math.isnan(weak.holm_equal_clean)
+    assert [s.label for s in on_front(settings, "PGD")] == ["ours · w=2", "base · b=1", "weak · w=1"]
+    assert "at equal clean accuracy +2.2 points (ours · w=1)" in headline([ours, weak], "base", "PGD")
+
+
+def test_failures_are_shown_and_select_nothing() -> None:
+    cards = [card("base", "", s, 0.8, 0.3, 0.3) for s in range(2)]
+    cards += [card("ours", "w=1", 0, 0.9, 0.9, 0.9), card("ours", "w=1", 1, 0, 0, 0, failure="diverged")]
+    cards += [card("ours", "w=2", s, 0.7, 0.2, 0.2) for s in range(2)]
+    settings = settings_of(cards)
+    assert chosen(settings[1:]).point == "w=2"  # the other did not finish every seed
+    assert accuracy_table(settings).rows[1][2] == "1, 1 failed"
+
+
+def test_the_bootstrap_of_the_table_is_that_of_the_images() -> None:
+    generator = np.random.default_rng(0)
+    right = {m: [generator.uniform(size=50) < rate for _ in range(3)] for m, rate in (("base", 0.4), ("ours", 0.7))}
+    cards = [
+        card(method, "", s, 0.9, rights[s].mean(), 0.5, correct={"PGD": rights[s]})
+        for method, rights in right.items()
+        for s in range(3)
+    ]
+    found = verdicts(settings_of(cards), "base", "PGD")[0]
+    assert found.bootstrap == bootstrap_interval(right["ours"], right["base"])
+    assert found.bootstrap[0] < found.robust.mean < found.bootstrap[1]
+
+
+def test_tables_as_text() -> None:
+    table = Table("Δ & 50 %", ("a_b", "c|d"), [("x|y", float("nan")), ("{z}", 0.123456)])
+    assert markdown(table).splitlines()[2:] == ["| a_b | c|d |", "| --- | ---: |", "| x\\|y | – |", "| {z} | 0.1235 |"]
+    text = latex(table)
+    assert r"a\_b & c|d \\" in text
+    assert r"\{z\} & 0.1235 \\" in text
+    assert text.startswith(r"% $\Delta$ \& 50 \%")
+    assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+    assert comma_separated(table) == "a_b,c|d\nx|y,\n{z},0.123456\n"
+
+
+def test_parallel_coordinates_place_every_value_between_least_and_most() -> None:
+    rows = np.array([[1.0, 5.0, 0.2], [3.0, np.nan, 0.2], [2.0, 7.0, 0.2]])
+    figure = parallel_figure(["weight", "acc", "same"], rows, ["a", "a", "b"], "acc")
+    lines = [line.get_ydata() for line in figure.axes[0].lines[:3]]
+    np.testing.assert_allclose(lines, [[0, 0, 0.5], [1, np.nan, 0.5], [0.5, 1, 0.5]])
+    assert {"1", "3", "5", "7"} <= {text.get_text() for text in figure.axes[0].texts}
+    with pytest.raises(ValueError, match="colour_by: expected one of weight, acc, same; found 'cost'"):
+        parallel_figure(["weight", "acc", "same"], rows, ["a", "a", "b"], "cost")

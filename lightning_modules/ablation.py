@@ -1,0 +1,182 @@
+"""What a comparison leaves: a view for the page, tables as text, pictures for papers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from defenses.statistics import mean_std
+from interpret.views.ablation import Front, fronts_figure, parallel_figure
+from interpret.views.figures import save
+from interpret.views.page import write_atomic
+from interpret.views.text import comma_separated, latex, markdown
+from interpret.views.view import Scatter, Table, View
+from lightning_modules.cards import RunCard
+from lightning_modules.comparison import (
+    Setting,
+    Verdict,
+    accuracy_table,
+    attacks_of,
+    by_method,
+    chosen,
+    in_a_line,
+    measured_table,
+    runs_table,
+    settings_of,
+    verdict_table,
+    verdicts,
+)
+
+HOW = (
+    "The seed is the unit: ± is the standard deviation over seeds, intervals and p are Student's on paired differences, "
+    "'flips' the exact sign-flip permutation (never below 2^(1 − seeds)), Holm corrects over the candidates. "
+    "Each method's setting was chosen by held-out robust accuracy alone; the test set was opened once, for these numbers, "
+    "and selects nothing. 'At equal clean': against the baseline's own front, seed by seed, at the candidate's clean "
+    "accuracy; seeds whose clean accuracy the baseline never reached are left out."
+)
+
+
+def attack_compared(settings: Sequence[Setting], asked: str | None, network: str) -> str:
+    """The attack whose accuracy is compared: the one asked for, else the last that every run knows.
+
+    Raises:
+        ValueError: another than these, or no common attack.
+    """
+    known = attacks_of(settings, network)[1:]
+    if not known:
+        raise ValueError(f"network: no attack was run on {network!r} in every run; nothing can be compared yet")
+    if asked is not None and asked not in known:
+        raise ValueError(f"attack: expected one of {', '.join(known)}; found {asked!r}")
+    return asked or known[-1]
+
+
+def ablation_view(
+    cards: Sequence[RunCard], baseline: str, attack: str, network: str, caveat: str = ""
+) -> tuple[View, list[Table], list[str]]:
+    """The comparison as one view, its tables (accuracies, verdicts, what the dashboards measured) and a line a verdict."""
+    settings = settings_of(cards)
+    found = verdicts(settings, baseline, attack, network)
+    tables = [accuracy_table(settings, network), verdict_table(found, baseline, attack)]
+    if (measured := measured_table(settings)) is not None:
+        tables.append(measured)
+    view = View(
+        "ablation",
+        f"Methods against {baseline}",
+        " ".join(filter(None, (headline(found, baseline, attack), caveat))),
+        (tables[0], *([tables[1]] if found else []), _scatter(settings, attack, network), *tables[2:]),
+        how_to_read=HOW,
+    )
+    return view, tables, [in_a_line(verdict, baseline, attack) for verdict in found]
+
+
+def headline(found: Sequence[Verdict], baseline: str, attack: str) -> str:
+    """What a reader should conclude, from the numbers alone."""
+    if not found:
+        return f"Nothing stands beside {baseline} yet."
+    best = max(found, key=lambda v: v.robust.mean)
+    sure = [v for v in found if v.holm < 0.05]
+    better = [v for v in sure if v.robust.mean > 0]
+    text = (
+        f"Against {baseline}, accuracy under {attack} is higher for {len(better)} of {len(found)} candidates and lower for "
+        f"{len(sure) - len(better)} (p < 0.05 after Holm); the largest difference is {100 * best.robust.mean:+.1f} points "
+        f"({best.setting.label}, {best.robust.seeds} seeds)"
+    )
+    level = [v for v in found if v.equal_clean is not None]
+    if not level:
+        return text + "."
+    top = max(level, key=lambda v: v.equal_clean.mean if v.equal_clean else -math.inf)
+    assert top.equal_clean is not None
+    return f"{text}; at equal clean accuracy {100 * top.equal_clean.mean:+.1f} points ({top.setting.label})."
+
+
+def _fronts(settings: Sequence[Setting], attack: str, network: str) -> list[Front]:
+    fronts = []
+    for method, group in by_method(settings).items():
+        known = [s for s in group if s.accuracy(attack, network)]
+        if not known:
+            continue
+        numbers = [[mean_std(list(s.accuracy(a, network).values())) for a in ("clean", attack)] for s in known]
+        values, best = np.array(numbers), chosen(group)
+        place = known.index(best) if best in known else -1
+        fronts.append(Front(method, values[..., 0], values[..., 1], tuple(s.point for s in known), place))
+    return fronts
+
+
+def _scatter(settings: Sequence[Setting], attack: str, network: str) -> Scatter:
+    methods = list(by_method(settings))
+    known = [s for s in settings if s.accuracy(attack, network)]
+    points = [s.mean_point(attack, network) for s in known]
+    return Scatter(
+        "Clean against robust accuracy, mean over seeds",
+        "clean accuracy (%)",
+        f"{attack} (%)",
+        tuple(s.label for s in known),
+        tuple(100 * clean for clean, _ in points),
+        tuple(100 * robust for _, robust in points),
+        (1.0,) * len(known),
+        "",
+        tuple(methods.index(s.method) for s in known),
+        tuple(methods),
+    )
+
+
+def _sweep(settings: Sequence[Setting], attack: str, network: str) -> tuple[list[str], np.ndarray, list[str]]:
+    """Axes, a row a setting, and methods: numeric keys of the grids, then accuracies, cost, what dashboards measured."""
+    known = [s for s in settings if s.accuracy(attack, network)]
+
+    def mean(setting: Setting, values: str, key: str) -> float:
+        return mean_std([getattr(card, values).get(key, math.nan) for card in setting.runs.values()])[0]
+
+    grids = [_numbers(s.point) for s in known]
+    columns: dict[str, list[float]] = {
+        key.split(".", 1)[-1]: [grid.get(key, math.nan) for grid in grids]
+        for key in dict.fromkeys(k for g in grids for k in g)
+    }
+    for name in ("clean", attack):
+        columns[name] = [mean_std(list(s.accuracy(name, network).values()))[0] for s in known]
+    columns["CPU seconds"] = [mean(s, "cost", "cpu_seconds") for s in known]
+    measured = dict.fromkeys(key for s in known for card in s.runs.values() for key in card.measured)
+    whole = [key for key in measured if key.count("/") == 1]  # by layer they would be dozens of axes
+    panels = dict.fromkeys(key.split("/")[0] for key in whole)
+    for key in [key for panel in panels for key in [k for k in whole if k.startswith(f"{panel}/")][:2]]:
+        columns[key] = [mean(s, "measured", key) for s in known]
+    kept = {key: values for key, values in columns.items() if not all(map(math.isnan, values))}
+    return list(kept), np.array(list(kept.values())).T, [s.method for s in known]
+
+
+def _numbers(point: str) -> dict[str, float]:
+    """ "weight=0.5, over=units" → {"weight": 0.5}: the parts of a grid's point that are numbers."""
+    found = {}
+    for part in filter(None, point.split(", ")):
+        key, _, value = part.partition("=")
+        try:
+            found[key] = float(value)
+        except ValueError:
+            continue
+    return found
+
+
+def write_ablation(out: Path, cards: Sequence[RunCard], tables: Sequence[Table], attack: str, network: str) -> list[Path]:
+    """``tables.md``, ``tables.tex``, ``runs.csv``, ``fronts.svg|png``, ``sweep.svg|png`` in ``out``; returns the paths."""
+    settings = settings_of(cards)
+    figures = {"fronts": fronts_figure(_fronts(settings, attack, network), attack)}
+    names, rows, methods = _sweep(settings, attack, network)
+    if len(rows) > 1:
+        figures["sweep"] = parallel_figure(names, rows, methods, attack)
+    pictures = "\n".join(f"![{name}]({name}.svg)\n" for name in figures)
+    texts = {
+        "tables.md": "\n".join(markdown(table) for table in tables) + f"\n{HOW}\n\n{pictures}",
+        "tables.tex": "\n".join(latex(table) for table in tables),
+        "runs.csv": comma_separated(runs_table(cards)),
+    }
+    for name, text in texts.items():
+        write_atomic(out / name, text)
+    written = [out / name for name in texts]
+    for name, figure in figures.items():
+        for suffix in ("svg", "png"):
+            save(figure, out / f"{name}.{suffix}")
+            written.append(out / f"{name}.{suffix}")
+    return written

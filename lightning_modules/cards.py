@@ -1,0 +1,311 @@
+"""Runs as cards: what a comparison needs to know of one run, small enough to be committed.
+
+A card is read from a run folder, or from the JSON that an earlier comparison wrote.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import yaml
+from torch import Tensor
+
+from interpret.views.encode import plain
+from interpret.views.page import write_atomic
+
+SAME: Final = {  # key of the config → what it is about; only seeds may differ
+    "data": "split",
+    "threat": "threat model",
+    "budget": "threat model",
+    "val_attack": "selection",
+    "test_attacks": "evaluation",
+    "probe": "dashboard images",
+}
+EFFORT: Final = ("trainer.max_epochs", "trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.precision")
+ELSEWHERE: Final = ("out", "name", "resume", "debug", "hydra", "wandb")  # says where things lie, not what is computed
+PLACES: Final = ("path", "test_path", "root", "download")  # of the data
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network reached: accuracy in [0,1] by attack and, where it was kept, correctness (N,) bool of each test image.
+
+    Any other judge of a network (a suite, say) plugs in by filling this.
+    """
+
+    accuracy: Mapping[str, float]
+    correct: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunCard:
+    """One run.  ``settled``: the config's entries that must agree, without seeds and places.
+
+    ``selected``: epoch, clean and robust held-out accuracy of the best epoch; ``measured``: what the dashboards said of the
+    epoch drawn last up to it; ``cost``: seconds and cpu_seconds of training, passes over the batch a step, steps an epoch.
+    ``failure``: why there are no evaluations, empty where there are.
+    """
+
+    name: str
+    method: str
+    setting: str  # the point of the method's grid, "" for its only
+    seed: int
+    config: str  # hash of the composed config
+    settled: Mapping[str, Any]
+    evaluations: Mapping[str, Evaluation]
+    selected: Mapping[str, float]
+    measured: Mapping[str, float]
+    cost: Mapping[str, float]
+    about: Mapping[str, Any]  # overrides, commit, versions, machine, hash of the probe images
+    failure: str = ""
+
+
+def write_correct(folder: Path, correct: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """``correct.json`` of a run folder: correctness (N,) bool of each test image, by network and attack."""
+    packed = {name: {attack: _pack(right.numpy()) for attack, right in row.items()} for name, row in correct.items()}
+    write_atomic(folder / "correct.json", json.dumps(packed) + "\n")
+
+
+def _pack(right: np.ndarray) -> str:
+    """Bits as "N:hexadecimal"."""
+    return f"{len(right)}:{np.packbits(right.astype(bool)).tobytes().hex()}"
+
+
+def _unpack(text: str) -> np.ndarray:
+    count, _, digits = text.partition(":")
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=int(count)).astype(bool)
+
+
+def read_evaluations(folder: Path) -> dict[str, Evaluation]:
+    """By network, from ``results.json`` and, where it is there, ``correct.json``; empty for a run that has not finished."""
+    results, correct = ({}, {})
+    if (folder / "results.json").is_file():
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if (folder / "correct.json").is_file():
+        correct = json.loads((folder / "correct.json").read_text(encoding="utf-8"))
+    return {
+        name: Evaluation(row, {attack: _unpack(bits) for attack, bits in correct.get(name, {}).items()})
+        for name, row in results.items()
+        if isinstance(row, dict)
+    }
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A composed config without what only says where things lie."""
+    kept = {key: value for key, value in config.items() if key not in ELSEWHERE}
+    if isinstance(kept.get("data"), Mapping):
+        kept["data"] = {key: value for key, value in kept["data"].items() if key not in PLACES}
+    return kept
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Of a composed config: the same wherever it runs, another as soon as anything that is computed differs."""
+    text = json.dumps(portable(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def settled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config that must agree before numbers compare, seeds left out."""
+    kept = {key: _without_seeds(value) for key, value in portable(config).items() if key in SAME}
+    trainer = config.get("trainer") or {}
+    return {**kept, **{key: trainer.get(key.removeprefix("trainer.")) for key in EFFORT}}
+
+
+def _without_seeds(value: Any) -> Any:
+    """Seeds may differ: runs that differ in nothing else are what means and deviations are made of."""
+    if isinstance(value, Mapping):
+        return {key: _without_seeds(inner) for key, inner in value.items() if key != "seed"}
+    if isinstance(value, list):
+        return [_without_seeds(inner) for inner in value]
+    return value
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """``metrics.csv``, a row an epoch; empty where there is none."""
+    if not (folder / "metrics.csv").is_file():
+        return []
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", failure: str = "") -> RunCard:
+    """A run folder as a card.
+
+    Args:
+        method, setting: by default what ``run.json`` says was trained, without the seed.
+        name: by default that of the folder.
+        failure: why it did not finish, where that is known.
+
+    Raises:
+        ValueError: no run folder.
+    """
+    if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
+        raise ValueError(f"runs: expected a run folder with config.yaml and run.json, or a card, found none at {folder}")
+    config = _config(folder)
+    info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    metrics, evaluations = read_metrics(folder), read_evaluations(folder)
+    best = max(metrics, key=lambda row: row.get("val/robust_acc", -math.inf), default={})
+    drawn = [row for row in metrics if any(_is_measure(key) for key in row)]
+    shown = [row for row in drawn if row["epoch"] <= best.get("epoch", 0)][-1:] or drawn[-1:] or [{}]
+    selected = ("epoch", "val/robust_acc", "val/clean_acc")
+    return RunCard(
+        name=name or folder.name,
+        method=method or str(info.get("what", folder.name)).removesuffix(f"-s{config.get('seed', 0)}"),
+        setting=setting,
+        seed=int(config.get("seed", 0)),
+        config=config_hash(config),
+        settled=settled(config),
+        evaluations=evaluations,
+        selected={key: best[key] for key in selected if key in best},
+        measured={key: value for key, value in shown[0].items() if _is_measure(key)},
+        cost=read_cost(folder),
+        about={key: info[key] for key in ("commit", "versions", "machine", "probe") if key in info},
+        failure="" if evaluations else failure or "not finished",
+    )
+
+
+def _is_measure(key: str) -> bool:
+    return key not in ("epoch", "step") and not key.startswith(("train/", "val/"))
+
+
+def read_cost(folder: Path) -> dict[str, float]:
+    """Sums of ``cost.json`` (:class:`lightning_modules.callbacks.cost.Cost`); empty for runs that have none."""
+    if not (folder / "cost.json").is_file():
+        return {}
+    found = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
+    return {key: sum(value) if isinstance(value, list) else value for key, value in found.items()}
+
+
+def write_card(card: RunCard, path: Path) -> None:
+    """As JSON, correctness as packed bits; a few kilobytes."""
+    record = asdict(card) | {
+        "evaluations": {
+            name: {
+                "accuracy": dict(found.accuracy),
+                "correct": {attack: _pack(right) for attack, right in found.correct.items()},
+            }
+            for name, found in card.evaluations.items()
+        }
+    }
+    # Numbers are rounded to what they mean; what must agree with other runs is not.
+    write_atomic(path, json.dumps({**plain(record), "settled": dict(card.settled)}, indent=1) + "\n")
+
+
+def read_card(path: Path) -> RunCard:
+    """What :func:`write_card` wrote.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        evaluations = {
+            name: Evaluation(row["accuracy"], {attack: _unpack(bits) for attack, bits in row["correct"].items()})
+            for name, row in record["evaluations"].items()
+        }
+        return RunCard(**{**record, "evaluations": evaluations})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"runs: {path} is no card of a run ({type(error).__name__}: {error})") from error
+
+
+def read_cards(paths: Sequence[Path]) -> list[RunCard]:
+    """Cards of run folders, card files, and folders of card files.
+
+    Run folders of one name that differ in more than the seed are told apart by the keys in which they differ.
+
+    Raises:
+        ValueError: something else, or two runs that differ in nothing, the seed included.
+    """
+    cards: list[RunCard] = []
+    folders: list[tuple[int, dict[str, Any]]] = []
+    for path in paths:
+        inside = sorted(path.glob("*.json")) if path.is_dir() and not (path / "config.yaml").exists() else []
+        if path.suffix == ".json" or inside:
+            cards += [read_card(one) for one in inside or [path]]
+        else:
+            folders.append((len(cards), {}))
+            cards.append(card_of(path))
+            folders[-1][1].update(_flat(_without_seeds(portable(_config(path)))))
+    for i, config in folders:
+        others = [other for j, other in folders if cards[j].method == cards[i].method]
+        cards[i] = replace(cards[i], setting=_told_apart(config, others))
+    seen: dict[tuple[str, str, int], RunCard] = {}
+    for card in cards:
+        other = seen.setdefault((card.method, card.setting, card.seed), card)
+        if other is not card:
+            raise ValueError(
+                f"runs: {other.name} and {card.name} are both {card.method} {card.setting} with seed {card.seed}; expected "
+                "one run a seed, so leave one out"
+            )
+    return cards
+
+
+def _told_apart(config: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """The keys in which a flat config differs from any other, three at most and then a hash of them all."""
+    keys = [key for key in config if any(other.get(key) != config[key] for other in others)]
+    own = [key for key in keys if not any(key.endswith(f".{other}") for other in keys)]  # no copies by interpolation
+    words = [f"{key}={config[key]}" for key in own]
+    if len(words) <= 3:
+        return ", ".join(words)
+    return f"{', '.join(words[:3])}, {len(words) - 3} more, {hashlib.sha256(repr(words).encode()).hexdigest()[:6]}"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
+    config: dict[str, Any] = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
+    return config
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of all leaves."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) and inner else {f"{prefix}{key}": inner}
+    return flat
+
+
+def check_comparable(cards: Sequence[RunCard], any_effort: bool = False) -> None:
+    """Numbers compare only under one threat model, split, selection, evaluation and training effort.
+
+    Args:
+        any_effort: don't ask for equal epochs and steps.
+
+    Raises:
+        ValueError: says which two runs differ, in what, and how.
+    """
+    first = cards[0]
+    for card in cards[1:]:
+        for key in dict.fromkeys([*first.settled, *card.settled]):
+            mine, theirs = first.settled.get(key), card.settled.get(key)
+            if mine == theirs or (any_effort and key in EFFORT):
+                continue
+            where, one, other = _difference(key, mine, theirs)
+            about = SAME.get(key, "training effort (--any-effort compares all the same)")
+            raise ValueError(
+                f"runs: {first.name} and {card.name} don't compare: {key} differs, the {about}: {where} is {one} and {other}"
+            )
+    probes: dict[int, RunCard] = {}
+    for card in cards:
+        other = probes.setdefault(card.seed, card)
+        if card.about.get("probe") != other.about.get("probe") and "probe" in card.about and "probe" in other.about:
+            raise ValueError(
+                f"runs: {other.name} and {card.name} don't compare: seed {card.seed} gave them other validation images "
+                f"(hashes {other.about['probe']} and {card.about['probe']}), so the data differ"
+            )
+
+
+def _difference(key: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """The first inner key in which two values differ."""
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        for inner in dict.fromkeys([*mine, *theirs]):
+            if mine.get(inner) != theirs.get(inner):
+                return _difference(f"{key}.{inner}", mine.get(inner), theirs.get(inner))
+    return key, mine, theirs

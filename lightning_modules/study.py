@@ -1,0 +1,383 @@
+"""A study: methods × grids × seeds from one YAML, trained by ``train.py`` in processes of their own, resumably.
+
+    OUT/members/NAME/   member.json (hash, overrides, attempts), log.txt, lock, run/ (the run folder)
+    OUT/cards/NAME.json one small card a member, failures included
+
+A member's name ends in the hash of its composed config: what is done is skipped, and a changed config is another member.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from interpret.views.page import write_atomic
+from lightning_modules.cards import (
+    ELSEWHERE,
+    PLACES,
+    RunCard,
+    card_of,
+    config_hash,
+    settled,
+    write_card,
+)
+from lightning_modules.comparison import SELECTED
+
+TRIES = 2  # a member that fails by itself so often stays failed: the same config and seed fail alike
+GRACE = 20.0  # seconds that members have to end after Ctrl-C
+State = Literal["done", "failed", "resumable", "new"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What one YAML says.
+
+    Args:
+        name: of the study.
+        seeds: each setting is trained with each.
+        baseline: the method that the others are judged against.
+        methods: name → ``overrides`` (a list, as on the command line of ``train.py``) and ``grid`` (key → values); a
+            method's settings are all combinations of its grid.
+        budget: overrides that every member shares: data, network, epochs, ...
+        attack: of ``test_attacks``, whose accuracy is compared; None takes the last.
+        network: row of ``results.json`` that is compared.
+
+    Raises:
+        ValueError: names the key of the YAML that is wrong, what was expected and found.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    baseline: str
+    methods: Mapping[str, Mapping[str, Any]]
+    budget: tuple[str, ...] = ()
+    attack: str | None = None
+    network: str = SELECTED
+
+    def __post_init__(self) -> None:
+        if (
+            not self.seeds
+            or len(set(self.seeds)) < len(self.seeds)
+            or not all(type(s) is int and s >= 0 for s in self.seeds)
+        ):
+            raise ValueError(f"study.seeds: expected different whole numbers >= 0, found {list(self.seeds)}")
+        if self.baseline not in self.methods:
+            raise ValueError(f"study.baseline: expected one of {', '.join(self.methods)}; found {self.baseline!r}")
+        for name, method in self.methods.items():
+            unknown = set(method) - {"overrides", "grid"}
+            if unknown:
+                raise ValueError(f"study.methods.{name}: expected overrides and grid, found {', '.join(sorted(unknown))}")
+            for key, values in (method.get("grid") or {}).items():
+                if not isinstance(values, list) or not values:
+                    raise ValueError(f"study.methods.{name}.grid.{key}: expected a list of values, found {values!r}")
+        for key in ("budget", *(f"methods.{name}.overrides" for name in self.methods)):
+            lines = self.budget if key == "budget" else self.methods[key.split(".")[1]].get("overrides") or ()
+            for line in lines:
+                if not isinstance(line, str) or ("=" not in line and not line.startswith("~")):
+                    raise ValueError(f"study.{key}: expected overrides such as defense=trades, found {line!r}")
+
+
+def read_study(path: Path) -> Study:
+    """A study from its YAML.
+
+    Raises:
+        ValueError: no such file, an entry that is missing or unknown, or one that is wrong.
+    """
+    if not path.is_file():
+        raise ValueError(f"--study: expected a YAML file such as configs/study/tiny.yaml, found none at {path}")
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {field.name for field in fields(Study)}
+    if not isinstance(entries, dict) or set(entries) - known or {"name", "seeds", "baseline", "methods"} - set(entries):
+        found = ", ".join(map(str, entries)) if isinstance(entries, dict) else type(entries).__name__
+        raise ValueError(
+            f"--study: expected name, seeds, baseline, methods and perhaps budget, attack, network; found {found}"
+        )
+    return Study(**{**entries, "seeds": tuple(entries["seeds"]), "budget": tuple(entries.get("budget") or ())})
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a study.  ``overrides`` are those of ``train.py``; ``hash`` that of the composed config."""
+
+    method: str
+    setting: str
+    seed: int
+    overrides: tuple[str, ...]
+    hash: str
+    config: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        stem = re.sub(r"[^A-Za-z0-9.]+", "-", f"{self.method} {self.setting}").strip("-")
+        return f"{stem[:80]}_s{self.seed}_{self.hash}"
+
+
+Compose = Callable[[Sequence[str]], Mapping[str, Any]]
+
+
+def members_of(study: Study, compose: Compose, further: Sequence[str] = ()) -> list[Member]:
+    """All runs of a study, seed by seed so that an unfinished one already compares; every config is composed here.
+
+    Args:
+        compose: overrides → the composed, resolved config of ``train.py``.
+        further: overrides of the command line, for every member.
+
+    Raises:
+        ValueError: a config that does not compose, or two settings that are the same.
+    """
+    members: dict[str, Member] = {}
+    for seed in study.seeds:
+        for method, entry in study.methods.items():
+            grid = entry.get("grid") or {}
+            for values in itertools.product(*grid.values()):
+                point = [f"{key}={_word(value)}" for key, value in zip(grid, values, strict=True)]
+                overrides = (*study.budget, *(entry.get("overrides") or ()), *point, *further, f"seed={seed}")
+                try:
+                    config = compose(overrides)
+                except Exception as error:
+                    said = " ".join(str(error).split()).partition(" Config search path")[0]  # Hydra goes on for long
+                    raise ValueError(f"study.methods.{method}: {said}") from error
+                setting = ", ".join(_short(part) for part in point)
+                member = Member(method, setting, seed, overrides, config_hash(config), config)
+                other = members.setdefault(member.hash, member)
+                if other is not member:
+                    raise ValueError(
+                        f"study.methods: {other.method} {other.setting} and {method} {setting} are the same config (seed "
+                        f"{seed}); a run would count twice"
+                    )
+    return list(members.values())
+
+
+def _word(value: Any) -> str:
+    """A YAML value as in an override."""
+    return json.dumps(value) if isinstance(value, bool | None) else str(value)
+
+
+def _short(part: str) -> str:
+    """ "regularizers.pse.weight=1" → "pse.weight=1"."""
+    key, _, value = part.partition("=")
+    return f"{'.'.join(key.split('.')[-2:])}={value}"
+
+
+# ---- one member's folder --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a member lives."""
+
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """``member.json``; an empty record for a member that was never started."""
+        path = self.folder / "member.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found
+
+    def write(self, **entries: Any) -> None:
+        write_atomic(self.folder / "member.json", json.dumps({**self.record, **entries}, indent=1) + "\n")
+
+    @property
+    def state(self) -> State:
+        """Done with ``results.json``, which a run writes last; failed after ``TRIES`` failures of its own."""
+        if (self.run / "results.json").is_file():
+            return "done"
+        if self.record.get("failures", 0) >= TRIES:
+            return "failed"
+        return "resumable" if (self.run / "checkpoints" / "last.ckpt").is_file() else "new"
+
+    @property
+    def failure(self) -> str:
+        """Why it has not finished: the last telling line of its log."""
+        log = self.folder / "log.txt"
+        if self.state == "done" or not log.is_file():
+            return "" if self.state == "done" else "not started"
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        telling = [line for line in lines if re.search(r"\w*Error\b|^error:", line)]
+        return (telling or lines or ["no output"])[-1][:300]
+
+    @contextmanager
+    def locked(self) -> Iterator[int | None]:
+        """An open descriptor that keeps others away while it, or a copy that a child inherits, is open; None if one has it.
+
+        So a member that outlived a killed runner is not started a second time.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+            else:
+                yield file.fileno()
+
+
+def command(member: Member, place: Place, script: Path) -> list[str]:
+    """What trains, or goes on training, a member."""
+    if place.state == "resumable":
+        return [sys.executable, str(script), f"resume={place.run}"]
+    return [sys.executable, str(script), *member.overrides, f"out={place.folder}", "name=run"]
+
+
+def start(member: Member, place: Place, script: Path) -> subprocess.Popen[bytes] | None:
+    """Start a member in a session of its own, so that Ctrl-C reaches the runner alone; None if it runs elsewhere already."""
+    with place.locked() as lock:
+        if lock is None:
+            return None
+        if place.state == "new" and place.run.exists():
+            shutil.rmtree(place.run)  # killed before its first checkpoint: nothing to go on with
+        place.write(
+            hash=member.hash,
+            method=member.method,
+            setting=member.setting,
+            seed=member.seed,
+            overrides=list(member.overrides),
+            starts=place.record.get("starts", 0) + 1,
+        )
+        line = command(member, place, script)
+        with (place.folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(
+                line,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock],
+                start_new_session=True,
+                env={"GOMP_SPINCOUNT": "3000", **os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+
+def finished(place: Place, code: int) -> bool:
+    """Note how a member ended; whether it is done.  What a signal ended is no failure of its own."""
+    done = place.state == "done"
+    if not done and code > 0:
+        place.write(failures=place.record.get("failures", 0) + 1)
+        if place.state == "resumable":  # its checkpoint may be what is broken: the second try starts anew
+            shutil.rmtree(place.run)
+    place.write(code=code)
+    return done
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+
+def run_members(
+    members: Sequence[Member],
+    out: Path,
+    script: Path,
+    jobs: int,
+    tell: Callable[[str], object] = print,
+    poll: float = 0.5,
+) -> None:
+    """Train what is left, ``jobs`` at a time; what is done is skipped, what fails is noted and left for the next call.
+
+    Raises:
+        KeyboardInterrupt: after the members that ran were ended; calling again goes on.
+    """
+    places = {member.name: Place(out / "members" / member.name) for member in members}
+    waiting = [m for m in members if places[m.name].state in ("new", "resumable")]
+    skipped = len(members) - len(waiting)
+    given_up = sum(places[m.name].state == "failed" for m in members)
+    tell(f"{len(members)} members: {skipped - given_up} done, {given_up} failed {TRIES} times, {len(waiting)} to train")
+    running: list[tuple[Member, subprocess.Popen[bytes], float]] = []
+    times: list[float] = []
+    total = len(waiting)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                member = waiting.pop(0)
+                goes_on = places[member.name].state == "resumable"
+                process = start(member, places[member.name], script)
+                if process is None:
+                    tell(f"busy     {member.name}: another process trains it")
+                    continue
+                running.append((member, process, time.monotonic()))
+                tell(f"{'resumed' if goes_on else 'started'}  {member.name}")
+            for entry in [e for e in running if e[1].poll() is not None]:
+                running.remove(entry)
+                member, process, began = entry
+                seconds, place = time.monotonic() - began, places[member.name]
+                done = finished(place, process.returncode)
+                times.append(seconds)
+                left = len(waiting) + len(running)
+                eta = left * sum(times) / len(times) / max(1, jobs)
+                said = (
+                    f"done     {member.name}"
+                    if done
+                    else f"FAILED   {member.name}: {place.failure} ({place.folder}/log.txt)"
+                )
+                tell(f"{said}  {seconds:.0f} s; {total - left} of {total}, about {math.ceil(eta / 60)} min left")
+            if running:
+                time.sleep(poll)
+    except BaseException:
+        _end([process for _, process, _ in running])
+        raise
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask every member to end, then make it; each is the leader of a group of its own."""
+    for sign, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, sign)
+        until = time.monotonic() + patience
+        while time.monotonic() < until and any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+
+
+def planned(member: Member) -> RunCard:
+    """The card of a member that has left nothing yet."""
+    kept = settled(member.config)
+    return RunCard(
+        member.name, member.method, member.setting, member.seed, member.hash, kept, {}, {}, {}, {}, {}, "not started"
+    )
+
+
+def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
+    """Cards of all members that were started, failures included, written to ``OUT/cards``."""
+    cards = []
+    (out / "cards").mkdir(parents=True, exist_ok=True)
+    for member in members:
+        place = Place(out / "members" / member.name)
+        if not place.record:
+            continue
+        card = _card(member, place)
+        cards.append(card)
+        write_card(card, out / "cards" / f"{member.name}.json")
+    return cards
+
+
+def _card(member: Member, place: Place) -> RunCard:
+    if (place.run / "config.yaml").is_file() and (place.run / "run.json").is_file():
+        card = card_of(place.run, member.method, member.setting, member.name, place.failure)
+    else:
+        card = planned(member)
+    about = {**card.about, "overrides": [o for o in member.overrides if portable_override(o)]}
+    return replace(card, config=member.hash, failure="" if place.state == "done" else place.failure, about=about)
+
+
+def portable_override(override: str) -> bool:
+    """Whether it says what is computed, not where things lie on one machine."""
+    key = override.partition("=")[0].lstrip("+~")
+    return key.split(".")[0] not in ELSEWHERE and key not in {f"data.{place}" for place in PLACES}

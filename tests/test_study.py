@@ -1,0 +1,303 @@
+"""A study: what its YAML may say, what is skipped, resumed, retried, and the whole of a tiny one from YAML to page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import compare
+from interpret.views.page import read_script
+from lightning_modules.cards import check_comparable, read_card, read_cards
+from lightning_modules.study import (
+    TRIES,
+    Member,
+    Place,
+    Study,
+    cards_of,
+    members_of,
+    planned,
+    portable_override,
+    read_study,
+    run_members,
+)
+from tests.composing import CONFIGS
+
+STUDIES = sorted((CONFIGS / "study").glob("*.yaml"))
+PLAIN = {"name": "s", "seeds": [0, 1], "baseline": "A", "methods": {"A": {}, "B": {"grid": {"k.w": [1, 2]}}}}
+
+# Stands in for train.py: writes what a run folder holds, and behaves as its ``act`` says.
+FAKE = """
+import json, os, signal, sys, time
+from pathlib import Path
+given = dict(a.split("=", 1) for a in sys.argv[1:])
+resumed = "resume" in given
+run = Path(given["resume"]) if resumed else Path(given["out"]) / given["name"]
+config = json.loads((run / "config.yaml").read_text()) if resumed else {"act": given["act"], "seed": int(given["seed"])}
+if not resumed:
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(json.dumps(config))
+    (run / "run.json").write_text(json.dumps({"what": "fake"}))
+act = config["act"]
+with (run.parent / "calls").open("a") as file: file.write("resume\\n" if resumed else "start\\n")
+print("lock", sorted(os.listdir(run.parent)))
+if act == "diverge": sys.exit("FloatingPointError: training diverged at step 3")
+if act == "killed" and not resumed:
+    (run / "checkpoints" / "last.ckpt").write_text("")
+    os.kill(os.getpid(), signal.SIGKILL)
+if act == "early" and len((run.parent / "calls").read_text().split()) == 1: os.kill(os.getpid(), signal.SIGKILL)
+if act == "broken" and resumed: sys.exit("error: resume: no readable checkpoint")
+if act == "broken" and len((run.parent / "calls").read_text().split()) == 1:
+    (run / "checkpoints" / "last.ckpt").write_text("")
+    os.kill(os.getpid(), signal.SIGKILL)
+if act == "slow": time.sleep(60)
+(run / "metrics.csv").write_text("epoch,step,val/robust_acc,val/clean_acc,pse/promotion\\n0,5,0.4,0.9,1.5\\n")
+(run / "results.json").write_text(json.dumps({"defended, best epoch": {"clean": 0.9, "PGD-20": 0.5}}))
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "fake.py"
+    path.write_text(FAKE)
+    return path
+
+
+def fake(act: str, seed: int = 0) -> Member:
+    config = {"act": act, "seed": seed}
+    return Member(act, "", seed, (f"act={act}", f"seed={seed}"), f"hash{act}{seed}", config)
+
+
+def calls(out: Path, member: Member) -> list[str]:
+    return (out / "members" / member.name / "calls").read_text().split()
+
+
+def go(members: Sequence[Member], out: Path, script: Path, jobs: int = 2) -> list[str]:
+    said: list[str] = []
+    run_members(members, out, script, jobs, said.append, poll=0.02)
+    return said
+
+
+def test_done_is_skipped_killed_is_resumed_and_failures_stop_nobody(tmp_path: Path, script: Path) -> None:
+    good, killed, early, bad = (fake(act) for act in ("good", "killed", "early", "diverge"))
+    everyone = [bad, killed, early, good]
+    first = go(everyone, tmp_path, script)
+    assert first[0] == "4 members: 0 done, 0 failed 2 times, 4 to train"
+    state = lambda member: Place(tmp_path / "members" / member.name).state  # noqa: E731
+    assert [state(m) for m in everyone] == ["new", "resumable", "new", "done"]
+    assert any("FAILED" in line and "training diverged at step 3" in line for line in first)
+    assert any("4 of 4" in line for line in first)
+    go(everyone, tmp_path, script)
+    assert [state(m) for m in everyone] == ["failed", "done", "done", "done"]
+    assert calls(tmp_path, killed) == ["start", "resume"]
+    assert calls(tmp_path, early) == ["start", "start"]  # it had no checkpoint to go on from
+    assert calls(tmp_path, good) == ["start"]
+    third = go(everyone, tmp_path, script)
+    assert third == [f"4 members: 3 done, 1 failed {TRIES} times, 0 to train"]
+    cards = cards_of(everyone, tmp_path)
+    assert [bool(card.failure) for card in cards] == [True, False, False, False]
+    assert "training diverged" in read_card(tmp_path / "cards" / f"{bad.name}.json").failure
+    assert read_cards([tmp_path / "cards"])[-1].measured == {"pse/promotion": 1.5}
+
+
+def test_a_checkpoint_that_cannot_be_resumed_is_given_up_for_a_fresh_start(tmp_path: Path, script: Path) -> None:
+    member = fake("broken")
+    for _ in range(3):
+        go([member], tmp_path, script)
+    assert calls(tmp_path, member) == ["start", "resume", "start"]
+    assert Place(tmp_path / "members" / member.name).state == "done"
+
+
+def test_a_member_that_runs_elsewhere_is_left_alone(tmp_path: Path, script: Path) -> None:
+    member = fake("good")
+    with Place(tmp_path / "members" / member.name).locked() as lock:
+        assert lock is not None
+        said = go([member], tmp_path, script)
+    assert said[-1] == f"busy     {member.name}: another process trains it"
+    go([member], tmp_path, script)
+    assert calls(tmp_path, member) == ["start"]
+
+
+def test_ctrl_c_ends_the_members_and_the_next_call_goes_on(tmp_path: Path, script: Path) -> None:
+    members = [fake("slow"), fake("slow", seed=1)]
+
+    def interrupt(line: str) -> None:
+        if line.startswith("started") and line.endswith("slow1"):
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_members(members, tmp_path, script, 2, interrupt, poll=0.02)
+    assert time.monotonic() - began < 15
+    for member in members:  # nobody holds the lock: nobody lives
+        place = Place(tmp_path / "members" / member.name)
+        with place.locked() as lock:
+            assert lock is not None
+        assert place.record.get("failures", 0) == 0
+        assert place.state == "new"
+
+
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """Later overrides win, as in Hydra; where things lie is part of the config, too."""
+    flat = dict(line.split("=", 1) for line in overrides)
+    return {
+        "out": "somewhere",
+        **{k: v for k, v in flat.items() if k != "data.path"},
+        "data": {"path": flat.get("data.path")},
+    }
+
+
+def study(**changes: Any) -> Study:
+    entries = {**PLAIN, **changes}
+    return Study(**{**entries, "seeds": tuple(entries["seeds"]), "budget": tuple(entries.get("budget", ()))})
+
+
+def test_members_are_methods_by_grid_by_seed() -> None:
+    found = members_of(study(budget=["e=5"]), compose, ["x=1"])
+    assert [(m.method, m.setting, m.seed) for m in found] == [
+        *(("A", "", 0), ("B", "k.w=1", 0), ("B", "k.w=2", 0)),
+        *(("A", "", 1), ("B", "k.w=1", 1), ("B", "k.w=2", 1)),
+    ]
+    assert found[2].overrides == ("e=5", "k.w=2", "x=1", "seed=0")
+    assert len({m.name for m in found}) == 6
+    two = study(methods={"A": {}, "B": {"grid": {"p": [1, None], "q": [True, "[a,b]"]}}})
+    assert [m.setting for m in members_of(two, compose)[1:5]] == [
+        "p=1, q=true",
+        "p=1, q=[a,b]",
+        "p=null, q=true",
+        "p=null, q=[a,b]",
+    ]
+
+
+def test_a_changed_config_is_another_member_and_a_moved_folder_is_not() -> None:
+    names = [m.name for m in members_of(study(), compose, ["data.path=/a"])]
+    assert [m.name for m in members_of(study(), compose, ["data.path=/b"])] == names
+    assert not {m.name for m in members_of(study(budget=["e=6"]), compose)} & set(names)
+    assert not portable_override("data.path=/a")
+    assert not portable_override("out=/a")
+    assert portable_override("data.batch_size=3")
+    assert portable_override("+attack@test_attacks.adaptive=adaptive_pgd")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seeds": []}, "study.seeds: expected different whole numbers"),
+        ({"seeds": [1, 1]}, "study.seeds"),
+        ({"baseline": "C"}, "study.baseline: expected one of A, B; found 'C'"),
+        ({"methods": {"A": {"grid": {"k": 3}}}}, "study.methods.A.grid.k: expected a list of values, found 3"),
+        ({"methods": {"A": {"weights": [3]}}}, "study.methods.A: expected overrides and grid, found weights"),
+        ({"budget": ["trades"]}, "study.budget: expected overrides such as defense=trades, found 'trades'"),
+        ({"methods": {"A": {"overrides": [{"a": 1}]}}}, "study.methods.A.overrides"),
+        ({"methods": {"A": {}, "B": {}}}, "the same config"),
+    ],
+)
+def test_what_a_study_must_not_say(changes, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        members_of(study(**changes), compose)
+
+
+def test_a_file_that_is_no_study(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="found none at"):
+        read_study(tmp_path / "none.yaml")
+    path = tmp_path / "s.yaml"
+    for text in ("[1, 2]", "name: a", yaml.safe_dump({**PLAIN, "epochs": 3})):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="--study: expected name, seeds, baseline, methods"):
+            read_study(path)
+    path.write_text(yaml.safe_dump(PLAIN))
+    assert read_study(path) == study()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_composes_and_its_members_compare(path: Path) -> None:
+    """One seed is enough to see every method; what a comparison would refuse is refused before any training."""
+    found = read_study(path)
+    one = Study(**{**{name: getattr(found, name) for name in found.__dataclass_fields__}, "seeds": found.seeds[:1]})
+    members = members_of(one, compare.composed, ["data.path=nowhere"] if "data=arrays" in found.budget else [])
+    check_comparable([planned(member) for member in members])
+    assert "threads=1" in found.budget
+    assert "compare_undefended=false" in found.budget
+    assert len(members) >= 4
+
+
+def test_a_wrong_override_names_its_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({**PLAIN, "methods": {"A": {"overrides": ["defense=nothing"]}}}))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--study", str(path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "study.methods.A: In 'train': Could not find 'defense/nothing'" in capsys.readouterr().err
+    path.write_text(yaml.safe_dump({**PLAIN, "methods": {"A": {}, "B": {"overrides": ["trainer.max_epochs=3"]}}}))
+    with pytest.raises(SystemExit):
+        compare.main()
+    error = capsys.readouterr().err
+    assert "trainer.max_epochs differs, the training effort" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_a_tiny_study_from_yaml_to_table_and_page(tmp_path: Path) -> None:
+    """configs/study/tiny.yaml with 2 seeds and fewer images: one member is killed on the way, a second call completes it."""
+    out = tmp_path / "study"
+    line = [sys.executable, "compare.py", "--study", "configs/study/tiny.yaml", "--out", str(out), "--jobs", "2"]
+    line += ["trainer.max_epochs=3", "data.train_limit=300", "data.test_limit=100", "probe.size=16"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(line, cwd=CONFIGS.parent, env=env, stdout=subprocess.PIPE, text=True) as runner:
+        victim = None
+        while runner.poll() is None and victim is None:
+            time.sleep(0.1)
+            victim = next(iter(out.glob("members/*/run/checkpoints/last.ckpt")), None)
+        assert victim is not None
+        folder = victim.parents[2]
+        found = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
+        for pid in found:
+            os.kill(int(pid), signal.SIGKILL)
+        text = runner.communicate()[0]
+    assert runner.returncode == 0
+    assert found
+    assert f"FAILED   {folder.name}" in text
+    again = subprocess.run(line, cwd=CONFIGS.parent, env=env, capture_output=True, text=True, check=True).stdout
+    assert "8 members: 7 done, 0 failed 2 times, 1 to train" in again
+    assert f"resumed  {folder.name}" in again
+    page = out / "comparison"
+    for name in ("tables.md", "tables.tex", "runs.csv", "fronts.svg", "fronts.png", "sweep.svg", "index.html"):
+        assert (page / name).stat().st_size > 500, name
+    view = read_script(page / "data" / "epoch_00000.js")["views"][0]
+    tables = [chart for chart in view["charts"] if chart["type"] == "table"]
+    assert [row[:3] for row in tables[0]["rows"]][::2] == [
+        ["TRADES", tables[0]["rows"][0][1], "2"],
+        ["TRADES + PSE", tables[0]["rows"][2][1], "2"],
+    ]
+    assert tables[1]["rows"][0][0].startswith("TRADES + PSE · pse.weight=")
+    with (page / "runs.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["network"] == "defended, best epoch"]
+    assert len(rows) == 8
+    for row in rows:
+        assert 0 <= float(row["PGD-20"]) <= float(row["FGSM"]) <= float(row["clean"]) <= 1
+        assert float(row["cpu_seconds"]) > 0
+        assert float(row["passes"]) == 5 + 3  # TRADES: K + 3
+        assert 0 <= float(row["pse/share_promotion"]) <= 1
+    cards = sorted((out / "cards").glob("*.json"))
+    assert len(cards) == 8
+    for path in cards:
+        assert path.stat().st_size < 12_000
+        assert str(tmp_path) not in path.read_text()
+        card = read_card(path)
+        best = card.evaluations["defended, best epoch"]
+        assert best.correct["PGD-20"].mean() == pytest.approx(best.accuracy["PGD-20"], abs=1e-6)
+        assert len(best.correct["clean"]) == 100
+        assert {"commit", "versions", "overrides"} <= card.about.keys()
+    assert json.loads(cards[0].read_text())["settled"]["trainer.max_epochs"] == 3
