@@ -11,9 +11,9 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +152,19 @@ def compare(runs: list[Run]) -> View:
     )
 
 
-def composed(overrides: Sequence[str]) -> dict[str, Any]:
-    """The config that ``python train.py OVERRIDES`` would train."""
+@cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    """Unresolved; a study asks for each once a seed, and reading the YAML is what takes time."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = OmegaConf.to_container(compose("train", list(overrides)), resolve=True, throw_on_missing=True)
+        return compose("train", list(overrides))
+
+
+def composed(overrides: tuple[str, ...], seed: int) -> dict[str, Any]:
+    """The config that ``python train.py OVERRIDES seed=SEED`` would train."""
+    unresolved = _composed(overrides).copy()
+    unresolved.seed = seed
+    config = OmegaConf.to_container(unresolved, resolve=True, throw_on_missing=True)
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
 

@@ -128,14 +128,14 @@ class Member:
         return f"{stem[:80]}_s{self.seed}_{self.hash}"
 
 
-Compose = Callable[[Sequence[str]], Mapping[str, Any]]
+Compose = Callable[[tuple[str, ...], int], Mapping[str, Any]]
 
 
 def members_of(study: Study, compose: Compose, further: Sequence[str] = ()) -> list[Member]:
     """All runs of a study, seed by seed so that an unfinished one already compares; every config is composed here.
 
     Args:
-        compose: overrides → the composed, resolved config of ``train.py``.
+        compose: overrides, seed → the composed, resolved config of ``train.py``.
         further: overrides of the command line, for every member.
 
     Raises:
@@ -147,14 +147,14 @@ def members_of(study: Study, compose: Compose, further: Sequence[str] = ()) -> l
             grid = entry.get("grid") or {}
             for values in itertools.product(*grid.values()):
                 point = [f"{key}={_word(value)}" for key, value in zip(grid, values, strict=True)]
-                overrides = (*study.budget, *(entry.get("overrides") or ()), *point, *further, f"seed={seed}")
+                overrides = (*study.budget, *(entry.get("overrides") or ()), *point, *further)
                 try:
-                    config = compose(overrides)
+                    config = compose(overrides, seed)
                 except Exception as error:
                     said = " ".join(str(error).split()).partition(" Config search path")[0]  # Hydra goes on for long
                     raise ValueError(f"study.methods.{method}: {said}") from error
                 setting = ", ".join(_short(part) for part in point)
-                member = Member(method, setting, seed, overrides, config_hash(config), config)
+                member = Member(method, setting, seed, (*overrides, f"seed={seed}"), config_hash(config), config)
                 other = members.setdefault(member.hash, member)
                 if other is not member:
                     raise ValueError(
@@ -257,7 +257,7 @@ def start(member: Member, place: Place, script: Path) -> subprocess.Popen[bytes]
         )
         line = command(member, place, script)
         with (place.folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 line,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -266,6 +266,8 @@ def start(member: Member, place: Place, script: Path) -> subprocess.Popen[bytes]
                 start_new_session=True,
                 env={"GOMP_SPINCOUNT": "3000", **os.environ, "OMP_NUM_THREADS": "1"},
             )
+        place.write(pid=process.pid)
+        return process
 
 
 def finished(place: Place, code: int) -> bool:

@@ -10,15 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 import compare
 from interpret.views.page import read_script
-from lightning_modules.cards import check_comparable, read_card, read_cards
+from lightning_modules.cards import check_comparable, config_hash, read_card, read_cards
 from lightning_modules.study import (
     TRIES,
     Member,
@@ -31,7 +33,7 @@ from lightning_modules.study import (
     read_study,
     run_members,
 )
-from tests.composing import CONFIGS
+from tests.composing import CONFIGS, config
 
 STUDIES = sorted((CONFIGS / "study").glob("*.yaml"))
 PLAIN = {"name": "s", "seeds": [0, 1], "baseline": "A", "methods": {"A": {}, "B": {"grid": {"k.w": [1, 2]}}}}
@@ -147,11 +149,12 @@ def test_ctrl_c_ends_the_members_and_the_next_call_goes_on(tmp_path: Path, scrip
         assert place.state == "new"
 
 
-def compose(overrides: Sequence[str]) -> dict[str, Any]:
+def compose(overrides: Sequence[str], seed: int) -> dict[str, Any]:
     """Later overrides win, as in Hydra; where things lie is part of the config, too."""
     flat = dict(line.split("=", 1) for line in overrides)
     return {
         "out": "somewhere",
+        "seed": seed,
         **{k: v for k, v in flat.items() if k != "data.path"},
         "data": {"path": flat.get("data.path")},
     }
@@ -221,14 +224,21 @@ def test_a_file_that_is_no_study(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_composes_and_its_members_compare(path: Path) -> None:
-    """One seed is enough to see every method; what a comparison would refuse is refused before any training."""
+    """One point of each method's grid; what a comparison would refuse is refused before any training."""
     found = read_study(path)
-    one = Study(**{**{name: getattr(found, name) for name in found.__dataclass_fields__}, "seeds": found.seeds[:1]})
+    methods = {
+        name: {**entry, "grid": {key: values[:1] for key, values in (entry.get("grid") or {}).items()}}
+        for name, entry in found.methods.items()
+    }
+    one = replace(found, methods=methods, seeds=found.seeds[:1])
     members = members_of(one, compare.composed, ["data.path=nowhere"] if "data=arrays" in found.budget else [])
     check_comparable([planned(member) for member in members])
     assert "threads=1" in found.budget
     assert "compare_undefended=false" in found.budget
-    assert len(members) >= 4
+    assert len(members) == len(found.methods)
+    # What is hashed and compared is what train.py would be given, the seed included.
+    last = members[-1]
+    assert config_hash(OmegaConf.to_container(config(*last.overrides), resolve=True)) == last.hash
 
 
 def test_a_wrong_override_names_its_method(
@@ -262,12 +272,9 @@ def test_a_tiny_study_from_yaml_to_table_and_page(tmp_path: Path) -> None:
             victim = next(iter(out.glob("members/*/run/checkpoints/last.ckpt")), None)
         assert victim is not None
         folder = victim.parents[2]
-        found = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
-        for pid in found:
-            os.kill(int(pid), signal.SIGKILL)
+        os.kill(json.loads((folder / "member.json").read_text())["pid"], signal.SIGKILL)
         text = runner.communicate()[0]
     assert runner.returncode == 0
-    assert found
     assert f"FAILED   {folder.name}" in text
     again = subprocess.run(line, cwd=CONFIGS.parent, env=env, capture_output=True, text=True, check=True).stdout
     assert "8 members: 7 done, 0 failed 2 times, 1 to train" in again
