@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Literal
 
@@ -57,6 +58,10 @@ class AdaptivePGD(PGD):
         weights = {name: weight * term.weight_at(float("inf")) for name, term in terms.items()}
         self.weights = {name: value for name, value in weights.items() if value != 0}
         self.terms = {name: terms[name] for name in self.weights}
+
+    def _lightened(self, net: nn.Module, x: Tensor) -> AbstractContextManager[nn.Module]:
+        # Terms may read a convolution's own output.
+        return nullcontext(net) if self.terms else super()._lightened(net, x)
 
     def _value(self, net: nn.Module, x: Tensor, y: Tensor) -> Value:
         if not self.terms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from defenses.losses import margin
 from defenses.objectives import CrossEntropy, KLToClean, NuclearCE, Objective
 from defenses.threat import Threat, parse_eps, per_sample
+from interpret.folding import folded
 from interpret.modes import undisturbed
 
 Value = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (N, C, H, W) → logits (N, K), what is maximised (N,)
@@ -118,7 +120,7 @@ class PGD:
         # One generator a call: its seed names the call, so nothing has to be saved to repeat it.
         generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
         self.calls += 1
-        with undisturbed(net):
+        with undisturbed(net), self._lightened(net, x):
             x, y = x.detach().clone(), y.clone()  # clones: tensors made under inference mode refuse autograd
             value = self._value(net, x, y)
             best = self._ascend(x, value, generator)
@@ -130,6 +132,10 @@ class PGD:
                 best = torch.where(per_sample(better > score, x), candidate, best)
                 score = torch.maximum(score, better)
         return best
+
+    def _lightened(self, net: nn.Module, x: Tensor) -> AbstractContextManager[nn.Module]:
+        """The net for the steps of one call, as cheap as what they read of it allows: its logits, here."""
+        return folded(net, x)
 
     def _value(self, net: nn.Module, x: Tensor, y: Tensor) -> Value:
         """What is maximised, as a function of x' alone; whatever it needs of x is computed here, once a call."""
