@@ -17,6 +17,7 @@ import hydra
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -32,6 +33,7 @@ from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.cards import write_correct
 from lightning_modules.classifier import RobustClassifier
 from lightning_modules.console import accuracy_table, clear_errors, console, require_whole, show
+from lightning_modules.hardware import AUTO, settled
 from lightning_modules.logging import RunLog, check_wandb_mode, wandb_logger
 from lightning_modules.networks.build import make_network
 from lightning_modules.run_folder import RunFolder
@@ -123,6 +125,8 @@ def train(cfg: DictConfig, what: str) -> float:
             raise ValueError("test_attacks: expected at least one attack for the final table, found none")
         # refuses bad values
         checked = instantiate(cfg.trainer, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        if checked.gradient_clip_val and "mixed" in str(cfg.trainer.precision) and cfg.optimizer.get("fused"):
+            raise ValueError("optimizer.fused: Lightning cannot clip gradients of it in mixed precision; expected false")
         if module.defense.replays > 1 and checked.accumulate_grad_batches > 1:
             raise ValueError("trainer.accumulate_grad_batches: each replay of Free-AT is an optimiser step; expected 1")
         point = folder.resume_point() if folder is not None else None
@@ -195,6 +199,12 @@ def train(cfg: DictConfig, what: str) -> float:
     return kept.best_score or 0.0
 
 
+def settle(cfg: DictConfig, shared: Path | None = None) -> None:
+    """Write into the config what ``auto`` stands for on this hardware, or for the first member of a sweep, in ``shared``."""
+    given = cfg.trainer.precision, cfg.channels_last, cfg.trainer.accelerator
+    cfg.trainer.precision, cfg.channels_last = settled(*given, shared)
+
+
 def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """The saved config of a run folder, with the plain keys given on the command line.
 
@@ -205,6 +215,8 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     assert isinstance(saved, DictConfig)
     for override in overrides:
         key, _, value = override.partition("=")
+        if value == AUTO and key in ("trainer.precision", "channels_last"):
+            continue  # decided when the run began
         if key != "resume" and OmegaConf.is_config(OmegaConf.select(saved, key, default=OmegaConf.create())):
             raise ValueError(
                 f"resume: {key!r} is no single value of the saved config; allowed is e.g. trainer.max_epochs=50"
@@ -219,9 +231,11 @@ def main(cfg: DictConfig) -> float:
     choices, overrides = HydraConfig.get().runtime.choices, list(HydraConfig.get().overrides.task)
     regularizers = "".join(f"+{name}" for name in cfg.regularizers)
     what = f"{choices['data']}-{choices['network']}-{choices['defense']}{regularizers}-s{cfg.seed}"
-    if cfg.resume is not None:
-        with clear_errors(cfg.debug):
+    hydra_cfg = HydraConfig.get()
+    with clear_errors(cfg.debug):
+        if cfg.resume is not None:
             cfg = resumed_config(cfg, overrides)
+        settle(cfg, Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else None)
     return train(cfg, what)
 
 

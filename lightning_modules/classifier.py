@@ -50,9 +50,10 @@ class RobustClassifier(pl.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.seed = seed
-        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.train_loss = MeanMetric(nan_strategy="ignore")
-        self.train_terms = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in defense.named_terms()})
+        # None looks at values to check them, for which every step would wait for the device.
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_terms = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in defense.named_terms()})
         for metric in self._epoch_metrics():
             metric.persistent(True)  # an epoch may be resumed in its middle
         self.clean = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train
 from defenses.attacks import PGD
 from defenses.defense import Defense
 from defenses.regularizers import PSE, UnitSensitivity
@@ -23,8 +24,10 @@ from interpret.folding import foldable, folded
 from interpret.modes import batchnorm_as_found, undisturbed
 from lightning_modules.networks.resnet import PreActResNet, ResNet
 from lightning_modules.networks.small_cnn import SmallCNN
+from tests.composing import SMALL, config
 from tests.reference.nets import Residual, batch, conv_bn, unchanged, untidy
 
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "bincount"}
 DATA: dict[str, Any] = {"num_classes": 5, "in_channels": 3, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.2)}
 
 
@@ -322,8 +325,17 @@ def test_a_step_never_waits_for_the_device(loss, low):
             loss_now.backward()
             optimizer.step()
             optimizer.zero_grad()
-    waits = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "bincount"}
-    assert not waits & set(seen.names())
+    assert not WAITS & set(seen.names())
+
+
+def test_the_metrics_of_a_step_never_wait_for_the_device():
+    module = train.build(config(*SMALL, "panels=[]")).module
+    logits, y = torch.randn(6, 10), torch.arange(6)
+    with Calls() as seen:
+        module.train_accuracy(logits, y)
+        module.train_loss(logits.mean())
+    assert not WAITS & set(seen.names())
+    assert float(module.train_accuracy.compute()) == float((logits.argmax(1) == y).float().mean())
 
 
 @pytest.mark.long

@@ -1,0 +1,122 @@
+"""What ``auto`` stands for: a function of the hardware's flags, decided once for a run and once for a sweep."""
+
+from __future__ import annotations
+
+import inspect
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import train
+from lightning_modules import hardware
+from lightning_modules.hardware import Settings, settled, suited
+from tests.composing import SMALL, config
+
+PLAIN, FAST = Settings("32-true", False), Settings("bf16-mixed", True)
+
+
+def machine(monkeypatch, *, cuda: tuple[int, int] | None = None, cpu: str = "AVX2", bf16: bool = False, amx: bool = False):
+    """Stand-ins for torch's questions about the hardware."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("has", "accelerator", "expected"),
+    [
+        ({"cuda": (9, 0)}, "auto", FAST),
+        ({"cuda": (8, 0)}, "gpu", FAST),
+        ({"cuda": (7, 5)}, "auto", PLAIN),
+        ({"cuda": (9, 0)}, "cpu", PLAIN),
+        ({"cuda": (7, 5), "cpu": "AVX512", "bf16": True}, "auto", PLAIN),
+        ({"cpu": "AVX512", "bf16": True}, "auto", FAST),
+        ({"cpu": "AVX512", "amx": True}, "cpu", FAST),
+        ({"cpu": "AVX512"}, "auto", Settings("32-true", True)),
+        ({"cpu": "AVX2"}, "auto", PLAIN),
+        ({"cpu": "AVX2", "bf16": True}, "auto", PLAIN),
+        ({"cpu": "AVX512", "bf16": True}, "tpu", PLAIN),
+    ],
+)
+def test_what_suits_follows_the_flags(monkeypatch, has, accelerator, expected):
+    machine(monkeypatch, **has)
+    assert suited(accelerator) == expected
+
+
+def test_a_torch_that_cannot_be_asked_counts_as_no(monkeypatch):
+    machine(monkeypatch, cpu="AVX512", bf16=True)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert suited().precision == "32-true"
+
+
+def test_nothing_is_timed():
+    assert "time" not in {name.split(".")[0] for name in vars(hardware)}
+    assert "perf_counter" not in inspect.getsource(hardware)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("auto", "auto"), ("bf16-mixed", True)),
+        (("auto", False), ("bf16-mixed", False)),
+        (("32-true", "auto"), ("32-true", True)),
+        (("16-mixed", True), ("16-mixed", True)),
+        ((64, False), (64, False)),
+    ],
+)
+def test_only_auto_is_decided(monkeypatch, given, expected):
+    machine(monkeypatch, cuda=(9, 0))
+    assert settled(*given, "auto") == expected
+
+
+def test_another_layout_is_refused():
+    with pytest.raises(ValueError, match="channels_last: expected true, false or auto, found 'maybe'"):
+        settled("auto", "maybe", "auto")
+
+
+def test_the_first_member_of_a_sweep_decides_for_all(monkeypatch, tmp_path: Path):
+    machine(monkeypatch, cuda=(9, 0))
+    assert settled("auto", "auto", "auto", tmp_path / "sweep") == ("bf16-mixed", True)
+    machine(monkeypatch, cpu="AVX2")
+    assert settled("auto", "auto", "auto", tmp_path / "sweep") == ("bf16-mixed", True)
+    assert settled("auto", "auto", "auto") == ("32-true", False)
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["hardware.json"]
+
+
+def test_members_that_start_together_agree(monkeypatch, tmp_path: Path):
+    answers = iter([FAST, PLAIN] * 20)
+    monkeypatch.setattr(hardware, "suited", lambda _accelerator: next(answers))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: settled("auto", "auto", "auto", tmp_path), range(40)))
+    assert len(set(found)) == 1
+
+
+def test_the_composed_config_holds_what_was_decided(monkeypatch):
+    machine(monkeypatch, cpu="AVX512", bf16=True)
+    cfg = config(*SMALL, "trainer.precision=auto", "channels_last=auto")
+    train.settle(cfg)
+    assert (cfg.trainer.precision, cfg.channels_last) == ("bf16-mixed", True)
+    net = train.build(cfg).module.net
+    convolutions = [m.weight for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+
+
+def test_a_resumed_run_keeps_what_was_decided(monkeypatch, tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("run.json", "checkpoints/last.ckpt"):
+        (tmp_path / name).touch()
+    cfg = config("trainer.precision=auto", "channels_last=auto", f"resume={tmp_path}")
+    machine(monkeypatch, cuda=(9, 0))
+    train.settle(cfg)
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    machine(monkeypatch, cpu="AVX2")
+    again = train.resumed_config(cfg, [f"resume={tmp_path}", "trainer.precision=auto", "wandb.mode=auto"])
+    train.settle(again)
+    assert (again.trainer.precision, again.channels_last) == ("bf16-mixed", True)
+    assert train.resumed_config(cfg, ["trainer.precision=32-true"]).trainer.precision == "32-true"
