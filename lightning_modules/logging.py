@@ -21,6 +21,7 @@ from interpret.views.view import Table, View
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 INIT_TIMEOUT = 30  # seconds to wait for a W&B server before a run is recorded offline
+FINISH_TIMEOUT = 300  # seconds to wait at the end for uploads; without it W&B waits for a server that is gone for ever
 
 
 class RunLog:
@@ -100,7 +101,7 @@ class RunLog:
     def close(self) -> None:
         """End the W&B run, also after a failure: in a sweep the next run must not go on with it."""
         if self.wandb_logger is not None:
-            _survive("end the W&B run", wandb.finish)
+            _survive("send all to W&B (it is kept on disk; send it later with: wandb sync DIRECTORY)", wandb.finish)
 
     def _write_csv(self) -> None:
         columns = list(dict.fromkeys(name for row in self.history for name in row))
@@ -192,7 +193,9 @@ def wandb_logger(
             resume="allow",
             tags=list(tags),
             config=dict(config),
-            settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT),
+            settings=wandb.Settings(
+                silent=True, init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=True
+            ),
         )
         try:
             run_logger.experiment.define_metric("*", step_metric="trainer/global_step")
@@ -201,7 +204,8 @@ def wandb_logger(
                 warnings.warn(f"W&B is unavailable ({error}); this run is recorded locally only", stacklevel=2)
                 return None
             warnings.warn(f"W&B server not reached ({error}); this run is recorded offline", stacklevel=2)
-            wandb.teardown()  # else its service holds the run id of the failed attempt
+            # Else its service holds the run id of the failed attempt; where that has crashed, there is none to end.
+            _survive("end W&B's service", wandb.teardown)
         else:
             return run_logger
     return None
