@@ -51,7 +51,6 @@ KINDS = {
     ),
     "MART, CAM discrepancy, pictures": ("defense=mart", "regularizers=[cam_discrepancy]", "panels=[pse,cam]"),
 }
-SLOW = [pytest.param(kind, marks=pytest.mark.long) for kind in list(KINDS)[1:]]
 
 
 def options(kind: str) -> list[str]:
@@ -81,10 +80,16 @@ def held_step(folder: Path) -> int:
     return int(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"])
 
 
-@pytest.mark.parametrize("kind", [TRADES, *SLOW])
-def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(kind, whole, tmp_path: Path) -> None:
+OFTEN = (("step", 3), ("write", 2), ("log", 1), ("rename", 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "places"),
+    [(TRADES, (("write", 2), ("log", 2))), *(pytest.param(kind, OFTEN, marks=pytest.mark.long) for kind in KINDS)],
+)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(kind, places, whole, tmp_path: Path) -> None:
     folder, log = tmp_path / "cut", tmp_path / "log"
-    for i, place in enumerate([("step", 3), ("write", 2), ("log", 1), ("rename", 2)]):
+    for i, place in enumerate(places):
         arguments = [f"resume={folder}"] if i else [*options(kind), f"out={tmp_path}", "name=cut"]
         assert run(log, *arguments, plan={place: DIE}) == -signal.SIGKILL, (place, log.read_text())
     assert run(log, f"resume={folder}") == 0, log.read_text()
