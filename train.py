@@ -36,6 +36,7 @@ from lightning_modules.console import accuracy_table, clear_errors, console, req
 from lightning_modules.hardware import AUTO, settled
 from lightning_modules.logging import RunLog, check_wandb_mode, wandb_logger
 from lightning_modules.networks.build import make_network
+from lightning_modules.processes import is_leader, launches
 from lightning_modules.run_folder import RunFolder
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -127,11 +128,19 @@ def train(cfg: DictConfig, what: str) -> float:
         checked = instantiate(cfg.trainer, logger=False, enable_progress_bar=False, enable_checkpointing=False)
         if checked.gradient_clip_val and "mixed" in str(cfg.trainer.precision) and cfg.optimizer.get("fused"):
             raise ValueError("optimizer.fused: Lightning cannot clip gradients of it in mixed precision; expected false")
+        if launches(checked) and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise ValueError(
+                f"trainer.devices: a sweep cannot start the {checked.world_size} processes of a member itself; expected "
+                "devices=1, or a launcher that starts each member by itself, e.g. hydra/launcher=submitit_slurm"
+            )
         if module.defense.replays > 1 and checked.accumulate_grad_batches > 1:
             raise ValueError("trainer.accumulate_grad_batches: each replay of Free-AT is an optimiser step; expected 1")
         point = folder.resume_point() if folder is not None else None
         require_whole({"checkpoint_every": cfg.get("checkpoint_every")}, {"checkpoint_every": 1})
-        if folder is None:
+        if not is_leader():  # one folder a run: what another process would write or say goes nowhere
+            console.quiet, cfg.wandb.mode = True, "disabled"
+            folder = RunFolder.scratch(what)
+        elif folder is None:
             folder = RunFolder.create(cfg.out, cfg.name, what, OmegaConf.to_yaml(cfg, resolve=True), probe=probe.hash)
 
     info = folder.info
@@ -173,7 +182,7 @@ def train(cfg: DictConfig, what: str) -> float:
 
         def judge(name: str, net: torch.nn.Module) -> dict[str, float]:
             device = trainer.strategy.root_device
-            correct[name] = correct_under(net.to(device), data.test_dataloader(), attacks, device)
+            correct[name] = correct_under(net.to(device), data.whole_test(), attacks, device)
             return {attack: float(right.double().mean()) for attack, right in correct[name].items()}
 
         records, correct = {}, dict[str, dict[str, torch.Tensor]]()
@@ -188,6 +197,8 @@ def train(cfg: DictConfig, what: str) -> float:
                 plain.module, datamodule=plain.data
             )
             records["undefended"] = judge("undefended", plain.module.net)
+        if not is_leader():
+            return kept.best_score or 0.0
         write_correct(folder.path, correct)
         table = accuracy_table(f"Accuracy on the test set, {meta['threat']}", records)
         log.results(table, {"threat": meta["threat"], **records})

@@ -265,6 +265,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def test_dataloader(self) -> TensorLoader:
         return self._loader(self.test, self.eval_batch_size, training=False)
 
+    def whole_test(self) -> TensorLoader:
+        """All test images in order, on each of several processes, which take turns themselves."""
+        return TensorLoader(self.test.images, self.test.labels, self.eval_batch_size)
+
     def _loader(self, part: Images, batch_size: int, *, training: bool) -> TensorLoader:
         trainer = self.trainer
         device = trainer.strategy.root_device if self.on_device and trainer is not None else part.images.device

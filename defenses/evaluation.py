@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from defenses.attacks import Attack
@@ -16,8 +17,10 @@ def accuracy_under(
 ) -> dict[str, float]:
     """Share of correct predictions, clean and under each attack, in eval mode; the net is left as it was.
 
+    In a process group the processes take turns among the batches, and each gets what one process alone would find.
+
     Args:
-        batches: (x, y) with x in [0,1], (N, C, H, W), and y (N,).
+        batches: (x, y) with x in [0,1], (N, C, H, W), and y (N,); the whole split, on every process.
         attacks: by name.
 
     Returns:
@@ -37,16 +40,26 @@ def correct_under(
     Raises:
         ValueError: no batch.
     """
-    correct: dict[str, list[Tensor]] = {name: [] for name in ("clean", *attacks)}
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
+    correct: dict[int, dict[str, Tensor]] = {}  # by batch
     for index, (x, y) in enumerate(batches):
+        if index % processes != rank:
+            continue
         x, y = x.to(device), y.to(device)
         images = {"clean": x}
         for name, attack in attacks.items():
             attack.reseed(index)
             images[name] = attack(net, x, y)
         with undisturbed(net), torch.no_grad():
-            for name, x_attacked in images.items():
-                correct[name].append((net(x_attacked).argmax(1) == y).cpu())
-    if not correct["clean"]:
+            correct[index] = {name: (net(attacked).argmax(1) == y).cpu() for name, attacked in images.items()}
+    if _grouped():
+        parts: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(processes)]
+        dist.all_gather_object(parts, correct)
+        correct = {index: found for part in parts for index, found in part.items()}
+    if not correct:
         raise ValueError("evaluation: expected at least one batch, found none")
-    return {name: torch.cat(parts) for name, parts in correct.items()}
+    return {name: torch.cat([correct[index][name] for index in sorted(correct)]) for name in ("clean", *attacks)}
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -93,7 +93,8 @@ def unit_scores(
             for running, beside in observed:
                 for layer in layers:
                     units = obs.adv.acts[layer].shape[1]
-                    running.setdefault(layer, RunningSensitivity(units, SILENT).to(x.device)).update(beside, layer)
+                    fresh = RunningSensitivity(units, SILENT, shared=False).to(x.device)
+                    running.setdefault(layer, fresh).update(beside, layer)
     scores = {layer: attack[layer].compute() for layer in layers}
     if by == "noise_corrected":
         return {layer: score - noise[layer].compute() for layer, score in scores.items()}

@@ -12,14 +12,18 @@ from interpret.sensitivity import EPS, silent_units, unit_change
 
 
 class KindShares(Metric):
-    """Share of suppression-dominated, promotion-dominated, balanced and inactive parts, (4,) in ``KIND_NAMES`` order."""
+    """Share of suppression-dominated, promotion-dominated, balanced and inactive parts, (4,) in ``KIND_NAMES`` order.
+
+    Args:
+        shared: over all processes; else of this one alone, which then waits for no other.
+    """
 
     full_state_update = False
     higher_is_better = None
     counts: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, shared: bool = True) -> None:
+        super().__init__(sync_on_compute=shared)
         self.add_state("counts", torch.zeros(len(KIND_NAMES), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, effects: PromotionSuppression) -> None:
@@ -38,6 +42,7 @@ class RunningSensitivity(Metric):
     Args:
         units: C.
         silent: as in :func:`interpret.sensitivity.relative_unit_sensitivity`: 0 for a loss, ``SILENT`` for rankings.
+        shared: over all processes; else of this one alone.
     """
 
     full_state_update = False
@@ -48,8 +53,8 @@ class RunningSensitivity(Metric):
     samples: Tensor
     positions: Tensor
 
-    def __init__(self, units: int, silent: float = 0.0) -> None:
-        super().__init__()
+    def __init__(self, units: int, silent: float = 0.0, shared: bool = True) -> None:
+        super().__init__(sync_on_compute=shared)
         self.silent = silent
         for name in ("change", "total", "squares"):
             self.add_state(name, torch.zeros(units, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)

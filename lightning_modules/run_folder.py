@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import hashlib
 import importlib.metadata
@@ -9,7 +10,9 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +142,13 @@ class RunFolder:
         }
         write_atomic(path / "run.json", json.dumps(record, indent=2) + "\n")
         return folder
+
+    @classmethod
+    def scratch(cls, what: str) -> RunFolder:
+        """A folder for a process that is not the leader; it is gone when the process ends."""
+        path = tempfile.mkdtemp(prefix="glassarmor-")
+        atexit.register(shutil.rmtree, path, ignore_errors=True)
+        return cls.create(path, None, what, "")
 
     @classmethod
     def existing(cls, path: str | Path) -> RunFolder:

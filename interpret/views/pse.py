@@ -87,7 +87,7 @@ def kind_shares(kinds: np.ndarray) -> np.ndarray:
 
 def summarise(effects: PromotionSuppression) -> dict[str, float]:
     """Shares of kinds; mean sums of promotion and suppression and mean |interaction gap| per image, in logits."""
-    shares = KindShares()
+    shares = KindShares(shared=False)  # dashboards are drawn by one process
     shares.update(effects)
     return {
         **dict(zip(SHARE_KEYS, shares.compute().tolist(), strict=True)),

@@ -80,6 +80,8 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         trainer.strategy.checkpoint_io = self._files  # of every checkpoint of this trainer
+        # The leader's, on every process.
+        self.best, self.last, self.previous = trainer.strategy.broadcast((self.best, self.last, self.previous))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._whole = Path(trainer.ckpt_path).resolve() == self.last.resolve()
