@@ -180,7 +180,7 @@ def page() -> str:
             "Gates behind one layer of any network (`network=cas network@network.base=resnet18`), our readings of the papers' "
             "ideas: no label and no detached mask in the evaluated forward, so attacks go through the gate. Their auxiliary "
             "heads are trained by `regularizers=[auxiliary]`. The verdicts are what we expect of checks for masked "
-            "gradients.",
+            "gradients; what a small net showed is in [findings](findings.md).",
             "\n".join(peers()),
             "## Options of any of them",
             OPTIONS.format(awp=summary("defenses.weights.AWP")).strip(),
