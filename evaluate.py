@@ -221,14 +221,14 @@ def imported(cfg: DictConfig) -> DictConfig:
     Raises:
         ValueError: both ways are used at once.
     """
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
     if cfg.model is None:
         if cfg.weights is not None:
             raise ValueError(f"weights: expected model=module:callable beside it, found weights={cfg.weights} alone")
         return cfg
-    if cfg.network is not None or cfg.checkpoint is not None:
+    if cfg.get("network") is not None or cfg.checkpoint is not None:
         raise ValueError("model: takes the place of network= and checkpoint= (with weights=), found both")
-    cfg = cfg.copy()
-    OmegaConf.set_struct(cfg, False)
     target = "lightning_modules.networks.imported.imported"
     cfg.network = {"_target_": target, "_partial_": True, "target": cfg.model, "normalize": False}
     cfg.checkpoint = cfg.weights

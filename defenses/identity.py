@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ def described(value: object) -> Any:
         return [described(entry) for entry in value]
     if isinstance(value, Tensor):
         return tensors_hash(value)
+    if isinstance(value, Set):
+        return sorted(map(repr, value))
     attributes = {name: entry for name, entry in vars(value).items() if not name.startswith("_") and name != "calls"}
     if isinstance(value, nn.Module):
         attributes = {"hash": net_hash(value)} | {k: v for k, v in attributes.items() if k != "training"}

@@ -1,0 +1,414 @@
+"""Suites: who is attacked by what, who fell to what, what is counted, and that a stopped evaluation ends the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pyautoattack import AutoAttack
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from defenses import L2, PGD, Linf, evaluate_robustness, make_suite
+from defenses.apgd import APGD
+from defenses.autoattack import AutoAttackPart
+from defenses.corruptions import CORRUPTIONS, corrupted_accuracy
+from defenses.identity import described, net_hash
+from defenses.masking import UnitMask, masked
+from defenses.regularizers import PSE
+from defenses.sampling import stratified_rows, wilson
+from defenses.suite import STANDS, WRONG, Progress, Step, Suite, Transfer
+from tests.reference.nets import Linear, conv_bn, seeded, unchanged, untidy
+from tests.test_apgd import mlp
+
+
+class Threshold(nn.Module):
+    """Class 1 where the first pixel is above ½; the second pixel is an image's name, and moves nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x[:, 0, 0, 0]
+        return torch.stack([0.5 - first, first - 0.5], 1)
+
+
+class Names:
+    """Fells the images of these names by moving their first pixel by ``size``; remembers whom it was given."""
+
+    def __init__(self, names: set[int], size: float = 0.2) -> None:
+        self.names, self.size = names, size
+        self._seen: list[list[int]] = []
+        self._calls: list[int] = []
+
+    threat = Linf(0.2)
+
+    def reseed(self, call: int) -> None:
+        self._calls.append(call)
+
+    def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        names = (x[:, 0, 0, 1] * 100).round().long().tolist()
+        self._seen.append(names)
+        move = torch.tensor([self.size if name in self.names else 0.0 for name in names])
+        x_adv = x.clone()
+        x_adv[:, 0, 0, 0] += torch.where(y == 1, -move, move)
+        return x_adv
+
+
+def named(n: int = 10) -> tuple[Tensor, Tensor]:
+    """Images 0..n−1 of class i mod 2, 0.1 from the threshold; the last is mislabelled."""
+    x = torch.zeros(n, 1, 1, 2)
+    y = torch.arange(n) % 2
+    x[:, 0, 0, 0] = torch.where(y == 1, 0.6, 0.4)
+    x[:, 0, 0, 1] = torch.arange(n) / 100
+    y[-1] = 1 - y[-1]
+    return x, y
+
+
+def test_the_books_are_right_with_hand_made_attacks() -> None:
+    x, y = named()
+    attacks = [Names({0, 1, 2}), Names({2, 3, 9}), Names({5}, size=0.3), Names(set())]
+    suite = Suite("hand", tuple(Step(f"a{i}", attack) for i, attack in enumerate(attacks)))
+    net = Threshold()
+    found = evaluate_robustness(net, x, y, Linf(0.2), suite, batch_size=4)
+    assert found.felled_by == ("a0", "a0", "a0", "a1", None, None, None, None, None, "clean")
+    assert found.felled.tolist() == [0, 0, 0, 1, STANDS, STANDS, STANDS, STANDS, STANDS, WRONG]
+    assert found.standing.tolist() == [False] * 4 + [True] * 5 + [False]
+    # Only those that stand are attacked, in batches of four; nobody is who was misclassified before.
+    assert attacks[0]._seen == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert attacks[1]._seen == [[3, 4, 5, 6], [7, 8]]
+    # The third left the ball: its images are misclassified, and do not count.
+    assert attacks[2]._seen == attacks[3]._seen == [[4, 5, 6, 7], [8]]
+    assert attacks[0]._calls == [0, 1, 2]
+    assert [(a.attacked, a.felled, a.accuracy) for a in found.attacks] == [
+        (9, 3, 0.6),
+        (6, 1, 0.5),
+        (5, 0, 0.5),
+        (5, 0, 0.5),
+    ]
+    assert (found.clean_accuracy, found.accuracy, found.n) == (0.9, 0.5, 10)
+    assert found.interval == wilson(5, 10)
+    record = json.loads(json.dumps(found.record()))
+    assert record["felled_by"][3] == "a1"
+    assert record["standing"] == found.standing.tolist()
+
+
+def test_the_order_of_attacks_decides_who_felled_but_not_who_stands() -> None:
+    x, y = named()
+    one, two = Step("one", Names({0, 1, 2})), Step("two", Names({2, 3}))
+    found = [evaluate_robustness(Threshold(), x, y, Linf(0.2), Suite("s", steps)) for steps in ((one, two), (two, one))]
+    assert torch.equal(found[0].standing, found[1].standing)
+    assert found[0].felled_by[2] == "one"
+    assert found[1].felled_by[2] == "two"
+
+
+class Stop(Exception):
+    """The process was killed."""
+
+
+def interrupted(after: int):
+    told: list[Progress] = []
+
+    def progress(now: Progress) -> None:
+        told.append(now)
+        if len(told) == after:
+            raise Stop
+
+    return progress
+
+
+def real_suite(threat) -> Suite:
+    return Suite(
+        "s", (Step("pgd", PGD(threat, 3, step_size=threat.eps / 8), 6), Step("apgd", APGD(threat, 5, restarts=2), 24))
+    )
+
+
+def test_a_stopped_evaluation_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    """Killed at each batch in turn, work of that batch lost: at the end the same numbers, counts of passes included."""
+    net, threat = mlp(), Linf(0.03)
+    x = torch.rand(40, 1, 6, 6, generator=seeded(1)) * 0.8 + 0.1
+    y = net(x).argmax(1)
+    whole = evaluate_robustness(net, x, y, threat, real_suite(threat), batch_size=8)
+    assert 0 < int(whole.standing.sum()) < 40
+    assert len(set(whole.felled.tolist())) == 3
+    for after in range(1, 8):
+        state = tmp_path / f"{after}.json"
+        with pytest.raises(Stop):
+            evaluate_robustness(
+                net, x, y, threat, real_suite(threat), batch_size=8, state=state, progress=interrupted(after)
+            )
+        again = evaluate_robustness(net, x, y, threat, real_suite(threat), batch_size=8, state=state)
+        assert torch.equal(again.felled, whole.felled)
+        counts = [(a.attacked, a.felled, a.accuracy, a.forwards, a.backwards) for a in again.attacks]
+        assert counts == [(a.attacked, a.felled, a.accuracy, a.forwards, a.backwards) for a in whole.attacks]
+    # And a finished one does no work again.
+    spent: list[Progress] = []
+    evaluate_robustness(net, x, y, threat, real_suite(threat), batch_size=8, state=state, progress=spent.append)
+    assert spent == []
+
+
+@pytest.mark.parametrize("what", ["weights", "images", "settings"])
+def test_something_else_starts_anew_and_says_so(tmp_path: Path, what: str) -> None:
+    net, threat, state = mlp(), Linf(0.03), tmp_path / "state.json"
+    x = torch.rand(16, 1, 6, 6, generator=seeded(1)) * 0.8 + 0.1
+    y = net(x).argmax(1)
+    with pytest.raises(Stop):
+        evaluate_robustness(net, x, y, threat, real_suite(threat), batch_size=4, state=state, progress=interrupted(2))
+    suite = real_suite(threat)
+    if what == "weights":
+        with torch.no_grad():
+            net[3].bias[0] += 1e-3
+    elif what == "images":
+        x = x.clone()
+        x[0, 0, 0, 0] += 0.01
+    else:
+        suite = replace(suite, steps=(suite.steps[0], Step("apgd", APGD(threat, 6, restarts=2), 24)))
+    with pytest.warns(UserWarning, match=f"other {what}.*starting anew"):
+        found = evaluate_robustness(net, x, y, threat, suite, batch_size=4, state=state)
+    fresh = evaluate_robustness(net, x, y, threat, suite, batch_size=4)
+    assert torch.equal(found.felled, fresh.felled)
+    assert [a.forwards for a in found.attacks] == [a.forwards for a in fresh.attacks]
+    state.write_text("{")
+    with pytest.warns(UserWarning, match="no readable state"):
+        evaluate_robustness(net, x, y, threat, suite, batch_size=4, state=state)
+
+
+@pytest.mark.parametrize("threat", [Linf(0.03), pytest.param(L2(0.12), marks=pytest.mark.long)], ids=str)
+def test_the_standard_attacks_give_the_packages_own_verdict(threat) -> None:
+    """Image by image, against the package's own loop with the same seed; Square with fewer queries in both."""
+    net = mlp(4)
+    x = torch.rand(24, 1, 6, 6, generator=seeded(2)) * 0.8 + 0.1
+    y = net(x).argmax(1)
+    y[0] = (y[0] + 1) % 4
+    package = AutoAttack(net, norm=threat.name, eps=threat.eps, seed=0, version="standard")
+    package.apgd_targeted.n_target_classes = package.fab.n_target_classes = 3
+    package.square.n_queries = 30
+    _, predicted = package.run_standard_evaluation(x.clone(), y.clone(), batch_size=100)
+    ours = make_suite("standard", threat, classes=4)
+    assert [step.name for step in ours.steps] == ["APGD-CE", "APGD-T", "FAB-T", "Square"]
+    ours.steps[3].attack.queries = 30
+    before = torch.get_rng_state()
+    with unchanged(net):
+        found = evaluate_robustness(net, x, y, threat, ours)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(found.standing, predicted == y)
+    assert 0 < int(found.standing.sum()) < 23
+
+
+@pytest.mark.parametrize(("name", "classes"), [("standard", 2), ("fast", 3)])
+def test_suites_with_few_classes(name: str, classes: int) -> None:
+    net = Linear((1, 3, 3), classes)
+    x = torch.rand(6, 1, 3, 3, generator=seeded(3)) * 0.6 + 0.2
+    y = net(x).argmax(1)
+    suite = make_suite(name, Linf(0.05), classes)
+    if name == "standard":
+        suite.steps[3].attack.queries = 5
+    found = evaluate_robustness(net, x, y, Linf(0.05), suite)
+    assert "goes by the margin" in found.notes[0]
+    with pytest.raises(ValueError, match="apgd-t needs 4 classes"):
+        AutoAttackPart(Linf(0.05), "apgd-t")(net, x, y)
+
+
+class Rounded(nn.Module):
+    """A net behind a step function: no gradient comes through."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x * 64).round() / 64)
+
+
+def test_the_adaptive_suite_tries_what_the_others_cannot() -> None:
+    net = mlp()
+    x = torch.rand(20, 1, 6, 6, generator=seeded(4)) * 0.8 + 0.1
+    hidden = Rounded(net)
+    y = hidden(x).argmax(1)
+    threat = Linf(0.05)
+    gradient = Suite("g", (Step("pgd", PGD(threat, 10)),))
+    transfer = Suite("t", (Step("transfer", Transfer(net, PGD(threat, 10))),))
+    by_gradient = evaluate_robustness(hidden, x, y, threat, gradient)
+    by_transfer = evaluate_robustness(hidden, x, y, threat, transfer)
+    assert by_transfer.accuracy < by_gradient.accuracy - 0.2
+    names = [step.name for step in make_suite("adaptive", threat, 5, terms={"pse": PSE()}, twin=net).steps]
+    assert names == [
+        "APGD-CE",
+        "APGD-T",
+        "APGD margin, 5 starts",
+        "PGD-200 margin",
+        "adaptive CrossEntropy, raises the terms",
+        "adaptive Margin, raises the terms",
+        "adaptive CrossEntropy, hides from the terms",
+        "adaptive Margin, hides from the terms",
+        "transfer, CE",
+        "transfer, margin",
+        "Square",
+    ]
+    bare = [step.name for step in make_suite("adaptive", threat, 5).steps]
+    assert bare == [name for name in names if not name.startswith(("adaptive", "transfer"))]
+
+
+def test_the_whole_adaptive_suite_runs_and_is_the_worst_case() -> None:
+    net = conv_bn().eval()
+    x = torch.rand(3, 3, 8, 8, generator=seeded(4)) * 0.8 + 0.1
+    y, threat = net(x).argmax(1), Linf(0.02)
+    suite = make_suite("adaptive", threat, 5, terms={"pse": PSE()}, twin=conv_bn(seed=1).eval())
+    for step in suite.steps:  # the same attacks, shorter
+        inner = getattr(step.attack, "attack", step.attack)
+        for name in ("steps", "queries"):
+            if hasattr(inner, name):
+                setattr(inner, name, 2)
+    with unchanged(net):
+        found = evaluate_robustness(net, x, y, threat, suite)
+    assert [a.attacked for a in found.attacks] == [3] * 11  # a net that nothing of this length fells: all are tried
+    assert found.accuracy == 1
+
+
+def test_masks_are_attacked_through() -> None:
+    """A masked net is an ordinary net: its evaluation equals that of the same function written out."""
+    net = conv_bn().eval()
+    keep = torch.tensor([True, False, True, True, False, True, True, True])
+    other = conv_bn().eval()
+    with torch.no_grad():
+        other.head.weight[:, ~keep] = 0
+    behind = masked(net, UnitMask({"act2": keep}, {"act2": torch.zeros(8)})).eval()
+    x = torch.rand(8, 3, 8, 8, generator=seeded(6))
+    torch.testing.assert_close(behind(x), other(x))
+    y, threat = other(x).argmax(1), Linf(0.5)
+    found = [evaluate_robustness(each, x, y, threat, real_suite(threat)) for each in (behind, other)]
+    assert torch.equal(found[0].felled, found[1].felled)
+    assert found[0].accuracy < 1
+
+
+def test_passes_are_counted_and_the_time_left_falls_to_nothing() -> None:
+    net = mlp()
+    x = torch.rand(10, 1, 6, 6, generator=seeded(5))
+    y = net(x).argmax(1)
+    told: list[Progress] = []
+    suite = Suite("s", (Step("pgd", PGD(Linf(0.0), 3), 6), Step("apgd", APGD(Linf(0.0), 5), 12)))
+    found = evaluate_robustness(net, x, y, Linf(0.0), suite, batch_size=4, progress=told.append)
+    assert [(a.forwards, a.backwards) for a in found.attacks] == [(30, 30), (10 * 7, 50)]
+    assert (found.forwards, found.backwards) == (100, 80)
+    assert [(t.attack, t.batch, t.batches, t.standing) for t in told] == [
+        (name, batch, 3, 10) for name in ("pgd", "apgd") for batch in (1, 2, 3)
+    ]
+    assert told[0].left > 0
+    assert told[-1].left == 0
+    assert told[-1].accuracy == 1
+
+
+def test_the_net_is_left_alone_and_judged_in_eval_mode() -> None:
+    net = untidy(conv_bn(dropout=0.5))
+    x = torch.rand(6, 3, 8, 8, generator=seeded(6))
+    judged = conv_bn(dropout=0.5).eval()
+    y, threat = judged(x).argmax(1), Linf(0.1)
+    with unchanged(net), torch.autocast("cpu", torch.bfloat16):
+        found = evaluate_robustness(net, x, y, threat, real_suite(threat), corruptions=True)
+    expected = evaluate_robustness(judged, x, y, threat, real_suite(threat))
+    assert found.clean_accuracy == 1
+    assert torch.equal(found.felled, expected.felled)
+    assert list(found.corruptions) == list(CORRUPTIONS)
+
+
+def test_a_subset_keeps_the_classes_in_their_shares() -> None:
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate((50, 30, 15, 5))])
+    labels = labels[torch.randperm(100, generator=seeded(0))]
+    for n in (1, 20, 37, 100):
+        rows = stratified_rows(labels, n, seed=1)
+        assert len(rows) == len(rows.unique()) == n
+        assert (rows.diff() > 0).all()
+        assert ((torch.bincount(labels[rows], minlength=4) - n * labels.bincount() / 100).abs() < 1).all()
+    assert torch.equal(stratified_rows(labels, 20, seed=1), stratified_rows(labels, 20, seed=1))
+    assert not torch.equal(stratified_rows(labels, 20, seed=1), stratified_rows(labels, 20, seed=2))
+    net = Linear((1, 2, 2), 4)
+    x = torch.rand(100, 1, 2, 2, generator=seeded(1))
+    found = evaluate_robustness(net, x, labels, Linf(0.01), real_suite(Linf(0.01)), subset=20, seed=1)
+    assert torch.equal(found.rows, stratified_rows(labels, 20, seed=1))
+    assert torch.equal(found.labels, labels[found.rows])
+    assert torch.equal(found.felled != WRONG, net(x[found.rows]).argmax(1) == found.labels)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 7), (7, 7), (3, 10), (500, 1000), (9990, 10000)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_the_interval_is_wilsons(successes: int, n: int, confidence: float) -> None:
+    expected = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    assert wilson(successes, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_corruptions_grow_with_severity_and_stay_images() -> None:
+    x = F.interpolate(torch.rand(4, 3, 8, 8, generator=seeded(1)) * 0.6 + 0.2, 32, mode="bilinear")
+    for name, corrupt in CORRUPTIONS.items():
+        images = [corrupt(x, severity, seeded(2)) for severity in range(5)]
+        assert all(0 <= float(image.min()) <= float(image.max()) <= 1 and image.shape == x.shape for image in images), name
+        sizes = [float((image - x).abs().mean()) for image in images]
+        assert sizes == sorted(sizes), name
+        assert sizes[0] > 0, name
+    flat = torch.full((1, 1, 9, 9), 0.25)
+    for name in ("blur", "contrast", "pixelate", "JPEG"):  # nothing to lose
+        torch.testing.assert_close(CORRUPTIONS[name](flat, 4, seeded(0)), flat, atol=4e-3, rtol=0)
+    assert torch.equal(CORRUPTIONS["brightness"](flat, 4, seeded(0)), flat + 0.3)
+
+
+def test_accuracy_under_corruptions_is_counted_over_all_batches() -> None:
+    x, y = torch.full((10, 1, 4, 4), 0.42), torch.zeros(10, dtype=torch.long)
+    y[:3] = 1  # class 1 is what is brighter than a half
+    x[:3] = 0.9
+    found = corrupted_accuracy(Threshold(), x, y, batch_size=4)
+    assert found["brightness"] == (1.0, 0.3, 0.3, 0.3, 0.3)
+    assert found["blur"] == found["contrast"] == (1.0,) * 5
+    assert found["gaussian noise"][4] < 1  # 0.2 of standard deviation crosses the half
+    assert corrupted_accuracy(Threshold(), x, y, batch_size=4) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.rand(4, 3, 8, 8) * 255}, r"images: expected values in \[0,1\].*found"),
+        ({"images": torch.rand(4, 3, 8, 8) - 0.5}, "images: expected values in"),
+        ({"images": torch.full((4, 3, 8, 8), torch.nan)}, "images: expected values in"),
+        ({"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, "divide by 255"),
+        ({"images": torch.zeros(0, 3, 8, 8), "labels": torch.zeros(0, dtype=torch.long)}, "at least one"),
+        ({"labels": torch.tensor([0, 1, 2, 5])}, r"labels: expected 0..4, for the net returns 5 logits; found 0..5"),
+        ({"labels": torch.tensor([0, 1, 2, -1])}, "found -1..2"),
+        ({"labels": torch.tensor([0, 1, 2])}, r"labels: expected int64 \(4,\)"),
+        ({"labels": torch.zeros(4)}, "labels: expected int64"),
+        ({"net": conv_bn().half()}, "net: an evaluation runs in fp32, found weights in .*torch.float16"),
+        ({"net": nn.Flatten(0)}, "net: expected finite logits"),
+        ({"suite": "autoattack"}, "suite: expected probe, fast, standard, adaptive; found 'autoattack'"),
+        ({"subset": 5}, "subset: expected 1 to 4 images"),
+        ({"batch_size": 0}, "batch_size: expected"),
+        ({"threat": L2(100)}, "threat.eps"),
+        ({"twin": Linear((3, 8, 8), 7)}, "twin: expected 5 logits"),
+    ],
+)
+def test_bad_input_is_refused_with_one_clear_message(change, message) -> None:
+    given = {"net": conv_bn(), "images": torch.rand(4, 3, 8, 8), "labels": torch.arange(4), "threat": Linf(0.1)}
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness(**{**given, **change})
+
+
+def test_a_suite_needs_attacks_with_names_of_their_own() -> None:
+    step = Step("a", PGD(Linf(0.1)))
+    for steps in ((), (step, step)):
+        with pytest.raises(ValueError, match="a name of its own"):
+            Suite("s", steps)
+
+
+def test_settings_are_described_and_hashes_tell_nets_apart() -> None:
+    found = described(PGD(Linf("8/255"), steps=7))
+    assert found["class"] == "PGD"
+    assert found["steps"] == 7
+    assert found["threat"] == {"class": "Linf", "eps": 8 / 255}
+    assert found["objective"] == {"class": "CrossEntropy"}
+    attack = PGD(Linf(0.1))
+    before = described(attack)
+    attack.reseed(7)
+    assert described(attack) == before
+    assert json.dumps(described(Transfer(mlp(), PGD(Linf(0.1)))))
+    assert net_hash(mlp()) == net_hash(mlp())
+    assert net_hash(mlp()) != net_hash(mlp(6))
+    strided, dilated = (nn.Conv2d(1, 1, 3, **option) for option in ({"stride": 2}, {"dilation": 2}))
+    dilated.load_state_dict(strided.state_dict())
+    assert net_hash(strided) != net_hash(dilated)

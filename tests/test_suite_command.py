@@ -1,0 +1,180 @@
+"""Suites from the command line: a run, a state dict, anyone's classifier; a stopped one; what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch import nn
+
+import evaluate
+from lightning_modules import judging
+from lightning_modules.networks.build import load_weights
+from lightning_modules.networks.small_cnn import SmallCNN
+from tests.test_evaluate import command
+
+NAMED = ("data=digits", "network=small_cnn", "network.width=0.25", "threat=linf", "threads=1")
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    net = SmallCNN(num_classes=10, in_channels=1, mean=(0.3,), std=(0.3,), width=0.25)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    return tmp_path / "net.pt"
+
+
+def judged(folder: Path) -> dict:
+    assert [path.name for path in folder.iterdir()] == ["suite.json"]  # the state is gone with the work
+    return json.loads((folder / "suite.json").read_text())
+
+
+def test_weights_are_judged_and_everything_is_written(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("suite=probe", "images=20", "corruptions=true", "batch=8")
+    command(monkeypatch, evaluate, *NAMED, *asked, f"checkpoint={weights}", f"out={tmp_path / 'out'}")
+    found = judged(tmp_path / "out" / "net_probe")
+    assert found["n"] == len(found["rows"]) == len(found["standing"]) == len(found["felled_by"]) == 20
+    assert found["accuracy"] == sum(found["standing"]) / 20
+    assert found["attacks"][0]["name"] == "PGD-20"
+    assert found["attacks"][0]["settings"]["steps"] == 20
+    assert found["interval"][0] <= found["accuracy"] <= found["interval"][1]
+    assert len(found["corruptions"]["JPEG"]) == 5
+    assert found["config"]["threat"]["eps"] == 0.06
+    assert "robust accuracy" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # nothing is overwritten
+        command(monkeypatch, evaluate, *NAMED, *asked, f"checkpoint={weights}", f"out={tmp_path / 'out'}")
+    assert "holds an evaluation already" in capsys.readouterr().err
+
+
+def test_a_stopped_command_goes_on(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("suite=probe", "images=120", "batch=3", f"checkpoint={weights}", f"out={tmp_path / 'out'}", "split=val")
+    command(monkeypatch, evaluate, *NAMED, *asked, "name=whole")
+    attacked = []
+    original = judging.evaluate_robustness
+
+    def stopping(*args, progress, **options):
+        def told(now):
+            attacked.append(now.batch)
+            if len(attacked) == 2:
+                raise KeyboardInterrupt
+            progress(now)
+
+        return original(*args, progress=told, **options)
+
+    monkeypatch.setattr(judging, "evaluate_robustness", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        command(monkeypatch, evaluate, *NAMED, *asked, "name=stopped")
+    assert not (tmp_path / "out" / "stopped" / "suite.json").exists()
+    command(monkeypatch, evaluate, *NAMED, *asked, "name=stopped")
+    whole, stopped = (judged(tmp_path / "out" / name) for name in ("whole", "stopped"))
+    assert attacked[:3] == [1, 2, 2]  # the first batch was kept
+    for key in ("felled", "standing", "rows", "accuracy", "forwards", "fingerprint"):
+        assert stopped[key] == whole[key]
+
+
+def test_anyones_classifier_on_an_image_folder_and_on_npz(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "their_models.py").write_text(
+        "from torch import nn\n"
+        "def make(classes=2):\n"
+        "    body = nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()\n"
+        "    return nn.Sequential(*body, nn.Linear(4, classes))\n"
+        "def wrong():\n"
+        "    return make(7)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), np.arange(40) % 2
+    for part in ("train", "test"):
+        for label, name in enumerate(("ants", "bees")):
+            (tmp_path / "folder" / part / name).mkdir(parents=True)
+            for i in np.flatnonzero(labels == label):
+                PIL.Image.fromarray(images[i]).save(tmp_path / "folder" / part / name / f"{i}.png")
+    (tmp_path / "arrays").mkdir()
+    for part in ("train", "test"):
+        np.savez(tmp_path / "arrays" / f"{part}.npz", images=images, labels=labels)
+    body = nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    torch.save(nn.Sequential(*body, nn.Linear(4, 2)).state_dict(), tmp_path / "theirs.pt")
+    common = ("model=their_models:make", "weights=theirs.pt", "threat=linf", "suite=probe", "data.batch_size=4", "threads=1")
+    folder = ("data=image_folder", "data.path=folder", "data.size=16")
+    command(monkeypatch, evaluate, *common, *folder, "out=out", "name=folder")
+    command(monkeypatch, evaluate, *common, "data=arrays", "data.path=arrays", "out=out", "name=arrays")
+    one, two = judged(tmp_path / "out" / "folder"), judged(tmp_path / "out" / "arrays")
+    assert one["n"] == two["n"] == 40
+    assert one["clean_accuracy"] == two["clean_accuracy"]
+    assert one["class_names"] == ["ants", "bees"]
+    for change, message in (
+        ("model=their_models:wrong", "it must return logits, one floating-point tensor (N, num_classes) = (2, 2)"),
+        ("weights=nowhere.pt", "checkpoint: expected a run folder or a file of weights"),
+        ("model=their_models:missing", "must name a callable"),
+        ("network=small_cnn", "model: takes the place of network="),
+    ):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, evaluate, *common, *folder, "out=out", "name=other", change)
+        assert message in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "folder")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit):
+        command(monkeypatch, evaluate, *common, *folder, "out=out", "name=other")
+    assert "data.path" in capsys.readouterr().err
+    for arrays, message in (
+        ({"images": images, "labels": labels + 5}, "test labels must lie in 0..1 (2 classes), found 5..6"),
+        ({"images": images / 255, "labels": labels}, "images must be uint8 in 0..255, got float64"),
+    ):
+        np.savez(tmp_path / "arrays" / "test.npz", **arrays)
+        with pytest.raises(SystemExit):
+            command(monkeypatch, evaluate, *common, "data=arrays", "data.path=arrays", "out=out", "name=other")
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["arrays", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("suite=autoattack", "suite: expected probe, fast, standard, adaptive; found 'autoattack'"),
+        ("images=100000", "images: expected 1 to 359 images of the test split"),
+        ("images=0", "images: expected a whole number >= 1"),
+        ("batch=0", "batch: expected a whole number >= 1"),
+        ("split=train", "split: expected val or test"),
+        ("eps=8", "threat.eps"),
+        ("name=a/b", "plain name"),
+        ("network.width=0.5", "does not fit the network"),
+        ("checkpoint=nowhere", "checkpoint: expected a run folder or a file of weights"),
+        ("checkpoint=null", "checkpoint: expected a run folder or a file of weights, e.g."),
+        ("weights=net.pt", "weights: expected model=module:callable beside it"),
+        ("twin=nowhere", "checkpoint: expected a run folder"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, evaluate, *NAMED, f"checkpoint={weights}", f"out={out}", "suite=probe", override)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_net_whose_own_names_begin_with_net_takes_its_own_weights(tmp_path: Path) -> None:
+    net = nn.Sequential()
+    net.add_module("net", nn.Linear(2, 2))
+    saved = {name: value + 1 for name, value in net.state_dict().items()}
+    torch.save(saved, tmp_path / "own.pt")
+    load_weights(net, tmp_path / "own.pt")
+    assert torch.equal(net.net.bias, saved["net.bias"])
