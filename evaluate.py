@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from datamodules.concepts import procedural_concepts
 from datamodules.images import ProbeBatch
 from defenses.masking import UnitMask, choose_units, masked
-from defenses.suite import SUITES, check_images
+from defenses.robustness import check_images
+from defenses.suite import SUITES
 from interpret.association import concept_weights
 from interpret.dissection import dissect
 from interpret.views.encode import plain

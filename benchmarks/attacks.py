@@ -2,11 +2,11 @@
 
     python benchmarks/attacks.py RUN [RUN ...] [--images 100] [--steps 50] [--cw-images 20] [--norm linf]
 
-RUN is a run folder (its best checkpoint) or a checkpoint in one; images: the test split, the classes in their shares.  PGD:
-20 steps of 2.5 ε / 20 from one uniform start, on the cross-entropy.  APGD-CE and APGD-T: ``steps`` iterations, one start, 9
-targets.  C&W: 5 constants × ``steps`` for Foolbox and us, as many steps with its one constant for torchattacks; on the images
-that are classified rightly; a failure counts as infinite.  "Same" is the share of images with the verdict of ours; seconds are
-of the process, one thread.
+RUN is a run folder (its best checkpoint) or a checkpoint in one; images: the test split, the classes in their shares.
+PGD: 20 steps of 2.5 ε / 20 from one uniform start, on the cross-entropy.  APGD-CE and APGD-T: ``steps`` iterations, one
+start, 9 targets.  C&W: 5 constants × ``steps`` for Foolbox and us, as many steps with its one constant for torchattacks; on
+the images that are classified rightly; a failure counts as infinite.  "Same" is the share of images with the verdict of
+ours; seconds are of the process, one thread.
 
 Packages that are not importable are left out.  To have them: pip install --target DIR --no-deps torchattacks==3.5.1
 foolbox==3.3.4 eagerpy typing-extensions requests urllib3 idna charset-normalizer certifi GitPython gitdb smmap scipy, then
@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defenses.apgd import APGD, APGDT
 from defenses.attacks import PGD
 from defenses.minimum_norm import CarliniWagner
+from defenses.robustness import fooled
 from defenses.sampling import stratified_rows
-from defenses.suite import fooled
 from defenses.threat import L2, Linf, Threat, norms
 from evaluate import located
 from lightning_modules.networks.build import load_weights, make_network

@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from defenses.robustness import Evaluation, evaluate_robustness
 from defenses.sampling import stratified_rows
-from defenses.suite import Evaluation, evaluate_robustness
 from evaluate import located
 from lightning_modules.networks.build import load_weights, make_network
 

@@ -21,9 +21,10 @@ from defenses.objectives import (
     TargetedMargin,
 )
 from defenses.regularizers import PSE, CAMDiscrepancy, UnitKL, UnitSensitivity
+from defenses.robustness import Evaluation, evaluate_robustness
 from defenses.sanity import Check, SanityReport, sanity_checks
 from defenses.square import Square
-from defenses.suite import Evaluation, Suite, evaluate_robustness, make_suite
+from defenses.suite import Suite, make_suite
 from defenses.supported import Supported
 from defenses.terms import (
     AdversarialCE,

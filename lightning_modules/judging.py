@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
-from defenses.suite import Evaluation, Progress, evaluate_robustness
+from defenses.robustness import Evaluation, Progress, evaluate_robustness
 from defenses.terms import Term
 from defenses.threat import Threat
 from interpret.views.encode import plain
@@ -73,7 +73,7 @@ def judge(
     """Run a suite, show it, and write ``suite.json``: numbers, per-example arrays, and ``about``.
 
     The work done so far is kept in ``suite_state.json`` beside it, so that the same command goes on where it was stopped.
-    Arguments as in :func:`defenses.suite.evaluate_robustness`.
+    Arguments as in :func:`defenses.robustness.evaluate_robustness`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "suite_state.json"

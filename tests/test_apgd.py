@@ -15,7 +15,7 @@ from defenses.apgd import APGD, APGDT, checkpoints, halves
 from defenses.attacks import PGD
 from defenses.losses import margin
 from defenses.objectives import DLR, CrossEntropy, Margin, TargetedDLR, TargetedMargin
-from defenses.suite import counted
+from defenses.robustness import counted
 from defenses.threat import L2, Linf, norms
 from tests.reference import apgd as reference
 from tests.reference.nets import Linear, batch, conv_bn, seeded, unchanged, untidy

@@ -55,6 +55,7 @@ def test_rooms_know_only_what_lies_below(path: Path) -> None:
         ("plotly", lambda p: p.startswith("interpret/views/")),
         ("jinja2", lambda p: p.startswith("interpret/views/")),
         ("pytorch_lightning", lambda p: p.startswith(("datamodules/", "lightning_modules/"))),
+        ("pyautoattack", lambda p: p == "defenses/autoattack.py"),
         ("lightning", lambda p: False),
         ("hydra", lambda p: False),
         ("omegaconf", lambda p: False),

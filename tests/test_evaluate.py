@@ -181,6 +181,8 @@ def test_every_attack_is_analysed(run: Path, tmp_path: Path, monkeypatch: pytest
         "cw": ("attack.steps=10", "attack.search_steps=2"),
         "ead": ("attack.steps=10", "attack.search_steps=2"),
         "group_sparse": ("attack.steps=10", "attack.search_steps=2"),
+        "apgd": ("attack.steps=10",),
+        "apgd_t": ("attack.steps=5", "attack.targets=2"),
         "cam_cw": ("attack.attack.steps=10", "attack.attack.search_steps=2"),
     }.get(attack, ())
     command(

@@ -20,8 +20,9 @@ from defenses.corruptions import CORRUPTIONS, corrupted_accuracy
 from defenses.identity import described, net_hash
 from defenses.masking import UnitMask, masked
 from defenses.regularizers import PSE
+from defenses.robustness import STANDS, WRONG, Progress
 from defenses.sampling import stratified_rows, wilson
-from defenses.suite import STANDS, WRONG, Progress, Step, Suite, Transfer
+from defenses.suite import Step, Suite, Transfer
 from tests.reference.nets import Linear, conv_bn, seeded, unchanged, untidy
 from tests.test_apgd import mlp
 
@@ -346,8 +347,10 @@ def test_corruptions_grow_with_severity_and_stay_images() -> None:
         assert sizes == sorted(sizes), name
         assert sizes[0] > 0, name
     flat = torch.full((1, 1, 9, 9), 0.25)
-    for name in ("blur", "contrast", "pixelate", "JPEG"):  # nothing to lose
-        torch.testing.assert_close(CORRUPTIONS[name](flat, 4, seeded(0)), flat, atol=4e-3, rtol=0)
+    for name in ("blur", "contrast", "pixelate", "JPEG"):  # nothing to lose but the codec's coarse greys
+        torch.testing.assert_close(
+            CORRUPTIONS[name](flat, 4, seeded(0)), flat, atol=0.02 if name == "JPEG" else 1e-6, rtol=0
+        )
     assert torch.equal(CORRUPTIONS["brightness"](flat, 4, seeded(0)), flat + 0.3)
 
 
