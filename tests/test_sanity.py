@@ -328,6 +328,13 @@ def test_the_net_and_the_random_numbers_are_given_back():
     assert {"outputs", "gradients", "FGSM", "PGD-2", "PGD-10", "Square, 5 queries"} <= set(told)
 
 
+def test_it_runs_under_inference_mode():
+    net = trained()
+    expected = judged(net, n=16, steps=2, queries=3)
+    with torch.inference_mode():
+        assert judged(net, n=16, steps=2, queries=3) == expected
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
