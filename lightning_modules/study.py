@@ -357,7 +357,7 @@ def planned(member: Member) -> RunCard:
 
 
 def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
-    """Cards of all members that were started, failures included, written to ``OUT/cards``."""
+    """Cards of all members that were started, failures included, in ``OUT/cards``; those of an earlier YAML go."""
     cards = []
     (out / "cards").mkdir(parents=True, exist_ok=True)
     for member in members:
@@ -367,6 +367,10 @@ def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
         card = _card(member, place)
         cards.append(card)
         write_card(card, out / "cards" / f"{member.name}.json")
+    names = {member.name for member in members}
+    for path in (out / "cards").glob("*.json"):
+        if path.stem not in names:
+            path.unlink()
     return cards
 
 

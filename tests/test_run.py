@@ -26,6 +26,7 @@ from defenses.threat import Linf
 from interpret.views.page import ReportPage, read_script
 from interpret.views.pse import PSEPanel
 from lightning_modules.callbacks.dashboard import Dashboard
+from lightning_modules.cards import card_of
 from lightning_modules.logging import RunLog, wandb_logger
 from tests.composing import SMALL
 from tests.wandb_log import history, run_ids
@@ -88,6 +89,13 @@ def test_the_run_folder_is_complete(run: Path) -> None:
     assert set(records) == {"threat", "defended, best epoch", "defended, last epoch", "undefended"}
     for name in ("defended, best epoch", "undefended"):
         assert list(records[name]) == ["clean", "FGSM", "PGD-20"]
+    card = card_of(run)
+    for name, found in card.evaluations.items():
+        assert {attack: right.mean() for attack, right in found.correct.items()} == pytest.approx(records[name])
+    cost = json.loads((run / "cost.json").read_text())
+    assert (cost["passes"], cost["steps"]) == (2 + 3, 4)  # TRADES: K + 3
+    assert len(cost["seconds"]) == len(cost["cpu_seconds"]) == 3
+    assert min(cost["seconds"]) > 0
 
 
 def test_the_best_checkpoint_is_the_best_epoch_held_out(run: Path) -> None:
@@ -173,6 +181,7 @@ def test_an_interrupted_run_resumes_exactly_into_the_same_wandb_run(run: Path, t
     with (run / "metrics.csv").open() as one, (tmp_path / "cut" / "metrics.csv").open() as other:
         assert [r["val/robust_acc"] for r in csv.DictReader(one)] == [r["val/robust_acc"] for r in csv.DictReader(other)]
     assert len(run_ids(tmp_path / "cut" / "wandb")) == 1
+    assert len(json.loads((tmp_path / "cut" / "cost.json").read_text())["seconds"]) == 3  # no epoch twice
     assert (tmp_path / "cut" / "results.json").read_text() == (run / "results.json").read_text()
 
 

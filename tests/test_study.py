@@ -110,6 +110,8 @@ def test_done_is_skipped_killed_is_resumed_and_failures_stop_nobody(tmp_path: Pa
     assert [bool(card.failure) for card in cards] == [True, False, False, False]
     assert "training diverged" in read_card(tmp_path / "cards" / f"{bad.name}.json").failure
     assert read_cards([tmp_path / "cards"])[-1].measured == {"pse/promotion": 1.5}
+    cards_of([good], tmp_path)  # the YAML has fewer members now
+    assert [card.method for card in read_cards([tmp_path / "cards"])] == ["good"]
 
 
 def test_a_checkpoint_that_cannot_be_resumed_is_given_up_for_a_fresh_start(tmp_path: Path, script: Path) -> None:
