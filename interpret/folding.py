@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,24 +19,34 @@ Change = tuple[nn.Module, str, object]  # a module, an attribute's name, what it
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CAST = (*_CONVOLUTIONS, nn.Linear)  # what autocast runs in low precision
+_LOOKED_AT = (*_CONVOLUTIONS, *_NORMS, nn.ReLU)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ABSENT = object()
 
-# By net: its submodules that may take part when the pairs were found, and the pairs.  Another set is looked at anew.
-_known: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], tuple[Pair, ...]]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Foldable:
+    """What can be saved: pairs of a convolution and its BatchNorm, and ReLUs whose input nobody else reads."""
+
+    pairs: tuple[Pair, ...] = ()
+    relus: tuple[nn.Module, ...] = ()
+
+
+# By net: its submodules that may take part when it was looked at, and what was found.  Another set is looked at anew.
+_known: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Foldable]] = WeakKeyDictionary()
 
 
 @contextmanager
 def folded(net: nn.Module, x: Tensor) -> Iterator[nn.Module]:
     """The same function of the images in fewer operations: the weights, scaled by the BatchNorms behind them, made once.
 
-    For a net in eval mode whose parameters are frozen: inside, no gradient reaches them.  Exact up to rounding.  Under
-    autocast the weights of all convolutions and linear layers are also cast once, instead of in each pass (autocast itself
-    only remembers the casts of weights that ask for a gradient).  Nothing is written: attributes of the modules hide the
-    parameters, and are taken away in any case.
+    For a net in eval mode whose parameters are frozen: inside, no gradient reaches them.  Exact up to rounding.  ReLUs
+    overwrite what they read, where nothing else reads it.  Under autocast the weights of all convolutions and linear layers
+    are also cast once, instead of in each pass (autocast itself at best remembers casts of weights that ask for a gradient).
+    Nothing is written: attributes of the modules hide the parameters, and are taken away in any case.
 
-    What a folded convolution returns is what its BatchNorm returned.  So a pair of which one has a hook, or a ``forward``
-    that somebody replaced, stays as it is; who records convolutions by hooks added inside must not fold.
+    What a folded convolution returns is overwritten by what its BatchNorm returned, and that by its ReLU.  So a module that
+    has a hook, or a ``forward`` that somebody replaced, stays as it is; who hooks layers inside must not fold.
 
     Args:
         net: in eval mode.
@@ -49,62 +60,68 @@ def folded(net: nn.Module, x: Tensor) -> Iterator[nn.Module]:
         yield net
 
 
-def foldable(net: nn.Module, x: Tensor) -> tuple[Pair, ...]:
-    """The pairs of a net in eval mode, found once by running two images and kept until its submodules change.
+def foldable(net: nn.Module, x: Tensor) -> Foldable:
+    """What of a net in eval mode can be folded, found once by running two images and kept until its submodules change.
 
     A pair is a convolution and a BatchNorm, each of torch's own class and run once, the one's output read by the other
-    and by nothing else on the way to the logits.  The net with all pairs folded must give the same logits for these
-    images, else there are none: so a net that reads what autograd does not see, or draws random numbers, is left alone.
-    The path that a net takes must not depend on the images.
+    and by nothing else on the way to the logits.  The net with everything folded must give the same logits for these
+    images and let their gradient through, else nothing is: so a net that reads what autograd does not see, or draws random
+    numbers, is left alone.  The path that a net takes must not depend on the images.
 
     Only the net's ``forward`` runs, not the hooks on the net itself: this is none of the passes that they count.
     """
     inside = [module for module in net.modules() if module is not net and _takes_part(module)]
     if net in _known:
-        before, pairs = _known[net]
+        before, found = _known[net]
         if len(before) == len(inside) and all(a is b for a, b in zip(before, inside, strict=True)):
-            return pairs
-    pairs = ()
+            return found
+    found = Foldable()
     if any(type(module) in _NORMS for module in inside):
-        with replaying(rng_state(x.device), x.device), torch.autocast(x.device.type, enabled=False):
+        with replaying(rng_state(x.device), x.device), torch.autocast(x.device.type, enabled=False), torch.enable_grad():
             try:
-                pairs = _found(net, inside, x[:2].detach())
-            except (RuntimeError, ValueError):  # a net that wants its whole batch, e.g. one confined to its images' pixels
-                pairs = ()
-    _known[net] = (inside, pairs)
-    return pairs
+                found = _found(net, inside, x[:2].detach().clone().requires_grad_())
+            except (RuntimeError, ValueError):  # e.g. a net that wants its whole batch
+                found = Foldable()
+    _known[net] = (inside, found)
+    return found
 
 
-def _found(net: nn.Module, inside: list[nn.Module], x: Tensor) -> tuple[Pair, ...]:
+def _found(net: nn.Module, inside: list[nn.Module], x: Tensor) -> Foldable:
     runs: Counter[nn.Module] = Counter()
-    read: dict[nn.Module, object] = {}
-    made: dict[int, tuple[nn.Module, Tensor]] = {}  # by identity of a convolution's output, which is kept alive here
+    read: dict[nn.Module, Tensor] = {}
+    made: dict[int, list[nn.Module]] = defaultdict(list)  # by identity of an output: who returned it, innermost first
+    kept: list[Tensor] = []  # so that identities stay what they are
 
-    def note(module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> None:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         runs[module] += 1
-        if type(module) in _CONVOLUTIONS:
-            made[id(output)] = (module, output)
-        else:
+        made[id(output)].append(module)
+        kept.append(output)
+        if type(module) in _LOOKED_AT:
             read[module] = inputs[0]
 
-    handles = [module.register_forward_hook(note) for module in inside if type(module) in (*_CONVOLUTIONS, *_NORMS)]
+    handles = [module.register_forward_hook(note) for module in net.modules() if module is not net]
     try:
-        with torch.enable_grad():
-            logits = net.forward(x.clone().requires_grad_())
+        logits = net.forward(x)
     finally:
         for handle in handles:
             handle.remove()
-    readers = _readers(logits)
-    pairs = []
-    for norm, tensor in read.items():
-        conv, output = made.get(id(tensor), (norm, None))
-        if output is not None and runs[conv] == runs[norm] == 1 and readers[output.grad_fn] == 1:
-            pairs.append((conv, norm))
-    with torch.no_grad(), _replaced(list(_changes(net, pairs, None))):
+    readers, free = _readers(logits), {module for module in inside if type(module) in _LOOKED_AT}
+    pairs: list[Pair] = []
+    relus: list[nn.Module] = []
+    for module in free & read.keys():
+        tensor, makers = read[module], made[id(read[module])]
+        if runs[module] > 1 or tensor.grad_fn is None or readers[tensor.grad_fn] > 1 or not free.issuperset(makers):
+            continue
+        if type(module) in _NORMS and len(makers) == 1 and type(makers[0]) in _CONVOLUTIONS and runs[makers[0]] == 1:
+            pairs.append((makers[0], module))
+        elif type(module) is nn.ReLU:
+            relus.append(module)
+    found = Foldable(tuple(pairs), tuple(relus))
+    with _replaced(list(_changes(net, found, None))):
         again = net.forward(x)
-    largest = logits.abs().max()
-    same = (again - logits).abs().max() <= torch.finfo(logits.dtype).eps ** 0.5 * largest
-    return tuple(pairs) if bool(same) else ()
+        torch.autograd.grad(again.sum(), x)  # fails where something that was overwritten is needed
+    same = (again - logits).abs().max() <= torch.finfo(logits.dtype).eps ** 0.5 * logits.abs().max()
+    return found if bool(same) else Foldable()
 
 
 def _readers(output: Tensor) -> Counter[object]:
@@ -123,16 +140,19 @@ def _readers(output: Tensor) -> Counter[object]:
 
 
 def _takes_part(module: nn.Module) -> bool:
-    """False for a convolution or BatchNorm with a hook or another ``forward``, or with batch statistics."""
-    if type(module) not in (*_CONVOLUTIONS, *_NORMS):
+    """False for a module that would change and has a hook or another ``forward``, or normalises by the batch."""
+    if type(module) not in _LOOKED_AT:
         return True
     hooked = any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
     return not hooked and not (type(module) in _NORMS and (module.training or module.running_mean is None))
 
 
-def _changes(net: nn.Module, pairs: Iterable[Pair], low: torch.dtype | None) -> Iterator[Change]:
+@torch.no_grad()
+def _changes(net: nn.Module, found: Foldable, low: torch.dtype | None) -> Iterator[Change]:
     done: set[nn.Module] = set()
-    for conv, norm in pairs:
+    for relu in found.relus:
+        yield relu, "forward", torch.relu_
+    for conv, norm in found.pairs:
         assert isinstance(conv, _CONVOLUTIONS)
         assert isinstance(norm, _NORMS)
         assert norm.running_mean is not None

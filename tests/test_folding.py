@@ -104,7 +104,7 @@ def test_the_same_logits_and_input_gradients(name):
             same_logits, same_gradient = answer(net, x, y)
         torch.testing.assert_close(same_logits, logits, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(same_gradient, gradient, rtol=1e-10, atol=1e-10)
-        assert len(foldable(net, x)) == expected
+        assert len(foldable(net, x).pairs) == expected
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     found = seen.names()
     assert sum(count for op, count in found.items() if "batch_norm" in op and "backward" not in op) == norms - expected
@@ -165,9 +165,9 @@ def _unfolded(net: nn.Module, x: Tensor) -> Tensor:
 def test_a_changed_structure_is_looked_at_anew():
     net = alive(conv_bn()).eval()
     x, _, _ = batch()
-    assert len(foldable(net, x)) == 2
+    assert len(foldable(net, x).pairs) == 2
     net.bn1 = nn.Identity()
-    assert [norm for _, norm in foldable(net, x)] == [net.bn2]
+    assert [norm for _, norm in foldable(net, x).pairs] == [net.bn2]
     with torch.no_grad(), folded(net, x):
         torch.testing.assert_close(net(x), _unfolded(net, x), rtol=1e-4, atol=1e-4)
 
@@ -240,7 +240,7 @@ def parametrized() -> nn.Module:
 def test_what_cannot_be_folded_is_left_alone(make, expected):
     net = make().eval()
     x, _, _ = batch()
-    assert len(foldable(net, x)) == expected
+    assert len(foldable(net, x).pairs) == expected
     torch.manual_seed(5)
     with torch.no_grad():
         before = net(x)
@@ -260,9 +260,46 @@ def test_a_convolution_with_a_hook_gives_what_it_gives():
         with folded(net, x):
             torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(seen[-1], seen[0])
-        assert [conv for conv, _ in foldable(net, x)] == [net.conv2]
+        assert [conv for conv, _ in foldable(net, x).pairs] == [net.conv2]
         handle.remove()
-        assert len(foldable(net, x)) == 2
+        assert len(foldable(net, x).pairs) == 2
+
+
+def test_a_relu_overwrites_only_what_nobody_else_looks_at():
+    net = alive(conv_bn()).eval()
+    x, _, _ = batch()
+    assert set(foldable(net, x).relus) == {net.act1, net.act2}
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = net.bn1.register_forward_hook(lambda _m, _i, output: seen.append((output, output.clone())))
+    with torch.no_grad(), folded(net, x), Calls() as calls:
+        net(x)
+    assert calls.names()["relu_"] == 1
+    assert all(torch.equal(kept, copied) for kept, copied in seen)
+    handle.remove()
+
+
+class Squashed(nn.Module):
+    """Its ReLU would overwrite what the sigmoid's gradient needs, or what a second branch reads."""
+
+    def __init__(self, branch: bool) -> None:
+        super().__init__()
+        self.branch, self.body, self.relu = branch, alive(conv_bn()), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.body(x) + 0.5
+        return self.relu(logits) + logits.square() if self.branch else self.relu(logits.sigmoid())
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_nothing_is_overwritten_that_a_gradient_needs(branch):
+    net = Squashed(branch).eval()
+    x, _, y = batch()
+    with undisturbed(net):
+        expected = answer(net, x, y)
+        assert net.relu not in foldable(net, x).relus
+        with folded(net, x):
+            for one, other in zip(answer(net, x, y), expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_batch_statistics_are_not_folded():

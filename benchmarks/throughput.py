@@ -1,0 +1,297 @@
+"""Robust training of a ResNet-18 against the same training driven by other libraries, paired in one process.
+
+    python benchmarks/throughput.py [--what step attack trades] [--batch 64] [--steps 10] [--rounds 3] [--threads 1]
+
+Each library as its users run it, fp32 in torch's own layout, and again in bf16 with channels last (autocast around it).
+Peers are found by import; where one is absent its rows are left out.  They go into a folder of their own:
+
+    pip install --target DIR --no-deps torchattacks==3.5.1 foolbox==3.3.4 eagerpy==0.30.0 GitPython gitdb smmap \\
+        adversarial-robustness-toolbox==1.20.1 six secml-torch==1.5
+    PYTHONPATH=DIR python benchmarks/throughput.py
+
+Random images and weights: the cost does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.timing import Times, machine, matmul_rate, paired, ratio, rows, version
+from defenses.attacks import PGD
+from defenses.defense import Defense
+from defenses.objectives import KLToClean
+from defenses.terms import AdversarialCE, CleanCE, TradesKL
+from defenses.threat import Linf
+from lightning_modules.networks.resnet import resnet18
+
+EPS, STEP = 8 / 255, 2 / 255
+Run = Callable[[Tensor, Tensor], object]
+
+
+class Unfolded(PGD):
+    """PGD on the net as it is: what folding gains is counted apart."""
+
+    def _lightened(self, net: nn.Module, x: Tensor) -> AbstractContextManager[nn.Module]:
+        return nullcontext(net)
+
+
+def optimizer_of(net: nn.Module, fused: bool = False) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=fused or None)
+
+
+def learn(net: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+# --- The same training, five times: each returns one step, or the attack alone ---------------------------------------
+
+
+def ours(net: nn.Module, steps: int, train: bool, attack: type[PGD] = PGD) -> Run:
+    pgd = attack(Linf(EPS), steps, STEP)
+    defense, optimizer = Defense(pgd, {"ce": AdversarialCE()}), optimizer_of(net, fused=True)
+    return (lambda x, y: learn(net, optimizer, defense(net, x, y).loss)) if train else (lambda x, y: pgd(net, x, y))
+
+
+def torchattacks(net: nn.Module, steps: int, train: bool) -> Run:
+    from torchattacks import PGD as Attack
+
+    attack, optimizer = Attack(net, eps=EPS, alpha=STEP, steps=steps), optimizer_of(net)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        x_adv = attack(x, y)
+        net.train()
+        learn(net, optimizer, F.cross_entropy(net(x_adv), y))
+
+    return step if train else attack
+
+
+def foolbox(net: nn.Module, steps: int, train: bool) -> Run:
+    from foolbox import PyTorchModel
+    from foolbox.attacks import LinfPGD
+
+    attack, optimizer = LinfPGD(abs_stepsize=STEP, steps=steps), optimizer_of(net)
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        _, x_adv, _ = attack(PyTorchModel(net.eval(), bounds=(0, 1), device="cpu"), x, y, epsilons=EPS)
+        return x_adv
+
+    def step(x: Tensor, y: Tensor) -> None:
+        x_adv = run(x, y)
+        net.train()
+        learn(net, optimizer, F.cross_entropy(net(x_adv), y))
+
+    return step if train else run
+
+
+class Float(nn.Module):
+    """ART hands logits to numpy, which knows no bf16."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits.float()
+
+
+def art(net: nn.Module, steps: int, train: bool) -> Run:
+    from art.defences.trainer import AdversarialTrainerMadryPGD
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(
+        Float(net), nn.CrossEntropyLoss(), (3, 32, 32), 10, optimizer_of(net), clip_values=(0, 1), device_type="cpu"
+    )
+    trainer = AdversarialTrainerMadryPGD(classifier, eps=EPS, eps_step=STEP, max_iter=steps)
+    trainer.attack.set_params(verbose=False)
+
+    def run(x: Tensor, y: Tensor) -> None:
+        trainer.attack.set_params(batch_size=len(x))
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            if train:
+                trainer.fit(x.numpy(), y.numpy(), nb_epochs=1, batch_size=len(x))
+            else:
+                trainer.attack.generate(x.numpy(), y.numpy())
+
+    return run
+
+
+def secml(net: nn.Module, steps: int, train: bool) -> Run:
+    from secmlt.adv.backends import Backends
+    from secmlt.adv.evasion.pgd import PGD as Attack
+    from secmlt.defenses.adv_training.pytorch.adversarial_trainer import AdversarialTrainer
+    from secmlt.models.pytorch.base_pytorch_nn import BasePyTorchClassifier
+    from torch.utils.data import DataLoader, TensorDataset
+
+    attack = Attack("linf", EPS, steps, STEP, random_start=True, backend=Backends.NATIVE)
+    trainer = AdversarialTrainer(optimizer_of(net), epochs=1)
+
+    def run(x: Tensor, y: Tensor) -> None:
+        batches = DataLoader(TensorDataset(x, y), batch_size=len(x))
+        if train:
+            trainer.train(net, batches, attack)
+        else:
+            attack(BasePyTorchClassifier(net.eval()), batches)
+
+    return run
+
+
+PEERS: dict[str, tuple[Callable[..., Run], str]] = {
+    "torchattacks": (torchattacks, "torchattacks"),
+    "Foolbox": (foolbox, "foolbox"),
+    "ART": (art, "adversarial-robustness-toolbox"),
+    "secml-torch": (secml, "secml-torch"),
+}
+
+
+# --- TRADES ----------------------------------------------------------------------------------------------------------
+
+
+def our_trades(net: nn.Module, steps: int, attack: type[PGD] = PGD) -> Run:
+    pgd = attack(Linf(EPS), steps, STEP, start="gaussian", objective=KLToClean())
+    defense, optimizer = Defense(pgd, {"ce": CleanCE(), "kl": TradesKL(6)}), optimizer_of(net, fused=True)
+    return lambda x, y: learn(net, optimizer, defense(net, x, y).loss)
+
+
+def published_trades(net: nn.Module, steps: int) -> Run:
+    """The order of passes of the released TRADES loop, written anew: 2 K + 3 forwards, K + 3 backwards.
+
+    The clean logits are computed again in each attack step, and once more for the robust term of the loss.
+    """
+    optimizer = optimizer_of(net)
+
+    def divergence(images: Tensor, x: Tensor) -> Tensor:
+        return F.kl_div(F.log_softmax(net(images), 1), F.softmax(net(x), 1), reduction="sum")
+
+    def step(x: Tensor, y: Tensor) -> None:
+        net.eval()
+        x_adv = x + 0.001 * torch.randn_like(x)
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            (gradient,) = torch.autograd.grad(divergence(x_adv, x), [x_adv])
+            moved = x_adv.detach() + STEP * gradient.sign()
+            x_adv = torch.clamp(torch.min(torch.max(moved, x - EPS), x + EPS), 0, 1)
+        net.train()
+        loss = F.cross_entropy(net(x), y) + 6 * divergence(x_adv, x) / len(x)
+        learn(net, optimizer, loss)
+
+    return step
+
+
+# --- Measuring -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def low_precision(low: bool) -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        yield
+
+
+def bound(make: Callable[[nn.Module], Run], net: nn.Module, low: bool, x: Tensor, y: Tensor) -> Callable[[], object]:
+    """One run on a net of its own, after a first small one."""
+    own = copy.deepcopy(net)
+    run = make(own.to(memory_format=torch.channels_last) if low else own)  # type: ignore[call-overload]
+
+    def once() -> None:
+        with low_precision(low):
+            run(x, y)
+
+    with low_precision(low):
+        run(x[:4], y[:4])
+    return once
+
+
+def passes(net: nn.Module, x: Tensor) -> tuple[float, float, float]:
+    """FLOP of a forward, of the gradient of the images, of the gradients of the weights, over this batch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as forward:
+        net(x)
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    with FlopCounterMode(display=False) as inputs:
+        net(x.clone().requires_grad_()).sum().backward()
+    for parameter in net.parameters():
+        parameter.requires_grad_(True)
+    with FlopCounterMode(display=False) as everything:
+        net(x.clone().requires_grad_()).sum().backward()
+    first, second, third = (float(mode.get_total_flops()) for mode in (forward, inputs, everything))
+    return first, second - first, third - second
+
+
+def compare(what: str, net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> Times:
+    runs: dict[str, Callable[[], object]] = {}
+    train = what == "step"
+
+    def add(name: str, make: Callable[[nn.Module], Run], low: bool) -> None:
+        runs[f"{name}, {'bf16 channels last' if low else 'fp32'}"] = bound(make, net, low, x, y)
+
+    for low in (True, False):
+        if what == "trades":
+            add("ours", lambda own: our_trades(own, steps), low)
+            add("ours unfolded", lambda own: our_trades(own, steps, Unfolded), low)
+            add("published loop", lambda own: published_trades(own, steps), low)
+            continue
+        add("ours", lambda own: ours(own, steps, train), low)
+        add("ours unfolded", lambda own: ours(own, steps, train, Unfolded), low)
+        for name, (make, package) in PEERS.items():
+            if version(package) == "absent":
+                print(f"{name} is not installed: its rows are left out")
+                continue
+            add(f"{name} {version(package)}", lambda own, make=make: make(own, steps, train), low)
+    return paired(runs, rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", nargs="+", choices=["step", "attack", "trades"], default=["step", "attack", "trades"])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    net = resnet18(num_classes=10, in_channels=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    x, y = torch.rand(args.batch, 3, 32, 32), torch.arange(args.batch) % 10
+    print(f"{machine()}; ResNet-18, {args.batch} images of 3×32×32, {args.steps} attack steps, {args.rounds} rounds")
+    for what in args.what:
+        times = compare(what, net, x, y, args.steps, args.rounds)
+        mine, full = "ours, bf16 channels last", "ours, fp32"
+        print(f"\n{what}\n\n{rows(times, mine, args.batch)}\n")
+        others = [name for name in times if not name.startswith("ours")]
+        for low, own in (("fp32", mine), ("fp32", full), ("bf16", mine)):
+            rivals = [name for name in others if low in name]
+            if rivals:
+                fastest = min(rivals, key=lambda name: ratio(times, name, own))
+                print(f"{own}: {ratio(times, fastest, own):.2f} × as fast as {fastest}, the fastest of them")
+        forward, inputs, weights = passes(copy.deepcopy(net), x)
+        work = args.steps * (forward + inputs)
+        if what == "trades":
+            work += forward
+        if what != "attack":
+            work += (2 if what == "trades" else 1) * (forward + inputs + weights)
+        peak = matmul_rate(torch.device("cpu"), torch.bfloat16)
+        reached = work / sorted(times[mine])[len(times[mine]) // 2]
+        print(
+            f"{work / 1e9:.0f} GFLOP at {reached / 1e9:.0f} GFLOP/s: {100 * reached / peak:.0f} % of a bf16 matrix product"
+        )
+
+
+if __name__ == "__main__":
+    main()
