@@ -49,6 +49,8 @@ class Defense(nn.Module):
         attack_batchnorm: the statistics that the attack sees: "running", or "batch", as some published codes do.
         eps_share: of the attack's ε in training, a number or a ramp over epochs, e.g. a warm-up; its steps shrink with it.
         step_share: of the attack's step size, likewise.
+        compile_attack: a backend of ``torch.compile`` for the net that the attack sees in training, e.g. "inductor"; None
+            leaves it as it is.  For GPUs: on CPUs it was not seen to pay.  Everything else sees the net itself.
 
     Raises:
         ValueError: no base loss, a name used twice, a term that needs an attack without one, or options that make no
@@ -66,6 +68,7 @@ class Defense(nn.Module):
         attack_batchnorm: Literal["running", "batch"] = "running",
         eps_share: float | Ramp = 1.0,
         step_share: float | Ramp = 1.0,
+        compile_attack: str | None = None,
     ) -> None:
         super().__init__()
         regularizers = regularizers or {}
@@ -90,6 +93,8 @@ class Defense(nn.Module):
         self.awp = awp if awp is not None and awp.gamma > 0 else None
         self.attack_batchnorm = attack_batchnorm
         self.eps_share, self.step_share = eps_share, step_share
+        self.compile_attack = compile_attack
+        self._compiled: list[nn.Module] = []  # the net and its wrapper; in a list, for it is no part of the defense
         self._refuse(reads_clean)
         self.epoch = 0.0
         self.prepared = False
@@ -117,6 +122,7 @@ class Defense(nn.Module):
             *((key, share != 1) for key, share in shares.items()),
             ("attack_batchnorm", self.attack_batchnorm != "running"),
             ("awp.gamma", self.awp is not None),
+            ("compile_attack", self.compile_attack is not None),
         ):
             if used and self.attack is None:
                 raise ValueError(f"defense.{key}: is about the adversarial loss, but this defense has no attack")
@@ -126,6 +132,13 @@ class Defense(nn.Module):
                 f"defense.{scheduled[0]}: {type(self.attack).__name__} has no ball and steps that could follow a schedule; "
                 "expected PGD or one of its one-step kin"
             )
+        if self.compile_attack is not None:
+            if self.compile_attack not in (backends := torch._dynamo.list_backends(None)):
+                raise ValueError(
+                    f"defense.compile_attack: expected null or one of {', '.join(backends)}; found {self.compile_attack!r}"
+                )
+            if self.attack_batchnorm != "running" or isinstance(self.attack, Free):
+                raise ValueError("defense.compile_attack: needs an attack that makes passes, and attack_batchnorm=running")
         if isinstance(self.attack, Free):
             if reads_clean:
                 raise ValueError(
@@ -233,6 +246,7 @@ class Defense(nn.Module):
     def _attacked(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         attack = self.attack
         assert attack is not None
+        net = self._compiled_for(net)
         eps, step = at_epoch(self.eps_share, self.epoch), at_epoch(self.step_share, self.epoch)
         with batchnorm_as_found(net) if self.attack_batchnorm == "batch" else nullcontext():
             if eps == step == 1:
@@ -242,6 +256,16 @@ class Defense(nn.Module):
             x_adv = twin(net, x, y)
             attack.calls = twin.calls
             return x_adv
+
+    def _compiled_for(self, net: nn.Module) -> nn.Module:
+        """What the attack sees: in training, the compiled net if that was asked for.  It shares modules and weights."""
+        if self.compile_attack is None or not self.training:
+            return net
+        if not self._compiled or self._compiled[0] is not net:
+            wrapper = torch.compile(net, backend=self.compile_attack, dynamic=False)
+            assert isinstance(wrapper, nn.Module)
+            self._compiled = [net, wrapper]
+        return self._compiled[1]
 
     def _step(self, net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, terms: Mapping[str, Term]) -> StepOutput:
         """Observe once for these terms, and sum them."""

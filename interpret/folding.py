@@ -52,10 +52,11 @@ def folded(net: nn.Module, x: Tensor) -> Iterator[nn.Module]:
         net: in eval mode.
         x: images (N, C, H, W); the first two are run when the net is seen for the first time (:func:`foldable`).
     """
+    own = getattr(net, "_orig_mod", net)  # inside torch.compile's wrapper
     kind = x.device.type
     low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     with torch.no_grad():
-        changes = list(_changes(net, foldable(net, x), low))
+        changes = list(_changes(own, foldable(own, x), low))
     with _replaced(changes):
         yield net
 

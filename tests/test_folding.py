@@ -365,6 +365,38 @@ def test_a_step_never_waits_for_the_device(loss, low):
     assert not WAITS & set(seen.names())
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_a_compiled_net_is_attacked_as_the_net_itself(low):
+    """Folded weights reach the graph, which is compiled once, and nothing of it stays in the defense's state."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    net = alive(conv_bn()).train()
+    plain, compiled = (
+        Defense(PGD(Linf(0.1), steps=3), {"ce": AdversarialCE()}, compile_attack=backend) for backend in (None, "aot_eager")
+    )
+    x, _, y = batch(n=6)
+    for _ in range(3):
+        found = []
+        for defense in (plain, compiled):
+            torch.manual_seed(0)
+            with unchanged(net), torch.autocast("cpu", torch.bfloat16, enabled=low), torch.no_grad():
+                found.append(defense._attacked(net, x, y))
+        assert torch.equal(*found)
+        net(x)  # moves the statistics
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    assert len(list(compiled.modules())) == len(list(plain.modules()))
+
+
+def test_what_cannot_be_compiled_is_refused():
+    with pytest.raises(ValueError, match=r"defense.compile_attack: expected null or one of .*inductor.*; found 'fast'"):
+        Defense(PGD(Linf(0.1)), {"ce": AdversarialCE()}, compile_attack="fast")
+    with pytest.raises(ValueError, match="attack_batchnorm=running"):
+        Defense(PGD(Linf(0.1)), {"ce": AdversarialCE()}, compile_attack="inductor", attack_batchnorm="batch")
+    with pytest.raises(ValueError, match=r"defense.compile_attack: is about the adversarial loss"):
+        Defense(None, {"ce": CleanCE()}, compile_attack="inductor")
+
+
 def test_the_metrics_of_a_step_never_wait_for_the_device():
     module = train.build(config(*SMALL, "panels=[]")).module
     logits, y = torch.randn(6, 10), torch.arange(6)

@@ -1,0 +1,71 @@
+"""Which precision and memory layout are fastest for a config on this machine: measures a few steps, changes nothing.
+
+    python benchmarks/recommend.py network=resnet18 data.batch_size=64      # any overrides of train.py
+    python benchmarks/recommend.py +rounds=5 +images=64
+
+``auto`` in a config never measures: it goes by the hardware's capabilities.  This command shows whether that pays here, for
+this network, and says what to write.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, open_dict
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+from benchmarks.timing import machine, paired, ratio, rows
+from lightning_modules.hardware import suited
+
+WAYS = {
+    (precision, layout): f"{precision}{', channels last' * layout}"
+    for precision in ("32-true", "bf16-mixed")
+    for layout in (False, True)
+}
+
+
+def step(cfg: DictConfig, precision: str, channels_last: bool, images: int | None) -> Callable[[], None]:
+    """One training step of the config, in this precision and layout, after one that warms it up."""
+    cfg = cfg.copy()
+    cfg.trainer.precision, cfg.channels_last = precision, channels_last
+    parts = train.build(cfg)
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+    net = parts.module.net.to(device).train()
+    defense = parts.module.defense.to(device)
+    optimizer = parts.module.make_optimizer(net.parameters())
+    x, y = (part[:images].to(device) for part in next(iter(parts.data.train_dataloader())))
+
+    def run() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision != "32-true", cache_enabled=False):
+            loss = defense(net, x, y).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    run()
+    return run
+
+
+def main() -> None:
+    with initialize_config_dir(str(train.CONFIGS), version_base="1.3"):
+        cfg = compose("train", sys.argv[1:])
+    with open_dict(cfg):
+        rounds, images = cfg.pop("rounds", 5), cfg.pop("images", None)
+    train.settle(cfg)
+    times = paired({name: step(cfg, *way, images) for way, name in WAYS.items()}, rounds)
+    best = min(WAYS.values(), key=lambda name: ratio(times, name, WAYS["32-true", False]))
+    precision, channels_last = next(way for way, name in WAYS.items() if name == best)
+    found = suited(cfg.trainer.accelerator)
+    print(f"{machine()}, {rounds} rounds\n\n{rows(times, WAYS['32-true', False])}\n")
+    print(f"fastest:  trainer.precision={precision} channels_last={str(channels_last).lower()}")
+    print(f"auto is:  trainer.precision={found.precision} channels_last={str(found.channels_last).lower()}")
+
+
+if __name__ == "__main__":
+    main()
