@@ -1,0 +1,66 @@
+"""What the benchmarks report, on cases whose answer is known."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import timing
+from benchmarks.extras import Peak
+from benchmarks.throughput import passes
+from benchmarks.timing import line, paired, ratio, rows
+
+
+def test_a_line_is_found_with_its_fit():
+    slope, intercept, r2 = line([1, 2, 3, 4], [5, 7, 9, 11])
+    assert (slope, intercept, r2) == pytest.approx((2, 3, 1))
+    _, _, bent = line([0, 1, 2], [0, 0, 3])
+    assert bent == pytest.approx(0.75)
+
+
+def test_rounds_alternate_and_ratios_are_taken_round_by_round(monkeypatch):
+    order: list[str] = []
+    clock = itertools.count()
+    monkeypatch.setattr(timing, "seconds", lambda run: run() or next(clock))
+    times = paired({name: (lambda name=name: order.append(name)) for name in "ab"}, 3)
+    assert "".join(order) == "abbaab"
+    assert times == {"a": [0, 3, 4], "b": [1, 2, 5]}
+    drifting = {"slow": [2.0, 20.0, 200.0], "fast": [1.0, 10.0, 100.0]}
+    assert ratio(drifting, "slow", "fast") == 2
+    assert "| fast | 10.000 | 1.000–100.000 | 6.4 | 0.50 | 0.50–0.50 |" in rows(drifting, "slow", 64)
+
+
+def test_the_peak_of_live_tensors_is_counted():
+    kept = torch.zeros(1000)  # 4 kB
+    with Peak([kept]) as peak:
+        first = kept + 1  # 8 kB
+        view = first[:500]
+        second = first * 2  # 12 kB
+        del second
+        third = view + 1  # 10 kB
+        del first, view, third
+        fourth = kept + kept  # 8 kB
+    assert peak.most == 12_000
+    assert peak.now == 8_000
+    del fourth
+    assert peak.now == 4_000
+
+
+def test_what_autograd_keeps_counts_as_long_as_it_keeps_it():
+    weight = torch.ones(1000, requires_grad=True)
+    with Peak([weight]) as peak:
+        loss = (weight.exp().exp()).sum()  # both results are kept for the backward
+        assert peak.now == 4_000 + 2 * 4_000 + 4
+        loss.backward()
+        del loss
+    assert peak.now == 2 * 4_000  # the weight and its gradient
+    assert peak.most >= 4 * 4_000
+
+
+def test_passes_count_the_products_of_a_linear_net():
+    net = nn.Linear(30, 20, bias=False)
+    forward, inputs, weights = passes(net, torch.rand(8, 30))
+    assert forward == inputs == weights == 2 * 8 * 30 * 20
