@@ -7,11 +7,12 @@ python evaluate.py checkpoint=runs/NAME suite=standard
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from datamodules.concepts import procedural_concepts
-from datamodules.images import ProbeBatch
-from defenses.masking import UnitMask, choose_units, masked
+from datamodules.images import ImageDataModule, ProbeBatch
+from defenses.masking import UnitMask, choose_units, mask_of, masked
 from defenses.robustness import check_images
 from defenses.suite import SUITES
 from interpret.association import concept_weights
 from interpret.dissection import dissect
 from interpret.views.encode import plain
-from interpret.views.figures import write_png
+from interpret.views.figures import save, write_png
 from interpret.views.masking import masking_view
 from interpret.views.page import KeyFigure, ReportPage, write_atomic
+from interpret.views.profiles import ProfilesPanel
+from interpret.views.versus import versus_view
 from interpret.views.view import Bars, Lines, Table, View
 from lightning_modules.callbacks.dashboard import Dashboard, Nudge
 from lightning_modules.console import clear_errors, console, require_whole
@@ -111,6 +114,12 @@ def choose(
 ) -> list[UnitMask]:
     """The mask that was asked for, and one with as many units at random."""
     layers = list(masking.layers) or [observed[-1]]
+    if masking.by == "hand":
+        if len(layers) != 1:
+            raise ValueError(f"masking.layers: masking.by=hand masks units of one layer, found {len(layers)}")
+        by_hand = mask_of(net, x[:2], layers[0], list(masking.units))
+        order = torch.randperm(len(by_hand.keep[layers[0]]), generator=torch.Generator().manual_seed(0)).tolist()
+        return [by_hand, mask_of(net, x[:2], layers[0], order[: len(set(masking.units))], "random")]
     weights = None
     if masking.concepts is not None:
         data = procedural_concepts(count=500, size=min(x.shape[2:]), channels=x.shape[1])
@@ -134,6 +143,55 @@ def compare_masked(
     probes = [dashboard.probe(each, device, {}) for each in (net, *(masked(net, mask).eval() for mask in masks))]
     units = {layer: (~keep).nonzero().flatten().tolist() for layer, keep in masks[0].keep.items()}
     return masking_view(probes, units, masking.by)
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another network for the same data."""
+
+    name: str
+    net: nn.Module
+
+
+def against(cfg: DictConfig, data: ImageDataModule) -> Other:
+    """The network of ``cfg.against``, its architecture from its own run where there is one.
+
+    Raises:
+        ValueError: no such weights, or a run on other data.
+    """
+    try:
+        weights, run = located(cfg.against)
+    except ValueError as error:
+        raise ValueError(f"against: {str(error).removeprefix('checkpoint: ')}") from None
+    saved = OmegaConf.load(run) if run is not None else cfg
+    assert isinstance(saved, DictConfig)
+    for key in ("_target_", "classes"):
+        if saved.data.get(key) != cfg.data.get(key):
+            raise ValueError(f"against: {cfg.against} was trained on other data: data.{key} is {saved.data.get(key)}")
+    net = make_network(instantiate(saved.network), data, bool(saved.get("channels_last")))
+    load_weights(net, weights)
+    return Other(named(weights, run), net.eval())
+
+
+def command_of(run: Path | None) -> str:
+    """What trained a run, as far as its folder says."""
+    info = run.parent / "run.json" if run is not None else None
+    known = json.loads(info.read_text(encoding="utf-8")) if info is not None and info.is_file() else {}
+    return str(known.get("command", "python train.py"))
+
+
+def named(weights: Path, run: Path | None) -> str:
+    """What a network is called: its run folder, or its file."""
+    return run.parent.name if run is not None else weights.stem
+
+
+def compare_networks(name: str, net: nn.Module, other: Other, dashboard: Dashboard, device: torch.device) -> View:
+    """The profiles of both networks on the same images, each attacked anew."""
+    twin = copy.copy(dashboard)
+    twin.layers, twin.run = (), other.name  # it has layers of its own
+    panel = next((p for p in dashboard.panels.values() if isinstance(p, ProfilesPanel)), ProfilesPanel())
+    probes = (dashboard.probe(net, device, {}), twin.probe(other.net.to(device), device, {}))
+    return versus_view((name, other.name), probes, panel)
 
 
 def analyse(cfg: DictConfig, attack_name: str) -> Path:
@@ -165,6 +223,7 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
         )
         if not dashboard.panels:
             raise ValueError("panels: expected at least one, found none")
+        dashboard.run, dashboard.command = cfg.checkpoint, command_of(run)
         dashboard.prepare(net)
         dashboard.rehearse(net)
         if cfg.masking.by is not None:
@@ -177,7 +236,8 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
             few = choosers.x[:2]
             rehearsed = Nudge(attack.threat)(net, few, choosers.y[:2])
             choose(cfg.masking, net, few, rehearsed, choosers.y[:2], dashboard.layers)
-        of = run.parent.name if run is not None else weights.stem
+        of = named(weights, run)
+        other = None if cfg.against is None else against(cfg, data)
         name = cfg.name or re.sub(r"[^A-Za-z0-9_+.-]+", "-", f"{of}_{attack_name}")
         if Path(name).name != name:
             raise ValueError(f"name: expected the plain name of a folder inside out={cfg.out}, found {name!r}")
@@ -192,11 +252,15 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
         if cfg.masking.by is not None:
             status.update(f"{name}: masking")
             views.append(compare_masked(cfg.masking, net, dashboard, choosers, device))
+        if other is not None:
+            status.update(f"{name}: {other.name}")
+            views.insert(0, compare_networks(of, net, other, dashboard, device))
     meta = {
         "checkpoint": str(weights),
         "attack": f"{attack_name}, {attack.threat}",
         "images": f"{len(images.ids)} of the {cfg.split} split, hash {images.hash}",
         "observed layers": ", ".join(dashboard.layers),
+        **({"against": cfg.against} if other is not None else {}),
         "seed": cfg.seed,
         "commit": commit(),
     }
@@ -204,6 +268,8 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
     for view in views:
         if view.figure is not None:
             write_png(view.figure, folder / f"{view.name}.png")
+        if view.drawing is not None:
+            save(view.drawing, folder / f"{view.name}.svg")
     page = ReportPage(folder, name, meta, key_figures=KEY_FIGURES, overview=None)
     page.write_epoch(0, 0, {}, views)
     page.finish()
@@ -212,7 +278,7 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
     write_atomic(folder / "analysis.json", text + "\n")  # last: its presence says that the analysis is whole
     for view in views:
         console.print(f"[bold]{view.title}[/bold]  {view.headline}")
-    console.print(f"page      {page.index}\nnumbers   {folder / 'analysis.json'}\npictures  {folder}/*.png")
+    console.print(f"page      {page.index}\nnumbers   {folder / 'analysis.json'}\npictures  {folder}/*.png and *.svg")
     return folder
 
 

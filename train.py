@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import warnings
 from contextlib import closing
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def undefended(cfg: DictConfig) -> DictConfig:
     return twin
 
 
-def train(cfg: DictConfig, what: str) -> float:
+def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float:
     """Train, test, report; returns the best held-out robust accuracy, for sweeps: the test set selects nothing."""
     with clear_errors(cfg.debug):
         folder = RunFolder.existing(cfg.resume) if cfg.resume is not None else None
@@ -141,9 +142,11 @@ def train(cfg: DictConfig, what: str) -> float:
             console.quiet, cfg.wandb.mode = True, "disabled"
             folder = RunFolder.scratch(what)
         elif folder is None:
-            folder = RunFolder.create(cfg.out, cfg.name, what, OmegaConf.to_yaml(cfg, resolve=True), probe=probe.hash)
+            composed = OmegaConf.to_yaml(cfg, resolve=True)
+            folder = RunFolder.create(cfg.out, cfg.name, what, composed, probe=probe.hash, command=command)
 
     info = folder.info
+    dashboard.command = info.get("command", dashboard.command)
     meta = {
         "what": info["what"],
         "threat": str(dashboard.attack.threat),
@@ -152,6 +155,7 @@ def train(cfg: DictConfig, what: str) -> float:
         "seed": cfg.seed,
         "commit": info["commit"],
         "started": info["started"],
+        "command": dashboard.command,
     }
     logger = wandb_logger(
         folder.path,
@@ -247,7 +251,8 @@ def main(cfg: DictConfig) -> float:
         if cfg.resume is not None:
             cfg = resumed_config(cfg, overrides)
         settle(cfg, Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else None)
-    return train(cfg, what)
+    words = [word for word in overrides if not word.startswith(("name=", "resume="))]
+    return train(cfg, what, shlex.join(["python", "train.py", *words]))
 
 
 if __name__ == "__main__":

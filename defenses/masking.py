@@ -155,6 +155,27 @@ def choose_units(
     return UnitMask(keep, fills, by)
 
 
+@torch.no_grad()
+def mask_of(net: nn.Module, x: Tensor, layer: str, units: Sequence[int], by: str = "hand") -> UnitMask:
+    """Mask these units of a layer, which answer zero; the net is left as it was.
+
+    Args:
+        x: a few images, (N, C, H, W), that tell how many units the layer has.
+
+    Raises:
+        ValueError: an unknown layer or unit, or no unit at all.
+    """
+    find_layers(net, [layer], key="masking.layers")
+    with evaluating(net), record(net, [layer]) as acts:
+        net(x)
+    count = acts[layer].shape[1]
+    if not units or not all(isinstance(unit, int) and 0 <= unit < count for unit in units):
+        raise ValueError(f"masking.units: expected units 0 to {count - 1} of layer {layer!r}, found {list(units)}")
+    keep = torch.ones(count, dtype=torch.bool, device=x.device)
+    keep[list(units)] = False
+    return UnitMask({layer: keep}, {layer: torch.zeros(count, device=x.device)}, by)
+
+
 def masked(net: nn.Module, mask: UnitMask) -> nn.Module:
     """A copy of the net whose masked units answer their fill, in training and evaluation; ``net`` is left as it was.
 

@@ -45,6 +45,7 @@ def advise(
     effects: Mapping[str, PromotionSuppression],
     active: Mapping[str, float] | None = None,
     masking: str = "",
+    more: str = "",
 ) -> tuple[Advice, ...]:
     """Where the turn happens, what carries it there, whether that is more than noise, and what to try, in this order.
 
@@ -55,14 +56,16 @@ def advise(
         effects: by layer and unit, (N, C), from :func:`interpret.pse.unit_effects` on the same examples.
         active: name → weight of the regularisers in use.
         masking: words that mask units, with ``{layer}`` and ``{units}`` in them; "" if there is no way to.
+        more: words that look at more examples, proposed where these are too few to say anything; "" if there are no more.
 
     Raises:
         ValueError: effects of another number of examples than ``turning``.
     """
     active = active or {}
-    where = _where(layers, turning)
+    where = _where(layers, turning, more)
     if not where.layer:
-        return (where,)
+        spread = _wherever(controls, active) if where.numbers["turned"] >= FEWEST else None
+        return (where,) if spread is None else (where, spread)
     found = [where]
     layer = where.layer
     carried = None
@@ -81,19 +84,20 @@ def advise(
     return tuple(found)
 
 
-def _where(layers: Sequence[str], turning: Tensor) -> Advice:
+def _where(layers: Sequence[str], turning: Tensor, more: str) -> Advice:
     turned, examples = int((turning >= 0).sum()), len(turning)
     numbers: dict[str, float] = {"examples": examples, "turned": turned}
     if turned < FEWEST:
         text = f"Only {turned} of {examples} examples turn, too few to say where ({FEWEST} are needed)."
-        return Advice(text + " Show more examples or a stronger attack.", numbers)
+        return Advice(text + (" Look at more of them." if more else ""), numbers, more if turned else "")
     counts = torch.bincount(turning[turning >= 0], minlength=len(layers))
     first = int(counts.argmax())
     share, low, even = int(counts[first]) / turned, _lower_bound(int(counts[first]), turned), 1 / len(layers)
     numbers |= {"turned_there": int(counts[first]), "share": share, "share_low": low, "even_share": even}
     if low <= even:
         text = f"The turn has no one place: {layers[first]} holds most, {_percent(share)} of {turned} turns, where an even "
-        return Advice(text + f"spread over {len(layers)} layers gives {_percent(even)}; that may be chance.", numbers)
+        text += f"spread over {len(layers)} layers gives {_percent(even)}; that may be chance."
+        return Advice(text, numbers, more)
     text = f"The attack wins at {layers[first]}: {int(counts[first])} of the {turned} examples that turn do so there "
     text += f"({_percent(share)}, at least {_percent(low)}; {examples} were shown)."
     return Advice(text, numbers, layer=layers[first])
@@ -156,6 +160,21 @@ def _regularise(layer: str, ratio: float, active: Mapping[str, float]) -> Advice
     text = f"The sensitivity regulariser is on, with weight {weight:g}, and {layer} still moves {ratio:.1f} times as far "
     config = f"regularizers.sensitivity.layers=[{layer}] regularizers.sensitivity.weight={2 * weight:g}"
     return Advice(text + f"as under noise: try it on this layer alone, with weight {2 * weight:g}.", numbers, config, layer)
+
+
+def _wherever(controls: Mapping[str, SensitivityControl], active: Mapping[str, float]) -> Advice | None:
+    """For turns that have no one place: the regulariser that goes by where predictions turn; None if noise does as much."""
+    if not controls:
+        return None
+    attack = sum(float(c.attack.mean()) for c in controls.values())
+    noise = sum(float(c.noise.mean()) for c in controls.values())
+    ratio = attack / max(noise, 1e-12)
+    if ratio < CLEARLY:
+        return None
+    text = f"Over all layers units move {ratio:.1f} times as far under attack as under noise: try to hold layers still "
+    text += "by how often predictions turn there, which needs no one place."
+    words = "" if "sensitivity" in active else f"{_with('sensitivity', active)} "
+    return Advice(text, {"ratio": ratio}, f"{words}regularizers.sensitivity.at=turning")
 
 
 def _unit_effect(carried: Advice, count: int, active: Mapping[str, float]) -> Advice:

@@ -92,14 +92,22 @@ def test_few_turns_say_nothing():
     assert only.sentence.startswith("Only 7 of 11 examples turn, too few to say where")
     assert only.config == only.layer == ""
     assert len(given(turns((0, FEWEST, 0)))) > 1
+    (more,) = advise(LAYERS, turns((0, 3, 0)), {}, {}, more="images=128")
+    assert more.config == "images=128"  # the way to learn more
     (none,) = given(turns((0, 0, 0)))
     assert none.numbers == {"examples": 4, "turned": 0}
 
 
-def test_turns_all_over_the_net_say_nothing():
-    (only,) = given(turns((10, 14, 12)))
-    assert "no one place" in only.sentence
-    assert only.config == ""
+def test_turns_all_over_the_net_name_no_layer():
+    where, spread = given(turns((10, 14, 12)))
+    assert "no one place" in where.sentence
+    assert where.config == ""
+    assert spread.numbers["ratio"] == 3
+    cfg = config(*spread.config.split())
+    assert cfg.regularizers.sensitivity.at == "turning"  # a regulariser that needs no one place
+    (_, kept) = given(turns((10, 14, 12)), active={"pse": 0.5, "sensitivity": 0.1})
+    assert kept.config == "regularizers.sensitivity.at=turning"
+    assert len(given(turns((10, 14, 12)), controls=control(1.1, 1.0))) == 1  # noise does as much
 
 
 def test_units_that_gain_by_chance_are_not_named():

@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -19,10 +20,10 @@ from torch import nn
 
 import train
 from interpret.observation import observe
-from interpret.views.encode import to_json
-from interpret.views.page import ReportPage, read_script
+from interpret.views.page import ReportPage, packed, read_script
 from interpret.views.profiles import ProfilesPanel
-from interpret.views.view import Probe
+from interpret.views.versus import versus_view
+from interpret.views.view import Answer, Probe
 from tests.composing import SMALL
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -142,7 +143,7 @@ def test_strength_and_comparison_draw_other_lines(page: Page) -> None:
     page.locator('[aria-label="Attack strength"]').fill("0")
     assert page.locator(".adv-line").get_attribute("d") == clean  # no perturbation, no difference
     assert whole != clean
-    page.select_option('[aria-label="Compare with another epoch"]', "0")
+    page.select_option('[aria-label="Compare with"]', "epoch 0")
     page.wait_for_selector(".flow .against")
     assert page.locator(".flow .against").count() == 2
 
@@ -157,6 +158,96 @@ def test_units_sort_and_filter(page: Page) -> None:
     page.fill('[aria-label="Filter units"]', f"unit {first}")
     page.locator('[aria-label="Filter units"]').press("Tab")
     assert 1 <= page.locator(".unit-grid .unit").count() < shown
+
+
+def test_units_filter_by_the_number_they_are_sorted_by(page: Page) -> None:
+    page.select_option('[aria-label="Sort units by"]', "above noise (σ)")
+    cards = page.locator(".unit-grid .unit dl").all_inner_texts()
+    values = sorted(float(text.split("above noise (σ)")[1].split()[0].replace("−", "-")) for text in cards)
+    middle = (values[3] + values[4]) / 2
+    page.fill('[aria-label="Filter units"]', f"> {middle}")
+    page.locator('[aria-label="Filter units"]').press("Tab")
+    assert page.locator(".unit-grid .unit").count() == sum(value > middle for value in values)
+
+
+def test_maps_of_units_are_clean_attacked_difference_and_first_filters(page: Page) -> None:
+    first = page.locator(".architecture .known").first.get_attribute("data-layer")
+    page.locator(f'.profiles .chip:text-is("{first}")').click()
+    card = page.locator(".unit-grid .unit").first
+    assert [m.get_attribute("title") for m in card.locator("canvas").all()[:3]] == ["clean", "attacked", "attacked − clean"]
+    assert card.locator("canvas").count() == 4  # a convolution that looks at the image has filters to show
+    last = page.locator(".architecture .known").last.get_attribute("data-layer")
+    page.locator(f'.profiles .chip:text-is("{last}")').click()
+    assert page.locator(".unit-grid .unit").first.locator("canvas").count() == 3
+
+
+def test_the_architecture_view_is_coloured_by_what_is_chosen_on_one_scale(page: Page) -> None:
+    choices = page.locator('[aria-label="Colour of the layers"] option').all_inner_texts()
+    for word in ("divergence", "turn", "sensitivity", "promotion", "suppression"):
+        assert any(word in choice for choice in choices), word
+    fills, legends = set(), []
+    for choice in choices:
+        page.select_option('[aria-label="Colour of the layers"]', choice)
+        fills.add(
+            str(page.eval_on_selector_all(".architecture .known rect", "nodes => nodes.map((n) => n.getAttribute('fill'))"))
+        )
+        legends.append(page.locator(".profiles .legend:has(+ .scroll .architecture)").inner_text())
+    assert len(fills) >= 4
+    assert all(choice in legend for choice, legend in zip(choices, legends, strict=True))
+    page.press("body", "Home")
+    page.wait_for_selector('body[data-epoch="0"]')
+    assert page.locator(".profiles .legend:has(+ .scroll .architecture)").inner_text() == legends[-1]  # as at the last epoch
+
+
+def test_the_keyboard_steers(page: Page) -> None:
+    page.press("body", "ArrowLeft")
+    page.wait_for_selector('body[data-epoch="1"]')
+    page.press("body", "End")
+    page.wait_for_selector('body[data-epoch="2"]')
+    chosen = int(page.get_attribute('.example[aria-pressed="true"]', "data-example") or 0)
+    page.press("body", "[" if chosen else "]")
+    assert page.get_attribute('.example[aria-pressed="true"]', "data-example") == str(chosen - 1 if chosen else 1)
+    page.press("body", "j")
+    page.wait_for_function("document.getElementById('panel-training').getBoundingClientRect().top < 200")
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.press("body", "t")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    page.press("body", "Home")
+    page.wait_for_selector('body[data-epoch="0"]')
+    page.press("body", "p")
+    page.wait_for_selector('body[data-epoch="2"]')  # it plays through to the end
+
+
+def test_the_first_screen_answers_a_newcomer(page: Page) -> None:
+    """The five questions of docs/reading-the-page.md, all of them before anything else but the key figures."""
+    asked = page.locator(".answers dt").all_inner_texts()
+    text = (Path(__file__).parents[1] / "docs" / "reading-the-page.md").read_text()
+    assert len(asked) == 5
+    assert all(f"## {question}" in text for question in asked)
+    assert page.locator(".answers").bounding_box()["y"] < 500  # type: ignore[index]  # of 1000
+    changed = page.locator('.answers [data-question="changed"]').inner_text()
+    assert "Since epoch 0: robust accuracy" in changed
+    assert "Since epoch 1: robust accuracy" in changed
+    command = page.locator('.answers [data-question="next"] code')
+    page.locator('.answers [data-question="next"] .chip').first.click()
+    copied = page.evaluate("getSelection().toString()") or page.locator(".answers .chip").first.inner_text()
+    assert copied in (command.first.inner_text(), "copied")
+
+
+def test_a_narrow_window_never_scrolls_sideways(browser: Browser, report: Path) -> None:
+    with watched(browser, (report / "index.html").as_uri()) as (page, complaints):
+        page.set_viewport_size({"width": 420, "height": 900})
+        page.wait_for_function("document.documentElement.scrollWidth <= innerWidth")
+        assert complaints == []
+
+
+def test_the_finished_page_is_one_file(browser: Browser, report: Path, tmp_path: Path) -> None:
+    shutil.copy(report / "index.html", tmp_path / "sent.html")
+    with watched(browser, (tmp_path / "sent.html").as_uri()) as (page, complaints):
+        page.press("body", "Home")
+        page.wait_for_selector('body[data-epoch="0"]')
+        assert page.locator("section[data-epoch='0']").count() == len(PANELS)
+        assert complaints == []
 
 
 def test_a_point_of_the_unit_scatter_shows_its_maps(page: Page) -> None:
@@ -199,11 +290,41 @@ def test_hostile_names_are_shown_and_not_run(browser: Browser, tmp_path: Path) -
     obs = observe(net, x, (x + 0.2).clamp(0, 1), torch.tensor([0, 1]))
     training = (torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
     view = ProfilesPanel(per_class=2, points=2)(Probe(net, obs, (), (evil, "val-1"), (evil, "dog"), {}, training))
+    view = replace(view, answers=(Answer("next", evil, evil), *view.answers))
     report = ReportPage(tmp_path, evil)
     report.write_epoch(0, 1, {}, [view])
     with watched(browser, report.finish().as_uri()) as (page, complaints):
         assert page.locator(".examples img").count() == 0
         assert evil in page.locator(".example").first.inner_text()
+        assert evil in page.locator(".answers").inner_text()
+        assert evil in page.locator(".answers code").first.inner_text()
+        assert complaints == []
+
+
+def test_two_networks_on_one_axis(browser: Browser, tmp_path: Path) -> None:
+    """Nets of other layers and hostile names; each is drawn with the other's lines over it."""
+    evil = '<img src=x onerror="alert(1)">'
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    nets = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), *more, *head).eval() for more in ((), (nn.Conv2d(4, 4, 3),))]
+    x, y = torch.rand(6, 1, 10, 10), torch.arange(6) % 3
+    training = (torch.rand(12, 1, 10, 10), torch.arange(12) % 3)
+    probes = tuple(
+        Probe(
+            net, observe(net, x, (x + 0.3).clamp(0, 1), y), (), tuple(f"t-{i}" for i in range(6)), tuple("abc"), {}, training
+        )
+        for net in nets
+    )
+    view = versus_view((evil, "robust"), (probes[0], probes[1]), ProfilesPanel(per_class=3, points=3))
+    report = ReportPage(tmp_path, "two", overview=None)
+    report.write_epoch(0, 0, {}, [view])
+    with watched(browser, report.finish().as_uri()) as (page, complaints):
+        assert page.locator("#panel-versus .profiles").count() == 2
+        assert page.locator("#panel-versus .against").count() == 4
+        first = page.locator("#panel-versus .profiles").first
+        assert first.locator('[aria-label="Compare with"]').input_value() == "robust"
+        assert evil in page.locator("#panel-versus").inner_text()
+        first.locator('[aria-label="Compare with"]').select_option("")
+        page.wait_for_function("document.querySelectorAll('#panel-versus .against').length === 2")
         assert complaints == []
 
 
@@ -218,7 +339,7 @@ def test_a_hundred_epochs_stay_small_and_open_fast(browser: Browser, report: Pat
         shutil.copy(report / "data" / entry["file"], tmp_path / "data")
     for epoch in range(2, 100):
         entry = {**last, "epoch": epoch, "file": f"epoch_{epoch:05d}.js"}
-        (tmp_path / "data" / entry["file"]).write_text(f"GLASSARMOR.epoch({to_json({**body, 'epoch': epoch})});\n")
+        (tmp_path / "data" / entry["file"]).write_text(f"GLASSARMOR.epoch({packed({**body, 'epoch': epoch})});\n")
         entries.append(entry)
     page._replace_epochs(entries)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 30e6

@@ -203,3 +203,36 @@ def test_what_is_no_file_of_weights_is_said_to_be_none(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=words) as error:
             load_weights(nn.Linear(1, 1), path)
         assert "weights_only" not in str(error.value)  # torch's advice to unpickle anything
+
+
+def test_two_networks_are_set_on_one_axis(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A net against the same net: both columns say the same; pictures for papers are there, as PNG and as SVG."""
+    words = ("images=12", "threads=1", "panels=[profiles]", f"checkpoint={run}", f"out={tmp_path}")
+    command(monkeypatch, evaluate, *words, f"against={run}/checkpoints/best.ckpt", "name=both")
+    folder = tmp_path / "both"
+    found = analysis(folder)
+    charts = found["panels"]["versus"]["charts"]
+    table = next(chart for chart in charts if chart["type"] == "table")
+    assert table["columns"] == ["", "net", "net (2)"]
+    assert all(first == second for _, first, second in table["rows"])
+    lines = next(chart for chart in charts if chart["type"] == "lines")
+    assert lines["series"][0] == lines["series"][1]
+    alone = next(chart for chart in found["panels"]["profiles"]["charts"] if chart["type"] == "lines")
+    assert lines["series"][0] == pytest.approx(alone["series"][1])  # the panel's attacked images
+    assert found["scalars"]["versus/turned/a"] == found["scalars"]["versus/turned/b"] == 0
+    assert np.ptp(imread(folder / "versus.png")) > 0.5
+    for name in ("versus", "profiles"):
+        assert (folder / f"{name}.svg").read_text().count("<path") > 20
+    with pytest.raises(SystemExit):
+        command(monkeypatch, evaluate, *words, "against=nowhere", "name=wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_units_named_by_hand_are_masked(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("images=12", "threads=1", "panels=[outcome]", f"checkpoint={run}", f"out={tmp_path}", "masking.by=hand")
+    command(monkeypatch, evaluate, *words, "masking.layers=[stage2]", "masking.units=[1,5]", "name=hand")
+    charts = analysis(tmp_path / "hand")["panels"]["masking"]["charts"]
+    assert [["stage2", "1, 5"]] in [chart.get("rows") for chart in charts]
+    with pytest.raises(SystemExit):
+        command(monkeypatch, evaluate, *words, "masking.layers=[stage2]", "masking.units=[99]", "name=bad")
+    assert not (tmp_path / "bad").exists()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from defenses.attacks import PGD
 from defenses.defense import Defense
-from defenses.masking import UnitMask, choose_units, fine_tune, masked, unit_scores
+from defenses.masking import UnitMask, choose_units, fine_tune, mask_of, masked, unit_scores
 from defenses.terms import AdversarialCE, CleanCE
 from defenses.threat import Linf
 from interpret.observation import feature_layers, observe
@@ -239,3 +239,26 @@ def test_weights_keep_protected_units_unless_nothing_else_is_left() -> None:
     assert (~mask.keep["0"]).nonzero().flatten().tolist() == [second]
     everything = choose_units(net, x, x_adv, y, ["0"], 0.25, "random", weights={"0": torch.ones(4)}, seed=3)
     assert (~everything.keep["0"]).nonzero().flatten().tolist() == [best]  # weights of one change nothing
+
+
+def test_units_named_by_hand_are_those_that_are_silenced():
+    net, x, _, _ = planted()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    mask = mask_of(net, x[:2], "units", [1, 3])
+    assert (mask.keep["units"].tolist(), mask.fill["units"].tolist(), mask.by) == (
+        [True, False, True, False],
+        [0.0] * 4,
+        "hand",
+    )
+    with torch.no_grad():
+        inside, kept = masked(net, mask).units(x), net.units(x)
+    assert torch.equal(inside[:, [0, 2]], kept[:, [0, 2]])
+    assert not inside[:, [1, 3]].any()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("units", [[], [4], [-1], [0, 1.5]])
+def test_units_by_hand_are_checked(units):
+    net, x, _, _ = planted()
+    with pytest.raises(ValueError, match=r"masking\.units: expected units 0 to 3 of layer 'units'"):
+        mask_of(net, x[:2], "units", units)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+import torchvision
+from hydra import compose, initialize_config_dir
 from torch import nn
 
 from interpret.observation import observe
 from interpret.profiles import activation_profiles
+from interpret.pse import PromotionSuppression
+from interpret.sensitivity import SensitivityControl
 from interpret.views.encode import encode
-from interpret.views.profiles import ProfilesPanel
+from interpret.views.profiles import ProfilesPanel, _both
 from interpret.views.view import Probe, Profiles, View
 from lightning_modules.networks.resnet import resnet18
 from lightning_modules.networks.small_cnn import SmallCNN
+from tests.composing import CONFIGS
 
 
 def probe_of(net: nn.Module, training: bool = True, n: int = 4) -> Probe:
@@ -72,3 +80,55 @@ def test_without_training_images_it_says_so() -> None:
 def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"panels.profiles.points: expected a whole number >= 2, found 1"):
         ProfilesPanel(points=1)
+
+
+def test_a_transformer_is_drawn_by_its_tokens() -> None:
+    net = torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 32, num_classes=3)
+    view = ProfilesPanel(per_class=3, points=2)(probe_of(net))
+    chart = chart_of(view)
+    assert "encoder.layers.encoder_layer_1" in chart.layers
+    assert np.isfinite(chart.position).all()
+    assert any(answer.question == "next" for answer in view.answers)
+
+
+def test_a_net_of_concatenated_branches_is_drawn() -> None:
+    net = torchvision.models.DenseNet(4, (1, 1), 8, num_classes=3)
+    chart = chart_of(ProfilesPanel(per_class=3, points=2, most=60)(probe_of(net)))
+    assert any(node.kind == "concat" for node in chart.nodes)
+    assert any(chart.nodes[b].column - chart.nodes[a].column > 1 for a, b in chart.edges)  # what goes around a layer
+    assert np.isfinite(chart.position).all()
+
+
+def test_half_of_the_units_are_those_that_move() -> None:
+    """Four by the margin that they gain, four by how far the attack moves them beyond noise; none twice."""
+    gain, movement = np.array([9.0, 8, 7, 6, 0, 0, 0, 0, 0]), np.array([9.0, 0, 0, 0, 1, 2, 3, 4, 0])
+    assert _both(gain, movement, 8).tolist() == [0, 1, 2, 3, 7, 6, 5, 4]
+    assert _both(gain[:3], movement[:3], 8).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(0.5, 0.5), ({"start": 0, "end": 2}, 2.0), (None, 1.0)])
+def test_advice_knows_the_weights_in_use(weight: object, expected: float) -> None:
+    assert ProfilesPanel(active={"pse": {"weight": weight, "top": 1.0}}).active == {"pse": expected}
+
+
+def test_commands_of_the_page_are_whole() -> None:
+    """What is copied from the page composes: a training run as it was with the words that change it, or an analysis."""
+    turning, sides = torch.tensor([1] * 20 + [0]), torch.rand(21, 8)
+    effects = PromotionSuppression(sides, sides, sides.sum(1), sides.sum(1))
+    moved, still = torch.full((8,), 2.0), torch.zeros(8)
+    control = SensitivityControl(moved, moved, still, still + 0.5, still.bool())
+    net = SmallCNN(num_classes=3, in_channels=3, mean=[0.5] * 3, std=[0.5] * 3, width=0.5)
+    probe = replace(probe_of(net), run="runs/a b", command="python train.py seed=3")
+    panel = ProfilesPanel(active={"pse": {"weight": 0.5}})
+    said = panel.advice(probe, ("stage1", "stage2"), turning, {"stage2": control}, {"stage2": effects})
+    commands = [shlex.split(a.config) for a in said if a.config]
+    assert [words[:2] for words in commands].count(["python", "evaluate.py"]) == 1
+    for words in commands:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose(words[1].removesuffix(".py"), words[2:])
+        if words[1] == "train.py":
+            assert cfg.seed == 3
+            assert "stage2" in {layer for term in cfg.regularizers.values() for layer in term.layers}
+        else:
+            assert (cfg.checkpoint, cfg.masking.by, list(cfg.masking.layers)) == ("runs/a b", "hand", ["stage2"])
+            assert set(cfg.masking.units) <= set(range(8))

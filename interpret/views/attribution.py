@@ -41,6 +41,7 @@ class AttributionPanel:
             f"Clean and adversarial attributions of the true class agree by {float(similarity.mean()):.2f} (cosine, 1 is "
             f"the same); the attack moves {100 * change:.0f} % as much attribution as there is."
         )
+        drawing = maps_figure(maps, {"attribution": self.limit}, title)
         return View(
             name=self.name,
             title="Pixel attribution",
@@ -54,7 +55,8 @@ class AttributionPanel:
                     limits=(0.0, 1.0),
                 ),
             ),
-            figure=to_array(maps_figure(maps, {"attribution": self.limit}, title)),
+            figure=to_array(drawing),
+            drawing=drawing,
             scalars={"attribution/similarity": float(similarity.mean()), "attribution/change": change},
             how_to_read=f"Orange pixels raise the true class's logit, blue ones lower it ({self.method.replace('_', ' ')} "
             "by Captum, summed over channels).",

@@ -69,6 +69,7 @@ class CAMPanel:
         )
         scalars = summarise(cams) | summarise_scores(scores)
         title = headline(cams, layer) + score_sentence(scores)
+        drawing = maps_figure(maps, {"class evidence": self.limit}, title)
         return View(
             name=self.name,
             title=TITLE,
@@ -90,7 +91,8 @@ class CAMPanel:
                 ),
                 overlap_table(overlap),
             ),
-            figure=to_array(maps_figure(maps, {"class evidence": self.limit}, title)),
+            figure=to_array(drawing),
+            drawing=drawing,
             scalars=scalars,
             how_to_read="Orange places speak for the class, blue ones against it; the mean of a map is the class's logit "
             "up to the bias (exact where pooling and a linear head follow). Differences are adversarial minus clean. The "

@@ -69,6 +69,7 @@ class DissectionPanel:
         title = headline(found, links)
         scatter = link_scatter(rows, layers)
         scalars = summarise(found, links)
+        drawing = charts_figure([scatter], title)
         return View(
             name=self.name,
             title="Concepts of units",
@@ -91,7 +92,8 @@ class DissectionPanel:
                 link_table(links),
                 unit_table(rows),
             ),
-            figure=to_array(charts_figure([scatter], title)),
+            figure=to_array(drawing),
+            drawing=drawing,
             scalars=scalars,
             table=unit_table(rows),
             how_to_read=f"A unit detects a concept if its strongest {100 * self.quantile:g} % of positions overlap the "

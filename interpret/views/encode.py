@@ -128,15 +128,22 @@ def _(chart: Profiles, max_side: int = 64) -> Encoded:
         "images": {"height": height, "width": width, "clean": pictures[0], "adv": pictures[1]},
         "classes": chart.classes,
         "strength": chart.strength,
-        "position": chart.position.tolist(),
+        "position": np.round(chart.position.astype(np.float64), 4).tolist(),
         "turning": chart.turning,
         "perception": np.round(chart.perception, 3).tolist(),
         "pair": chart.pair,
-        "bands": chart.bands.tolist(),
+        "bands": np.round(chart.bands.astype(np.float64), 3).tolist(),
         "units": [None if units is None else _units(units, blobs) for units in chart.units],
         "warnings": chart.warnings,
     }
-    return Encoded(plain_chart, blobs)
+    # One colour scale a quantity, and one a layer's maps, over all epochs.  A difference may exceed what it is between.
+    largest = [max((abs(v) for v in values if math.isfinite(v)), default=0.0) for values in chart.colours.values()]
+    maps = [0.0 if u is None else _largest(u.values, u.values[:, 1] - u.values[:, 0]) for u in chart.units]
+    return Encoded(plain_chart, blobs, {"colours": largest, "maps": maps})
+
+
+def _largest(*parts: np.ndarray) -> float:
+    return max(float(np.abs(np.nan_to_num(part)).max(initial=0.0)) for part in parts)
 
 
 def _units(units: UnitMaps, blobs: dict[str, str]) -> dict[str, Any]:
@@ -165,9 +172,8 @@ def _units(units: UnitMaps, blobs: dict[str, str]) -> dict[str, Any]:
 
 @encode.register
 def _(chart: Table, max_side: int = 64) -> Encoded:
-    return Encoded(
-        {"type": "table", "title": chart.title, "columns": chart.columns, "rows": list(chart.rows), "open": chart.open}
-    )
+    table = {"type": "table", "title": chart.title, "columns": chart.columns, "rows": list(chart.rows)}
+    return Encoded({**table, "open": chart.open, "command": chart.command})
 
 
 @encode.register

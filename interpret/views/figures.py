@@ -36,7 +36,9 @@ def to_array(figure: Figure) -> np.ndarray:
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, SVG or PDF, by the path's suffix."""
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=2 * DPI)
+    vector = Path(path).suffix in (".svg", ".pdf")
+    # Pictures inside a drawing are placed by the pixel, so that a vector file keeps the figure's own resolution.
+    figure.savefig(path, dpi=DPI if vector else 2 * DPI)
 
 
 def write_png(picture: np.ndarray, path: str | Path) -> None:
@@ -202,6 +204,11 @@ def _draw_bars(axes: Axes, bars: Bars) -> None:
 
 def _draw_lines(axes: Axes, lines: Lines) -> None:
     across, up = (100 if unit == "%" else 1 for unit in (lines.x_unit, lines.unit))
+    for i, edges in enumerate(lines.spread):
+        if edges is not None:
+            low, high = (np.array(edge, float) * up for edge in edges)
+            colour = raster.SERIES[i % len(raster.SERIES)]
+            axes.fill_between(np.array(lines.x) * across, low, high, color=colour, alpha=0.18, lw=0)
     for i, (label, values) in enumerate(zip(lines.labels, lines.series, strict=True)):
         axes.plot(
             np.array(lines.x) * across,
@@ -216,7 +223,16 @@ def _draw_lines(axes: Axes, lines: Lines) -> None:
     _plain_axes(axes, lines.title)
     axes.set_xlabel(lines.x_label + (" (%)" if across == 100 else ""), fontsize=8, color=MUTED)
     axes.set_ylabel(lines.unit, fontsize=8, color=MUTED)
+    if lines.x_names:
+        name_places(axes, np.array(lines.x) * across, lines.x_names)
     axes.legend(fontsize=7, frameon=False)
+
+
+def name_places(axes: Axes, places: np.ndarray, names: Sequence[str]) -> None:
+    """Names along the horizontal axis, slanted; every k-th of many."""
+    step = -(-len(names) // 12)
+    short = [name if len(name) < 15 else "…" + name[-13:] for name in names]
+    axes.set_xticks(places[::step], short[::step], rotation=28, ha="right", fontsize=7, parse_math=False)
 
 
 def _draw_scatter(axes: Axes, scatter: Scatter) -> None:
@@ -257,7 +273,8 @@ def charts_figure(charts: Sequence[Bars | Lines | Scatter], heading: str = "", c
     for i, chart in enumerate(charts):
         across, down = i % columns, i // columns
         left = 110 if isinstance(chart, Bars) else 62
-        inside = row - 42 - 46
+        foot = 46 + 20 * bool(isinstance(chart, Lines) and chart.x_names)
+        inside = row - 42 - foot
         box = (across * 380 + left, height - head - down * row - 42 - inside, 380 - left - 20, inside)
         axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
         if isinstance(chart, Bars):

@@ -66,12 +66,14 @@ def masking_view(
         ),
     )
     title = headline(measured, masked_units, by)
+    drawing = charts_figure(bars, title, columns=2)
     return View(
         name="masking",
         title="The network with masked units",
         headline=title,
         charts=(*bars, table, maps, units_table(masked_units)),
-        figure=to_array(charts_figure(bars, title, columns=2)),
+        figure=to_array(drawing),
+        drawing=drawing,
         scalars={f"masking/{key}/{name}": m[key] for name, m in zip(NAMES, measured, strict=True) for key in keys},
         how_to_read="The units were chosen on validation images and answer a constant; each network is attacked anew, "
         "through its mask. Only a gain beyond the random mask belongs to the choice of units.",

@@ -8,7 +8,7 @@ import numpy as np
 
 from interpret.views.figures import charts_figure, to_array
 from interpret.views.rows import class_name, numpy, percent
-from interpret.views.view import Bars, Probe, Table, View
+from interpret.views.view import Answer, Bars, Probe, Table, View
 
 
 class OutcomePanel:
@@ -27,13 +27,16 @@ class OutcomePanel:
             reference_label="clean",
         )
         title = headline(scalars)
+        drawing = charts_figure([robust], title)
         return View(
             name=self.name,
             title="What the attack achieved",
             headline=title,
             charts=(robust, size_table(scalars), classes),
-            figure=to_array(charts_figure([robust], title)),
+            figure=to_array(drawing),
+            drawing=drawing,
             scalars=scalars,
+            answers=(Answer("healthy", title),),
             table=classes,
             how_to_read="Success is the share of rightly classified images that the attack turns. Sizes are medians over "
             "the turned images; a pixel counts as changed if any of its channels moved.",

@@ -10,10 +10,12 @@ atomically, data before the manifest that names them, so an open page never sees
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -25,7 +27,8 @@ import jinja2
 from markupsafe import Markup
 
 from interpret.views import raster
-from interpret.views.encode import _base64, encode, to_json
+from interpret.views.changes import changes
+from interpret.views.encode import _base64, encode, plain, to_json
 from interpret.views.view import Table, Trend, View
 
 SCHEMA: Final = 1
@@ -47,6 +50,13 @@ KEY_FIGURES: Final = (
     KeyFigure("val/clean_acc", "Clean accuracy, held out", "%", True),
     KeyFigure("train/robust_acc", "Robust accuracy, training", "%", True),
     KeyFigure("train/loss", "Training loss", "", False),
+)
+QUESTIONS: Final = (  # what a newcomer wants to know, in this order; panels answer
+    ("healthy", "Is this defense healthy?"),
+    ("where", "Where in the net does the attack win?"),
+    ("units", "Which units carry it?"),
+    ("changed", "What changed?"),
+    ("next", "What to try next?"),
 )
 OVERVIEW: Final = Trend(
     "Held-out accuracy over epochs", ("val/clean_acc", "val/robust_acc"), ("clean", "robust"), "%", limits=(0.0, 1.0)
@@ -87,6 +97,7 @@ class ReportPage:
             "title": title,
             "meta": [[key, str(value)] for key, value in (meta or {}).items()],
             "keyFigures": [asdict(figure) for figure in key_figures],
+            "questions": QUESTIONS,
             "overview": None if overview is None else encode(overview).chart,
             "results": before.get("results"),
             "complete": False,
@@ -136,7 +147,7 @@ class ReportPage:
                     "charts": charts,
                 }
             )
-        body = to_json({"epoch": epoch, "views": shown, "blobs": blobs})
+        body = packed({"epoch": epoch, "views": shown, "blobs": blobs})
         entry: dict[str, Any] = {
             "epoch": epoch,
             "step": step,
@@ -148,10 +159,15 @@ class ReportPage:
             "scalars": numbers,
             "headlines": [{"name": v.name, "title": v.title, "headline": v.headline} for v in views],
             "limits": limits,
+            "answers": [{**asdict(answer), "panel": view.name} for view in views for answer in view.answers],
         }
         write_atomic(self.data / entry["file"], f"{_EPOCH_CALL}{body});\n")
         # Later epochs may lean on the images of the epoch that is replaced, so they go: they are a past that is rewritten.
         kept = [e for e in self._manifest["epochs"] if e["epoch"] < epoch]
+        for other in kept[:1] + kept[1:][-1:]:  # the first epoch and the one before
+            if text := changes(other["scalars"], plain(numbers)):
+                text = f"Since epoch {other['epoch']}: {text}."
+                entry["answers"].append({"question": "changed", "text": text, "command": "", "panel": ""})
         self._replace_epochs([*kept, entry])
 
     def write_results(self, table: Table) -> None:
@@ -186,7 +202,7 @@ class ReportPage:
             known = read_script(self.data / entries[number]["file"])["blobs"]
             body["blobs"] |= {key: known[key] for key in pictures & known.keys()}
         alone = {**self._manifest, "epochs": [{**entry, "needs": []}], "complete": True, "overview": None, "results": None}
-        return self._render(alone, [(entry["file"], to_json(body))])
+        return self._render(alone, [(entry["file"], packed(body))])
 
     def _replace_epochs(self, entries: list[dict[str, Any]]) -> None:
         gone = {e["file"] for e in self._manifest["epochs"]} - {e["file"] for e in entries}
@@ -247,9 +263,16 @@ def colour_tables() -> dict[str, Any]:
     }
 
 
+def packed(epoch: Mapping[str, Any]) -> str:
+    """An epoch as JSON, deflated: a third of its size, so that a hundred epochs fit into one file that can be sent."""
+    body = base64.b64encode(zlib.compress(to_json(epoch).encode(), 9)).decode("ascii")
+    return to_json({"epoch": epoch["epoch"], "deflated": body})
+
+
 def read_script(path: Path) -> Any:
-    """The JSON inside one of the data scripts."""
-    return json.loads(_script_body(path))
+    """The JSON inside one of the data scripts, that of an epoch unpacked."""
+    body = json.loads(_script_body(path))
+    return json.loads(zlib.decompress(base64.b64decode(body["deflated"]))) if "deflated" in body else body
 
 
 def _script_body(path: Path) -> str:

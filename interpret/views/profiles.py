@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,14 +18,26 @@ from interpret.profiles import ActivationProfiles, activation_profiles, coverage
 from interpret.pse import PromotionSuppression
 from interpret.sensitivity import SensitivityControl, sensitivity_control
 from interpret.structure import Structure, layout, overview, structure
-from interpret.views.figures import charts_figure, to_array
+from interpret.views.figures import to_array
+from interpret.views.flow import flow_figure
 from interpret.views.rows import class_name, images, numpy, row_titles
-from interpret.views.view import Bars, LayerNode, Lines, Probe, Profiles, Table, Trend, UnitMaps, View
+from interpret.views.view import Answer, LayerNode, Lines, Probe, Profiles, Question, Table, Trend, UnitMaps, View
 
 TITLE = "Activation Profiles"
-MASKING = "evaluate.py: masking.by=noise_corrected masking.layers=[{layer}]"
+MASKING = "masking.by=hand masking.layers=[{layer}] masking.units={units}"
+MORE = 128  # examples that a closer look takes
 SIDE = 8  # cells a side that unit maps are kept at
 CHUNK = 256  # background images a forward
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one network's profiles say: the chart, the numbers that it draws, and what to try."""
+
+    chart: Profiles
+    found: ActivationProfiles
+    background: Background
+    advice: tuple[Advice, ...]
 
 
 class ProfilesPanel:
@@ -37,6 +51,7 @@ class ProfilesPanel:
         points: attack strengths.
         units: units shown a layer, those that carry most of the attack's margin.
         examples: of the probe images, drawn; turning layers and advice are over all of them.
+        active: the run's regularisers, by name, with their ``weight``: advice builds on what is there.
     """
 
     name = "profiles"
@@ -50,6 +65,7 @@ class ProfilesPanel:
         points: int = 6,
         units: int = 8,
         examples: int = 8,
+        active: Mapping[str, Mapping[str, object]] | None = None,
     ) -> None:
         for key, value, least in (
             ("most", most, 1),
@@ -60,6 +76,7 @@ class ProfilesPanel:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"panels.profiles.{key}: expected a whole number >= {least}, found {value!r}")
         self.examples = examples
+        self.active = {name: final_weight(term.get("weight")) for name, term in (active or {}).items()}
         self.layers = tuple(layers)
         self.most = most
         self.per_class = per_class
@@ -70,6 +87,39 @@ class ProfilesPanel:
     def __call__(self, probe: Probe) -> View:
         if probe.training is None:
             return View(self.name, TITLE, "No background: the dashboard was given no training images to compare with.", ())
+        measured = self.measure(probe)
+        found, advice = measured.found, measured.advice
+        title = headline(found, measured.background)
+        lines = median_lines(found)
+        drawing = flow_figure(title, ("clean and attacked",), (found,))
+        keys = tuple(f"profiles/turning/{layer}" for layer in found.layers)
+        return View(
+            name=self.name,
+            title=TITLE,
+            headline=title,
+            charts=(
+                advice_table(advice),
+                measured.chart,
+                lines,
+                Trend("Where examples turn", keys, found.layers, "%", "share"),
+            ),
+            figure=to_array(drawing),
+            drawing=drawing,
+            scalars=summarise(found),
+            how_to_read="Each line is one image on its way through the layers, on the axis from the centre of its true "
+            "class (0) to that of what the attack promotes (1), measured on background images from the training set. Where "
+            "the attacked line stays above ½ while the clean one is below, the image has turned.",
+            answers=answers(found, advice),
+        )
+
+    def measure(self, probe: Probe) -> Measured:
+        """Profiles, maps and advice of the probe's network.
+
+        Raises:
+            ValueError: a layer that it does not have, or a probe without training images.
+        """
+        if probe.training is None:
+            raise ValueError("training: profiles need training images as their background, found none")
         net, x, x_adv = probe.net, probe.obs.clean.x, probe.obs.adv.x
         drawing = overview(structure(net, x[:2]), self.most)
         layers = self.layers or default_layers(drawing, x.shape[1])
@@ -80,31 +130,27 @@ class ProfilesPanel:
         found = activation_profiles(obs, background, min(self.neighbours, len(background.labels)))
         path = strength_positions(net, x, x_adv, obs.y, obs.target, background, points=self.points)
         warnings = coverage_warnings(found, probe.class_names)
-        title = headline(found, background)
         maps = [layer for layer in layers if obs.adv.acts[layer].dim() in (2, 4)]
         controls = sensitivity_control(net, x, x_adv, obs.y, maps, draws=2)
         effects = conductance(net, x, x_adv, obs.y, obs.target, layers=maps, steps=5).units
         chart = self.chart(probe, obs, found, path, drawing, controls, effects, warnings)
-        advice = advise(found.layers, found.turning, controls, effects, masking=MASKING)
-        turns, lines = turning_bars(found), mean_lines(found)
-        return View(
-            name=self.name,
-            title=TITLE,
-            headline=title,
-            charts=(
-                chart,
-                advice_table(advice),
-                lines,
-                Trend(
-                    "Where examples turn", tuple(f"profiles/turning/{x}" for x in found.layers), found.layers, "%", "share"
-                ),
-            ),
-            figure=to_array(charts_figure([lines, turns], title, columns=2)),
-            scalars=summarise(found),
-            how_to_read="Each line is one image on its way through the layers, on the axis from the centre of its true "
-            "class (0) to that of what the attack promotes (1), measured on background images from the training set. Where "
-            "the attacked line stays above ½ while the clean one is below, the image has turned.",
-        )
+        advice = self.advice(probe, found.layers, found.turning, controls, effects)
+        return Measured(chart, found, background, advice)
+
+    def advice(
+        self,
+        probe: Probe,
+        layers: Sequence[str],
+        turning: Tensor,
+        controls: Mapping[str, SensitivityControl],
+        effects: Mapping[str, PromotionSuppression],
+    ) -> tuple[Advice, ...]:
+        """What :func:`interpret.advice.advise` says, with whole commands: this run's own, or an analysis of it."""
+        look = f"python evaluate.py {shlex.quote(f'checkpoint={probe.run}')} "
+        masking = look.replace("{", "{{").replace("}", "}}") + MASKING
+        more = f"{look}images={MORE}" if len(probe.ids) < MORE else ""
+        said = advise(layers, turning, controls, effects, self.active, masking, more)
+        return tuple(replace(a, config=f"{probe.command} {a.config}") if trains(a) else a for a in said)
 
     def background(self, net: nn.Module, training: tuple[Tensor, Tensor], layers: Sequence[str]) -> Background:
         """φ of the training images that cover each class at the last layer."""
@@ -135,18 +181,24 @@ class ProfilesPanel:
             return tuple(values.get(layer, float("nan")) for layer in layers)
 
         units: dict[str, UnitMaps] = {}
-        concentrated: dict[str, float] = {}
+        strongest: dict[str, tuple[float, float, float]] = {}  # a tenth of the units: margin's share, promotion, suppression
         for layer in effects:
             promotion, suppression = numpy(effects[layer].promotion.mean(0)), numpy(effects[layer].suppression.mean(0))
-            gained = np.sort((promotion + suppression).clip(min=0))[::-1]
-            concentrated[layer] = float(gained[: max(1, len(gained) // 10)].sum() / max(gained.sum(), 1e-12))
-            chosen = np.argsort(-np.abs(promotion + suppression), kind="stable")[: self.units]
+            margin, beyond = promotion + suppression, numpy(controls[layer].attack - controls[layer].noise)
+            gained = margin.clip(min=0)
+            tenth = max(1, len(gained) // 10)
+            strongest[layer] = (
+                float(np.sort(gained)[-tenth:].sum() / max(gained.sum(), 1e-12)),
+                float(np.sort(promotion)[-tenth:].sum()),
+                float(np.sort(suppression)[-tenth:].sum()),
+            )
+            chosen = _both(np.abs(margin), beyond, self.units)
             columns: dict[str, tuple[float | str, ...]] = {
-                "margin (logits)": tuple((promotion + suppression)[chosen].tolist()),
+                "margin (logits)": tuple(margin[chosen].tolist()),
                 "promotion (logits)": tuple(promotion[chosen].tolist()),
                 "suppression (logits)": tuple(suppression[chosen].tolist()),
                 "sensitivity (σ)": tuple(numpy(controls[layer].attack)[chosen].tolist()),
-                "above noise (σ)": tuple(numpy(controls[layer].attack - controls[layer].noise)[chosen].tolist()),
+                "above noise (σ)": tuple(beyond[chosen].tolist()),
             }
             if layer in probe.concepts:
                 columns["concept"] = tuple(probe.concepts[layer][k] for k in chosen)
@@ -181,7 +233,9 @@ class ProfilesPanel:
                 "sensitivity above noise (σ)": by_layer(
                     {layer: float((c.attack - c.noise).mean()) for layer, c in controls.items()}
                 ),
-                "margin carried by a tenth of the units": by_layer(concentrated),
+                "promotion by the strongest tenth of units (logits)": by_layer({k: v[1] for k, v in strongest.items()}),
+                "suppression by the strongest tenth of units (logits)": by_layer({k: v[2] for k, v in strongest.items()}),
+                "share of the margin that a tenth of units carries": by_layer({k: v[0] for k, v in strongest.items()}),
             },
             examples=row_titles(probe, n),
             images=np.stack([images(obs.clean.x[:n]), images(obs.adv.x[:n])]),
@@ -207,6 +261,25 @@ def default_layers(drawing: Structure, channels: int) -> tuple[str, ...]:
         for node in drawing.nodes
         if node.observable and node.kind != "input" and not (len(node.shape) == 3 and node.shape[0] == channels)
     )
+
+
+def trains(advice: Advice) -> bool:
+    """Words for another training run, without the command that they belong to."""
+    return advice.config.startswith("regularizers")
+
+
+def final_weight(weight: object) -> float:
+    """A weight from a config: a number, or a ramp's end; 1 where none is said."""
+    if isinstance(weight, Mapping):
+        weight = weight.get("end")
+    return float(weight) if isinstance(weight, int | float) else 1.0
+
+
+def _both(gain: np.ndarray, movement: np.ndarray, count: int) -> np.ndarray:
+    """Half of ``count`` units by the first, the rest by the second, most first; none twice."""
+    first = np.argsort(-gain, kind="stable")[: -(-count // 2)]
+    rest = [unit for unit in np.argsort(-movement, kind="stable") if unit not in set(first.tolist())]
+    return np.array([*first, *rest[: count - len(first)]], int)
 
 
 def _small(act: Tensor) -> np.ndarray:
@@ -259,24 +332,45 @@ def headline(found: ActivationProfiles, background: Background) -> str:
 def advice_table(advice: Sequence[Advice]) -> Table:
     """What to try, each sentence with the numbers it was computed from and the words that do it."""
     return Table(
-        "Advice",
-        ("what the numbers say", "numbers", "what to try"),
+        "Advice: what the numbers say, and what to try",
+        ("what the numbers say", "numbers", "command"),
         [(a.sentence, ", ".join(f"{name} {value:.3g}" for name, value in a.numbers.items()), a.config) for a in advice],
         open=True,
+        command="command",
     )
 
 
-def turning_bars(found: ActivationProfiles) -> Bars:
-    shares = found.turning_shares
-    return Bars("Where the examples turn", (*found.layers, "don't turn"), tuple(float(share) for share in shares), "%")
+def answers(found: ActivationProfiles, advice: Sequence[Advice]) -> tuple[Answer, ...]:
+    """Where the attack wins, which units carry it, and what to try, as far as the advice says."""
+
+    def question(place: int, said: Advice) -> Question:
+        return "where" if place == 0 else "next" if said.config else "units"
+
+    said = [Answer(question(i, a), a.sentence, a.config if i else "") for i, a in enumerate(advice)]
+    if advice[0].config:
+        said.insert(0, Answer("next", "Look at more images before changing anything.", advice[0].config))
+    elif not any(answer.question == "next" for answer in said):
+        turned = f"{int((found.turning >= 0).sum())} of {len(found.turning)} images turn"
+        unmeasured = advice[0].layer != "" and len(advice) == 1
+        why = (
+            "the units of that layer were not measured, so nothing is proposed"
+            if unmeasured
+            else "that asks for no change here"
+        )
+        said.append(Answer("next", f"{turned}; {why}."))
+    return tuple(said)
 
 
-def mean_lines(found: ActivationProfiles) -> Lines:
-    """Mean evidence position of the examples, layer by layer."""
+def median_lines(found: ActivationProfiles, title: str = "Evidence: 0 true class, 1 target; median, middle half") -> Lines:
+    """Median evidence position of the examples, layer by layer, with its quartiles."""
+    levels = torch.tensor([0.25, 0.5, 0.75], device=found.clean.device)
+    sides = [numpy(lines.nanquantile(levels, dim=1)).tolist() for lines in (found.clean, found.adv)]
     return Lines(
-        "Evidence, mean over the examples: 0 true class, 1 target",
+        title,
         tuple(float(i) for i in range(len(found.layers))),
         "layer, input to output",
         ("clean", "attacked"),
-        tuple(tuple(float(v) for v in lines.nanmean(1)) for lines in (found.clean, found.adv)),
+        tuple(tuple(side[1]) for side in sides),
+        x_names=found.layers,
+        spread=tuple((tuple(side[0]), tuple(side[2])) for side in sides),
     )

@@ -36,6 +36,7 @@ class PSEPanel:
         maps = self.maps(probe, effects)
         scalars = summarise(effects)
         title = headline(probe, scalars)
+        drawing = maps_figure(maps, {"effect": self.limit}, title)
         return View(
             name=self.name,
             title="Promotion and suppression",
@@ -51,7 +52,8 @@ class PSEPanel:
                 ),
                 example_table(probe, effects),
             ),
-            figure=to_array(maps_figure(maps, {"effect": self.limit}, title)),
+            figure=to_array(drawing),
+            drawing=drawing,
             scalars=scalars,
             table=example_table(probe, effects),
             how_to_read="Each region is set back to clean in turn. Promotion is what the target's logit then loses, "

@@ -40,6 +40,7 @@ class RestorationPanel:
         if not curve.samples:
             return View(self.name, TITLE, title, (), how_to_read=HOW)
         lines, areas = draw(curve), area_bars(curve)
+        drawing = charts_figure([lines, areas], title, columns=2)
         return View(
             name=self.name,
             title=TITLE,
@@ -53,7 +54,8 @@ class RestorationPanel:
                     limits=(0.0, 1.0),
                 ),
             ),
-            figure=to_array(charts_figure([lines, areas], title, columns=2)),
+            figure=to_array(drawing),
+            drawing=drawing,
             scalars={f"restoration/{order}": curve.areas[order] for order in ORDERS},
             how_to_read=HOW,
         )

@@ -38,6 +38,7 @@ class SensitivityPanel:
         scatter, by_layer = control_scatter(controls), layer_bars(controls)
         logits, layers, units = logit_lines(probe, curves), layer_lines(probe, curves), unit_lines(probe, curves, self.top)
         scalars = summarise(controls)
+        drawing = charts_figure([scatter, by_layer, logits], title)
         return View(
             name=self.name,
             title="Sensitivity against noise",
@@ -55,7 +56,8 @@ class SensitivityPanel:
                     "%",
                 ),
             ),
-            figure=to_array(charts_figure([scatter, by_layer, logits], title)),
+            figure=to_array(drawing),
+            drawing=drawing,
             scalars=scalars,
             how_to_read="The control is random noise of the attack's own L2 norm, image by image. A unit above the dashed "
             "line is attack-sensitive; one on it merely varies a lot. Strength 1 is the whole perturbation.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from interpret.views.rows import percent
-from interpret.views.view import Probe, Trend, View
+from interpret.views.view import Answer, Probe, Trend, View
 
 ACCURACIES = {
     "val/clean_acc": "clean, held out",
@@ -28,10 +28,12 @@ class TrainingPanel:
         self.overfitting = overfitting
 
     def __call__(self, probe: Probe) -> View:
+        said = headline(probe.scalars, self.overfitting)
         return View(
             name=self.name,
             title="Training",
-            headline=headline(probe.scalars, self.overfitting),
+            headline=said,
+            answers=(Answer("healthy", said),),
             charts=charts(probe.scalars),
             how_to_read="Robust accuracy is the share of images that stay right under attack. A loss term is shown as it "
             "enters the total, its weight included.",

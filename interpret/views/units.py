@@ -11,7 +11,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from interpret.sensitivity import SILENT, relative_unit_sensitivity
 from interpret.views.figures import charts_figure, to_array
 from interpret.views.rows import class_name, numpy
-from interpret.views.view import Bars, MapColumn, Maps, Probe, Scatter, Table, View
+from interpret.views.view import Answer, Bars, MapColumn, Maps, Probe, Scatter, Table, View
 
 SHOWN_IMAGES = 2  # whose activation maps a chosen unit shows
 SIDE = 8  # cells a side that they are kept at
@@ -69,17 +69,20 @@ class UnitsPanel:
         by_unit = [unit_bars(layer, self.top) for layer in pick_spread(layers, self.max_layers)]
         decision = margin_bars(layers[-1], self.top)
         points = unit_scatter(probe, layers, self.detailed)
+        drawing = charts_figure([points, by_layer, decision], title)
         return View(
             name=self.name,
             title="Attack-sensitive units",
             headline=title,
             charts=(points, by_layer, decision, *by_unit, unit_table(layers)),
-            figure=to_array(charts_figure([points, by_layer, decision], title)),
+            figure=to_array(drawing),
+            drawing=drawing,
             scalars={
                 **{f"units/sensitivity/{layer.layer}": float(layer.sensitivity.mean()) for layer in layers},
                 **{f"units/gap/{layer.layer}": layer.gap for layer in layers},
             },
             table=unit_table(layers),
+            answers=(Answer("units", carriers(layers[-1], self.top)),),
             how_to_read="Right: the unit lowers the true class's logit under attack; up: it raises the target's. 1 σ means "
             "that the attack moves the unit as far as clean images vary it. The mark on each bar is the mean of the layer; "
             "units that stay silent on clean images are left out. A unit can move far without mattering: the margin bars "
@@ -125,6 +128,20 @@ def headline(layers: list[LayerUnits], top: int) -> str:
         f"{100 * moved.share(units):.0f} % of the layer's sensitivity (evenly spread: "
         f"{100 * len(units) / len(moved.sensitivity):.0f} %). In layer {layers[-1].layer} "
         f"{min(top, len(carriers))} of {len(carriers)} units carry {100 * share:.0f} % of the margin that the attack gains."
+    )
+
+
+def carriers(layer: LayerUnits, top: int) -> str:
+    """Who carries the margin that the attack gains, by name."""
+    gained = layer.margin.clip(min=0)
+    order = np.argsort(-gained, kind="stable")[:top]
+    total = gained.sum()
+    if total <= 0:
+        return f"No unit of layer {layer.layer} gives the attack any margin."
+    share, even = 100 * gained[order].sum() / total, 100 * len(order) / len(gained)
+    return (
+        f"In layer {layer.layer} units {', '.join(map(str, order))} carry {share:.0f} % of the margin the attack gains, "
+        f"where {len(order)} of {len(gained)} evenly spread would carry {even:.0f} %."
     )
 
 

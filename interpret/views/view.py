@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from interpret.conductance import Conductance, conductance
@@ -37,6 +38,8 @@ class Probe:
     training: tuple[Tensor, Tensor] | None = (
         None  # images (M, C, H, W) in [0,1] and labels, for panels that compare with them
     )
+    run: str = "RUN"  # the run folder, and the command that trained it, for what a panel proposes
+    command: str = "python train.py"
     concepts: dict[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # by layer, what an earlier panel found units to detect
@@ -107,7 +110,10 @@ class Bars:
 
 @dataclass(frozen=True)
 class Lines:
-    """Curves over one common axis, e.g. attack strength; unit "%" as in :class:`Trend`, for either axis."""
+    """Curves over one common axis, e.g. attack strength; unit "%" as in :class:`Trend`, for either axis.
+
+    ``x_names`` names the places of ``x``, e.g. layers.  ``spread``: a lower and an upper edge around each curve, or none.
+    """
 
     title: str
     x: tuple[float, ...]
@@ -117,6 +123,8 @@ class Lines:
     unit: str = ""
     x_unit: str = ""
     limits: tuple[float, float] | None = None
+    x_names: tuple[str, ...] = ()
+    spread: tuple[tuple[tuple[float, ...], tuple[float, ...]] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,12 +159,16 @@ class Maps:
 
 @dataclass(frozen=True)
 class Table:
-    """Plain cells; numbers stay numbers so that W&B can sort them.  ``open``: shown without being asked for."""
+    """Plain cells; numbers stay numbers so that W&B can sort them.  ``open``: shown without being asked for.
+
+    ``command``: the column whose cells are words for a command line, which the page lets the reader copy.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str | float | int, ...]]
     open: bool = False
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -234,6 +246,18 @@ class Profiles:
     warnings: tuple[str, ...] = ()
 
 
+Question = Literal["healthy", "where", "units", "changed", "next"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a panel says to one of the questions that the overview answers; ``command`` does it, where there is one."""
+
+    question: Question
+    text: str
+    command: str = ""
+
+
 Chart = Trend | Bars | Lines | Scatter | Maps | Table | Profiles
 
 
@@ -253,6 +277,8 @@ class View:
     scalars: Mapping[str, float] = field(default_factory=dict)
     table: Table | None = None  # goes to W&B with fixed example ids
     how_to_read: str = ""
+    answers: tuple[Answer, ...] = ()  # for the overview, where those of one question stand together
+    drawing: Figure | None = None  # what ``figure`` shows, for papers: written as SVG
 
 
 class Panel(Protocol):

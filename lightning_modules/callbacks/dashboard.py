@@ -71,6 +71,8 @@ class Dashboard(pl.Callback):
         self.class_names = tuple(class_names)
         self.log_to = log
         self.training = training
+        self.run = "RUN"  # the run folder where there is no log, and what trained it: for proposed command lines
+        self.command = "python train.py"
         self.net_of: Callable[[Any], nn.Module] = lambda module: getattr(module, "net", module)
         self.layers = tuple(layers)
         self.every_n_epochs = every_n_epochs
@@ -152,4 +154,5 @@ class Dashboard(pl.Callback):
         with undisturbed(net):
             obs = observe(net, x, x_adv, y, layers=self.layers)
         training = None if self.training is None else (self.training[0].to(device), self.training[1].to(device))
-        return Probe(net, obs, self.layers, self.ids, self.class_names, scalars, training)
+        run = self.run if self.log_to is None else str(self.log_to.folder)
+        return Probe(net, obs, self.layers, self.ids, self.class_names, scalars, training, run, self.command)

@@ -1,7 +1,7 @@
 /* State, loading and layout.  One epoch is shown at a time, in every panel at once; epochs load when they are looked at. */
 
 const GLASSARMOR = (() => {
-  const { el, format, signed, draw } = Charts;
+  const { el, bytes, format, signed, command, draw } = Charts;
   const id = (name) => document.getElementById(name);
   const POLL = 3000, PLAY = 700; // milliseconds
 
@@ -44,12 +44,17 @@ const GLASSARMOR = (() => {
         script(`data/${key}`, () => { loads.delete(key); reject(new Error(`data/${entry.file} is missing; keep the folder data beside index.html`)); });
       });
       const needed = manifest.epochs.filter((e) => entry.needs.includes(e.epoch)).map(load);
-      loads.set(key, Promise.all([own, ...needed]).then(([data]) => {
+      loads.set(key, Promise.all([own.then(unpacked), ...needed]).then(([data]) => {
         for (const [name, text] of Object.entries(data.blobs)) blobs.set(name, text);
         return data;
       }));
     }
     return loads.get(key);
+  }
+
+  async function unpacked({ deflated }) {
+    const stream = new Blob([bytes(deflated)]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return JSON.parse(await new Response(stream).text());
   }
 
   function epoch(data) {
@@ -112,7 +117,9 @@ const GLASSARMOR = (() => {
     return {
       history: manifest.epochs, single: single(), index, select, ui, view, chart, after,
       blob: (key) => blobs.get(key),
-      another: async (entry) => (await load(entry)).views.find((v) => v.name === view)?.charts[chart] ?? null, // the same chart at another epoch
+      others: () => [ // what a chart can be compared with: itself at other epochs, its kind beside it
+        ...manifest.epochs.filter((e) => e.epoch !== shown.epoch).map((e) => ({ label: `epoch ${e.epoch}`, load: async () => (await load(e)).views.find((v) => v.name === view)?.charts[chart] ?? null })),
+        ...shown.views.find((v) => v.name === view).charts.filter((c, i) => i !== chart && c.type === "profiles").map((c) => ({ label: c.title, beside: true, load: async () => c }))],
       limit: (group, row) => (limits[`${view}/${chart}/${group}`] || [])[row] || 0,
     };
   }
@@ -143,16 +150,27 @@ const GLASSARMOR = (() => {
     const entry = manifest.epochs[index];
     const parts = [el("h1", {}, manifest.title),
       el("dl", { class: "meta" }, manifest.meta.map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", {}, value))))];
-    if (manifest.results) parts.push(el("div", { class: "cards" }, draw.table(manifest.results, { ...context(after), open: true })));
-    if (!entry) return [...parts, el("p", { class: "card" }, "No epoch yet. This page shows the first one as soon as it is there.")];
+    const results = manifest.results && el("div", { class: "cards" }, draw.table(manifest.results, { ...context(after), open: true }));
+    if (!entry) return [...parts, results, el("p", { class: "card" }, "No epoch yet. This page shows the first one as soon as it is there.")];
     if (entry.note) parts.push(el("p", { class: "note" }, entry.note));
     parts.push(el("div", { class: "cards" }, manifest.keyFigures.map(keyFigure)));
     const chart = manifest.overview && draw.trend(manifest.overview, { ...context(after), height: 290 });
     const says = entry.headlines.map((h) => el("li", {}, el("a", { href: `#${anchor(h.name)}` }, h.title), " ", el("span", {}, tidy(h.headline))));
-    parts.push(el("div", { class: chart ? "two" : "stack" }, chart,
-      el("div", { class: "card" }, el("h3", {}, chart ? `What the panels say at epoch ${entry.epoch}` : "What the panels say"),
-        says.length ? el("ul", { class: "says" }, says) : el("p", { class: "muted" }, "No panel was drawn in this epoch."))));
-    return parts;
+    const heard = el("div", { class: "card" }, el("h3", {}, chart ? `What the panels say at epoch ${entry.epoch}` : "What the panels say"),
+      says.length ? el("ul", { class: "says" }, says) : el("p", { class: "muted" }, "No panel was drawn in this epoch."));
+    parts.push(answers(entry), results, el("div", { class: chart ? "two" : "stack" }, chart, heard));
+    return parts.filter(Boolean);
+  }
+
+  /* The questions a newcomer has, each with what the panels answer; a question that nobody answers is left out. */
+  function answers(entry) {
+    const titles = new Map(entry.headlines.map((h) => [h.name, h.title]));
+    const rows = manifest.questions.flatMap(([key, question]) => {
+      const given = (entry.answers || []).filter((a) => a.question === key);
+      return given.length ? [el("dt", {}, question), el("dd", { "data-question": key }, given.map((a) => el("div", {}, tidy(a.text), " ",
+        titles.has(a.panel) ? el("a", { href: `#${anchor(a.panel)}` }, titles.get(a.panel)) : null, a.command ? command(a.command) : null)))] : [];
+    });
+    return rows.length ? el("div", { class: "card answers" }, el("h3", {}, single() ? "In short" : `In short, at epoch ${entry.epoch}`), el("dl", {}, rows)) : null;
   }
 
   function keyFigure(figure) {
@@ -189,7 +207,15 @@ const GLASSARMOR = (() => {
     id("next").addEventListener("click", () => select(index + 1));
     id("play").addEventListener("click", () => play(!playing));
     id("theme").addEventListener("click", () => theme(dark() ? "light" : "dark"));
-    const keys = { ArrowLeft: () => select(index - 1), ArrowRight: () => select(index + 1), Home: () => select(0),
+    const step = (nodes, at, by) => [...nodes][at + by];
+    const panelBy = (by) => { // the panel at the top of the window is the one that is read
+      const all = [id("overview"), ...document.querySelectorAll("#panels > section")], top = document.querySelector(".bar").offsetHeight + 24;
+      step(all, all.findLastIndex((node) => node.getBoundingClientRect().top <= top), by)?.scrollIntoView();
+    };
+    const exampleBy = (by) => { const all = [...document.querySelectorAll(".example")]; step(all, all.findIndex((node) => node.getAttribute("aria-pressed") === "true"), by)?.click(); };
+    const keys = {
+      t: () => theme(dark() ? "light" : "dark"), j: () => panelBy(1), k: () => panelBy(-1), "[": () => exampleBy(-1), "]": () => exampleBy(1),
+      ArrowLeft: () => select(index - 1), ArrowRight: () => select(index + 1), Home: () => select(0),
                    End: () => select(Infinity), p: () => play(!playing) };
     document.addEventListener("keydown", (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select, .scroll") || !keys[event.key]) return;

@@ -179,12 +179,20 @@ const Charts = (() => {
     for (const v of ticks(ys.low, ys.high, 4)) picture.append(
       svg("line", { class: "grid", x1: left, x2: right, y1: y(v), y2: y(v) }),
       svg("text", { x: left - 7, y: y(v) + 4, "text-anchor": "end" }, tickText(v, ys.unit)));
-    for (const v of ticks(xs.low, xs.high, Math.max(2, Math.min(6, width / 90)), xs.whole ? WHOLE : ROUND)) if (!xs.whole || Number.isInteger(v)) picture.append(
+    if (names.places) nameplates(picture, names.places, x, bottom, right - left);
+    else for (const v of ticks(xs.low, xs.high, Math.max(2, Math.min(6, width / 90)), xs.whole ? WHOLE : ROUND)) if (!xs.whole || Number.isInteger(v)) picture.append(
       svg("text", { x: x(v), y: bottom + 16, "text-anchor": "middle" }, tickText(v, xs.unit)));
     picture.append(svg("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),
       svg("text", { x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, names.x),
       svg("text", { x: 4, y: 11, "text-anchor": "start" }, names.y));
     return { x, y, left, right, top, bottom };
+  }
+
+  /* Names under an axis, as many as fit, the last one always. */
+  function nameplates(picture, names, x, bottom, width) {
+    const every = Math.ceil((names.length * 74) / Math.max(width, 74));
+    names.forEach((name, k) => { if ((names.length - 1 - k) % every === 0) picture.append(svg("text", { x: x(k), y: bottom + 16,
+      "text-anchor": k === names.length - 1 && k ? "end" : k === 0 ? "start" : "middle" }, name.length > 12 ? "…" + name.slice(-11) : name)); });
   }
 
   function range(values, least) {
@@ -203,12 +211,18 @@ const Charts = (() => {
   }
 
   function drawCurves(chart, readings, holder, space) {
-    const width = Math.max(space, 200), height = 250, all = chart.series.flat().filter((v) => v !== null);
+    const spread = chart.spread || [], named = chart.x_names && chart.x_names.length ? chart.x_names : null;
+    const width = Math.max(space, 200), height = 250, all = [...chart.series, ...spread.filter(Boolean).flat()].flat().filter((v) => v !== null);
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": `${chart.title}: ` +
       chart.labels.map((label, i) => `${label} ends at ${format(chart.series[i].at(-1), chart.unit)}`).join(", ") });
     const ys = chart.limits ? { low: chart.limits[0], high: chart.limits[1] } : range(all, [0]);
     const f = frame(picture, width, height, { ...range(chart.x, []), unit: chart.x_unit, whole: chart.x.every(Number.isInteger) && chart.x.length > 2 }, { ...ys, unit: chart.unit },
-      { x: chart.x_label, y: chart.unit === "%" ? "" : chart.unit });
+      { x: chart.x_label, y: chart.unit === "%" ? "" : chart.unit, places: named });
+    spread.forEach((edges, i) => {
+      if (!edges) return;
+      const edge = (values) => values.map((v, k) => [chart.x[k], v]).filter(([, v]) => v !== null).map(([p, v]) => `${f.x(p).toFixed(1)},${f.y(v).toFixed(1)}`);
+      picture.append(svg("polygon", { points: [...edge(edges[1]), ...edge(edges[0]).reverse()].join(" "), fill: at(colours.series, i), "fill-opacity": 0.16 }));
+    });
     chart.series.forEach((values, i) => {
       let path = "", pen = "M";
       values.forEach((v, k) => { if (v === null) pen = "M"; else { path += `${pen}${f.x(chart.x[k]).toFixed(1)} ${f.y(v).toFixed(1)}`; pen = "L"; } });
@@ -312,6 +326,16 @@ const Charts = (() => {
     tip.style.top = `${Math.min(event.clientY + 16, innerHeight - tip.offsetHeight - 8)}px`;
   }
 
+  /* Words for a command line, with a button that copies them; without a clipboard (some browsers, file://) they are selected. */
+  function command(words) {
+    const text = el("code", {}, words), button = el("button", { type: "button", class: "chip", onclick: copy }, "copy");
+    async function copy() {
+      try { await navigator.clipboard.writeText(words); button.textContent = "copied"; }
+      catch { getSelection().selectAllChildren(text); button.textContent = "selected"; }
+    }
+    return el("span", { class: "command" }, text, button);
+  }
+
   /* ---- table: sorts by a click on a heading ---- */
 
   function table(chart, ctx) {
@@ -323,7 +347,7 @@ const Charts = (() => {
     const show = (cell, j) => (cell === null ? "–" : typeof cell === "number" ? minus(cell.toFixed(numeric[j] ? places[j] : 3)) : cell);
     const body = el("tbody", {});
     const fill = (rows) => body.replaceChildren(...rows.map((row) => el("tr", {}, row.map((cell, j) =>
-      el("td", { class: numeric[j] ? "number" : null }, show(cell, j))))));
+      el("td", { class: numeric[j] ? "number" : null }, chart.command && chart.columns[j] === chart.command && cell ? command(cell) : show(cell, j))))));
     const heads = chart.columns.map((name, j) => el("th", { class: numeric[j] ? "number" : null, scope: "col", "aria-sort": "none" }, el("button", { type: "button", onclick: () => sort(j) }, name)));
     let order = 0;
     function sort(j) {
@@ -333,7 +357,7 @@ const Charts = (() => {
       fill([...chart.rows].sort((a, b) => order * compare(a, b)));
     }
     fill(chart.rows);
-    const grid = el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, heads)), body));
+    const grid = el("div", { class: "scroll" }, el("table", { class: chart.command ? "commands" : null }, el("thead", {}, el("tr", {}, heads)), body));
     if (ctx.open || chart.open) return el("figure", { class: "card wide" }, el("h3", { class: "chart-title" }, chart.title), grid);
     const key = `${ctx.view}/${ctx.chart}/open`;
     return el("div", { class: "card wide" }, el("details", { open: Boolean(ctx.ui[key]), ontoggle: (e) => { ctx.ui[key] = e.target.open; } },
@@ -468,5 +492,5 @@ const Charts = (() => {
   const hush = () => { tip.hidden = true; };
   const profiles = (chart, ctx) => Profiles.draw(chart, ctx); // in profiles.js
 
-  return { el, svg, format, number, signed, short, bytes, colourMap, hint, hush, colours, ramps, pictureOf, draw: { trend, bars, lines, scatter, table, maps, profiles } };
+  return { el, svg, format, number, signed, short, command, bytes, colourMap, hint, hush, colours, ramps, pictureOf, draw: { trend, bars, lines, scatter, table, maps, profiles } };
 })();

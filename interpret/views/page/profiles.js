@@ -9,14 +9,14 @@ const Profiles = (() => {
 
   function draw(chart, ctx) {
     const key = `${ctx.view}/${ctx.chart}`;
-    const state = (ctx.ui[key] ||= { example: fooled(chart), layer: null, strength: chart.strength.length - 1, out: new Set(), colour: null, others: true, against: "", sort: null, filter: "" });
+    const state = (ctx.ui[key] ||= { example: fooled(chart), layer: null, strength: chart.strength.length - 1, out: new Set(), colour: null, others: true, against: ctx.others().find((o) => o.beside)?.label ?? "", sort: null, filter: "" });
     if (state.example >= chart.examples.length) state.example = 0;
     if (!chart.layers.includes(state.layer)) state.layer = turningLayer(chart, state.example) ?? chart.layers.at(-1);
     if (!(state.colour in chart.colours)) state.colour = Object.keys(chart.colours)[0];
     state.strength = Math.min(state.strength, chart.strength.length - 1);
-    const architecture = el("div", { class: "scroll" }), flow = el("div", {}), layer = el("div", {}), says = el("p", { class: "says-flow" });
+    const architecture = el("div", {}), flow = el("div", {}), layer = el("div", {}), says = el("p", { class: "says-flow" });
     let width = 0, other = null;
-    const refresh = () => { drawArchitecture(chart, state, architecture, refresh); drawFlow(chart, state, flow, width, other, says, refresh); drawLayer(chart, state, ctx, layer, refresh); mark(); };
+    const refresh = () => { drawArchitecture(chart, state, ctx, architecture, refresh); drawFlow(chart, state, flow, width, other, says, refresh); drawLayer(chart, state, ctx, layer, refresh); mark(); };
     const examples = chart.examples.map((title, i) => {
       const [name, ...details] = title.split(" · ");
       return el("button", { type: "button", class: "example", "data-example": i, title: details.join("\n"), onclick: () => { state.example = i; state.layer = turningLayer(chart, i) ?? state.layer; refresh(); } },
@@ -26,11 +26,11 @@ const Profiles = (() => {
     const slider = el("input", { type: "range", min: 0, max: chart.strength.length - 1, step: 1, value: state.strength, "aria-label": "Attack strength",
       oninput: (event) => { state.strength = Number(event.target.value); reading.textContent = percent(chart.strength[state.strength]); refresh(); } });
     const reading = el("b", {}, percent(chart.strength[state.strength]));
-    const against = el("select", { "aria-label": "Compare with another epoch", onchange: (event) => { state.against = event.target.value; compare(); } },
-      el("option", { value: "" }, "no other epoch"), ctx.history.map((e, i) => (i === ctx.index ? null : el("option", { value: e.epoch, selected: String(e.epoch) === state.against }, `epoch ${e.epoch}`))));
+    const others = ctx.others();
+    const against = el("select", { "aria-label": "Compare with", onchange: (event) => { state.against = event.target.value; compare(); } },
+      el("option", { value: "" }, "nothing else"), others.map(({ label }) => el("option", { value: label, selected: label === state.against }, label)));
     async function compare() {
-      const entry = ctx.history.find((e) => String(e.epoch) === state.against);
-      other = entry ? await ctx.another(entry) : null;
+      other = (await others.find((o) => o.label === state.against)?.load()) ?? null;
       refresh();
     }
     ctx.after.push({ holder: flow, draw: (space) => { width = space; refresh(); if (state.against) compare(); } });
@@ -39,12 +39,12 @@ const Profiles = (() => {
       el("div", { class: "examples", role: "group", "aria-label": "Examples" }, examples),
       el("div", { class: "controls" }, el("label", {}, "attack strength ", slider, reading),
         el("label", {}, el("input", { type: "checkbox", checked: state.others, onchange: (event) => { state.others = event.target.checked; refresh(); } }), "other examples too"),
-        ctx.history.length > 1 ? el("label", {}, "compare with ", against) : null),
+        others.length ? el("label", {}, "compare with ", against) : null),
       el("h4", {}, "Flow View ", el("small", {}, "0 is the centre of the true class in the background, 1 that of the target; click a layer to open it below")),
       flow, says,
       el("h4", {}, "Architecture View ", el("small", {}, "click a coloured layer to take it into the flow or out of it")),
       el("div", { class: "controls" }, el("label", {}, "colour ", el("select", { "aria-label": "Colour of the layers", onchange: (event) => { state.colour = event.target.value; refresh(); } },
-        Object.keys(chart.colours).map((name) => el("option", { value: name, selected: name === state.colour }, name)))), el("span", { class: "muted" }, "pale: least, dark: most")),
+        Object.keys(chart.colours).map((name) => el("option", { value: name, selected: name === state.colour }, name))))),
       architecture,
       el("h4", {}, "Layer View ", el("small", {}, "units of one layer for the chosen example; all maps of a layer share one scale")),
       layer);
@@ -77,7 +77,7 @@ const Profiles = (() => {
       svg("line", { class: v === 0.5 ? "now" : "grid", x1: left, x2: right, y1: y(v), y2: y(v) }),
       svg("text", { x: left - 8, y: y(v) + 4, "text-anchor": "end" }, text.length > 14 ? text.slice(0, 13) + "…" : text));
     const line = (values, attributes) => picture.append(svg("path", { d: path(values), fill: "none", "stroke-width": 2.6, "stroke-linejoin": "round", ...attributes }));
-    const at = (data, s, n) => shown.map((l) => { const j = data.layers.indexOf(chart.layers[l]); return j < 0 ? null : data.position[s][j][n]; });
+    const at = (data, s, n) => shown.map((l) => place(chart, data, data.position[s], l, n));
     if (state.others) chart.examples.forEach((_, n) => { if (n !== i) line(at(chart, state.strength, n), { stroke: OTHER, "stroke-width": 1, "stroke-opacity": 0.5 }); });
     if (other && i < other.examples.length) {
       line(at(other, 0, i), { stroke: CLEAN, "stroke-width": 1.6, "stroke-dasharray": "6 4", class: "against" });
@@ -88,17 +88,26 @@ const Profiles = (() => {
     const turn = shown.indexOf(chart.turning[i]);
     if (turn >= 0) picture.append(svg("circle", { class: "turn", cx: x(turn), cy: y(chart.position.at(-1)[chart.turning[i]][i]), r: 7, fill: "none", stroke: "var(--ink)", "stroke-width": 2 }));
     const step = shown.length > 1 ? (right - left) / (shown.length - 1) : right - left;
+    const rows = Math.max(...shown.map((l) => chart.layers[l].length)) * 6.5 > step ? 3 : 1, most = Math.max(6, Math.floor((rows * step) / 6.5) - 2);
     shown.forEach((l, k) => {
       const name = chart.layers[l], chosen = name === state.layer;
-      const label = svg("text", { x: x(k), y: bottom + 16 + (step < 90 ? (k % 3) * 14 : 0), "text-anchor": k === 0 ? "start" : k === shown.length - 1 ? "end" : "middle", class: chosen ? "chosen" : "" }, name.length > 22 ? "…" + name.slice(-21) : name);
+      const label = svg("text", { x: x(k), y: bottom + 16 + (k % rows) * 14, "text-anchor": k === 0 ? "start" : k === shown.length - 1 ? "end" : "middle", class: chosen ? "chosen" : "" }, name.length > most ? "…" + name.slice(1 - most) : name);
       picture.append(svg("line", { class: chosen ? "now" : "grid", x1: x(k), x2: x(k), y1: top, y2: bottom }), label,
         svg("rect", { class: "hit", "data-layer": name, tabindex: 0, role: "button", "aria-label": `open layer ${name}`, x: x(k) - step / 2, y: 0, width: step, height, fill: "transparent",
           onclick: () => { state.layer = name; refresh(); }, onkeydown: (e) => { if (e.key === "Enter") { state.layer = name; refresh(); } },
           onpointermove: (e) => hint(e, about(chart, state, l)), onpointerleave: hush }));
     });
     holder.replaceChildren(picture, el("div", { class: "legend" }, [["clean", CLEAN, ""], [`attacked, ${percent(chart.strength[state.strength])} strength`, ADV, ""], [`background of ${yes}`, colours.series[2], ""], [`background of ${no}`, colours.series[3], ""],
-      ...(other ? [[`dashed: epoch ${state.against}`, "var(--muted)", ""]] : []), ...(turn >= 0 ? [["○ turning layer", "transparent", ""]] : [])].map(([text, colour]) => el("span", {}, el("i", { class: "stroke", style: `background:${colour}` }), text))));
-    says.textContent = sentence(chart, i);
+      ...(other ? [[`dashed: ${state.against}${other.classes[i]?.[1] === no ? "" : `, towards ${other.classes[i]?.[1]}`}`, "var(--muted)", ""]] : []), ...(turn >= 0 ? [["○ turning layer", "transparent", ""]] : [])].map(([text, colour]) => el("span", {}, el("i", { class: "stroke", style: `background:${colour}` }), text))));
+    says.textContent = sentence(chart, i) + (other && i < other.examples.length ? ` ${state.against}: ${sentence(other, i)}` : "");
+  }
+
+  /* Position at a layer of this network in another: by name where the layers are the same, else at the same depth. */
+  function place(chart, other, positions, l, n) {
+    if (chart === other || String(chart.layers) === String(other.layers)) return positions[l][n];
+    const depth = (l / Math.max(chart.layers.length - 1, 1)) * (positions.length - 1), below = Math.floor(depth), above = Math.ceil(depth);
+    const [a, b] = [positions[below][n], positions[above][n]];
+    return a === null || b === null ? null : a + (depth - below) * (b - a);
   }
 
   function about(chart, state, l) {
@@ -116,18 +125,18 @@ const Profiles = (() => {
 
   /* ---- Architecture View ---- */
 
-  function shade(values, v) {
-    const finite = values.filter((u) => u !== null), most = Math.max(...finite, 1e-12), rgb = new Uint8Array(3);
+  function shade(most, v) {
+    const rgb = new Uint8Array(3);
     colourMap(rgb, [v ?? 0], null, 1, most, "positive");
     return { fill: v === null ? "var(--card)" : `rgb(${[...rgb].join(" ")})`, dark: v !== null && rgb[0] + rgb[1] + rgb[2] < 330 };
   }
 
-  function drawArchitecture(chart, state, holder, refresh) {
+  function drawArchitecture(chart, state, ctx, holder, refresh) {
     const boxWidth = 118, boxHeight = 56, gapX = 26, gapY = 14;
     const columns = Math.max(...chart.nodes.map((n) => n.column)) + 1, lanes = Math.max(...chart.nodes.map((n) => n.lane)) + 1;
     const width = columns * (boxWidth + gapX), height = lanes * (boxHeight + gapY) + 8;
     const place = (n) => [n.column * (boxWidth + gapX) + 2, n.lane * (boxHeight + gapY) + 4];
-    const values = chart.colours[state.colour];
+    const values = chart.colours[state.colour], most = ctx.limit("colours", Object.keys(chart.colours).indexOf(state.colour)) || 1e-12;
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, style: `width:${width}px;max-width:none`, class: "architecture", role: "group", "aria-label": "The network as a graph of layers" });
     for (const [a, b] of chart.edges) {
       const [x1, y1] = place(chart.nodes[a]), [x2, y2] = place(chart.nodes[b]), from = x1 + boxWidth, mid = (from + x2) / 2;
@@ -139,9 +148,9 @@ const Profiles = (() => {
     }
     for (const node of chart.nodes) {
       const [px, py] = place(node), known = node.layer >= 0, name = known ? chart.layers[node.layer] : node.name;
-      const value = known ? values[node.layer] : null, { fill, dark } = shade(values, value), inside = known && !state.out.has(name);
+      const value = known ? values[node.layer] : null, { fill, dark } = shade(most, value), inside = known && !state.out.has(name);
       const toggle = () => { if (inside && sequence(chart, state).length < 2) return; if (inside) state.out.add(name); else state.out.delete(name); refresh(); };
-      const text = (dy, words, size) => svg("text", { x: px + 8, y: py + dy, style: `font-size:${size}px;fill:${dark ? "#fff" : known ? "#171b22" : "var(--muted)"}` }, words.length > 18 ? "…" + words.slice(-17) : words);
+      const text = (dy, words, size) => svg("text", { x: px + 8, y: py + dy, style: `font-size:${size}px;fill:${dark ? "#fff" : known ? "#171b22" : "var(--muted)"}` }, words.length > 16 ? "…" + words.slice(-15) : words);
       const box = svg("g", { class: known ? "node known" : "node", "data-layer": known ? name : null, ...(known ? { tabindex: 0, role: "button", "aria-pressed": String(inside), "aria-label": `layer ${name}`,
         onclick: toggle, onkeydown: (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); toggle(); } } } : {}),
         onpointermove: (e) => hint(e, `${node.name} (${node.kind})\noutput ${node.shape}\n${node.parameters.toLocaleString("en")} parameters` + (known ? `\n${state.colour}: ${format(value)}` : "")), onpointerleave: hush },
@@ -149,10 +158,19 @@ const Profiles = (() => {
         text(18, node.name, 11.5), text(33, node.shape, 10.5), text(47, node.parameters ? `${node.parameters.toLocaleString("en")} par.` : node.kind, 10.5));
       picture.append(box);
     }
-    holder.replaceChildren(picture);
+    holder.replaceChildren(el("div", { class: "legend" }, el("div", { class: "scale" }, el("div", { class: "ramp", style: `background:${ramps.positive}` }),
+      el("div", { class: "ticks" }, [0, most / 4, most].map((v) => el("span", {}, short(v))))), el("span", { class: "muted" }, `${state.colour}; square-root scale${ctx.single ? "" : ", the same at every epoch"}; a bold frame: in the flow`)), el("div", { class: "scroll" }, picture));
   }
 
   /* ---- Layer View ---- */
+
+  /* A filter is "> 0.3" or "< 0", of the quantity sorted by, or part of a unit's number or concept. */
+  function wanted(data, names, state, u) {
+    const asked = /^\s*([<>])\s*([-−]?[\d.]+)\s*$/.exec(state.filter), value = data.columns[state.sort][u];
+    if (asked) { const than = Number(asked[2].replace("−", "-")); return typeof value === "number" && (asked[1] === ">" ? value > than : value < than); }
+    const words = names.map((n) => data.columns[n][u]).filter((v) => typeof v === "string").join(" ");
+    return `unit ${data.units[u]} ${words}`.toLowerCase().includes(state.filter.trim().toLowerCase());
+  }
 
   function drawLayer(chart, state, ctx, holder, refresh) {
     const l = chart.layers.indexOf(state.layer), data = chart.units[l];
@@ -162,9 +180,9 @@ const Profiles = (() => {
     if (!names.includes(state.sort)) state.sort = names[0];
     const codes = new Int8Array((data.cache ||= bytes(data.data)).buffer), size = data.height * data.width, U = data.units.length;
     const cell = (side, u) => codes.subarray(((state.example * 2 + side) * U + u) * size, ((state.example * 2 + side) * U + u + 1) * size);
-    const sorted = data.units.map((_, u) => u).filter((u) => !state.filter || `unit ${data.units[u]} ${names.map((n) => data.columns[n][u]).filter((v) => typeof v === "string").join(" ")}`.toLowerCase().includes(state.filter.toLowerCase()))
+    const sorted = data.units.map((_, u) => u).filter((u) => wanted(data, names, state, u))
       .sort((a, b) => { const [p, q] = [data.columns[state.sort][a], data.columns[state.sort][b]]; return typeof p === "string" ? p.localeCompare(q) : (q ?? -Infinity) - (p ?? -Infinity); });
-    const limit = data.step * 127;
+    const limit = ctx.limit("maps", l) || data.step * 127;
     const map = (values, title) => {
       const canvas = el("canvas", { width: data.width, height: data.height, role: "img", "aria-label": title, title }), rgb = new Uint8Array(3 * size);
       colourMap(rgb, values, null, data.step, limit, "signed");
@@ -180,7 +198,7 @@ const Profiles = (() => {
         el("dl", {}, names.map((n) => el("div", {}, el("dt", {}, n), el("dd", {}, typeof data.columns[n][u] === "string" ? data.columns[n][u] || "–" : format(data.columns[n][u]))))));
     });
     const sort = el("select", { "aria-label": "Sort units by", onchange: (event) => { state.sort = event.target.value; refresh(); } }, names.map((n) => el("option", { value: n, selected: n === state.sort }, n)));
-    const filter = el("input", { type: "search", placeholder: "unit or concept", value: state.filter, "aria-label": "Filter units",
+    const filter = el("input", { type: "search", placeholder: "concept, unit 7, or > 0.3", title: "part of a concept's or unit's name, or > or < a number: of what is sorted by", value: state.filter, "aria-label": "Filter units",
       onchange: (event) => { state.filter = event.target.value; refresh(); } });
     holder.replaceChildren(chips, el("div", { class: "controls" }, el("label", {}, "sort by ", sort), el("label", {}, "show ", filter),
       el("span", { class: "muted" }, `${sorted.length} of ${data.of} units; left to right: clean, attacked, difference${data.filters ? ", filter" : ""}`),
