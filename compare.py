@@ -11,7 +11,7 @@ import csv
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -21,8 +21,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from interpret.views.page import ReportPage
-from interpret.views.view import Bars, Chart, Lines, Table, View
+from interpret.views.figures import charts_figure, save
+from interpret.views.page import ReportPage, stored_charts
+from interpret.views.view import Bars, Chart, Lines, Stored, Table, View
 from lightning_modules.ablation import ablation_view, attack_compared, write_ablation
 from lightning_modules.cards import RunCard, check_comparable, read_cards
 from lightning_modules.comparison import SELECTED, runs_table, settings_of
@@ -54,6 +55,7 @@ class Run:
     info: dict[str, Any]
     metrics: list[dict[str, float]]
     results: dict[str, Any]
+    report: Path
 
 
 def read_run(path: Path) -> Run:
@@ -77,6 +79,7 @@ def read_run(path: Path) -> Run:
         json.loads((path / "run.json").read_text(encoding="utf-8")),
         metrics,
         json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {},
+        path / "report",
     )
 
 
@@ -117,6 +120,36 @@ def curves(runs: list[Run]) -> list[Lines]:
     return charts
 
 
+def flows(runs: list[Run]) -> list[Chart]:
+    """Activation Profiles of each run's best epoch, from its dashboard, on one axis; none unless two share their images."""
+    found = [stored_charts(run.report, int(best_epoch(run)["epoch"]), "profiles") for run in runs]
+    kept: list[tuple[str, Stored, Stored]] = []  # run, its medians by layer, its Flow View
+    for run, charts in zip(runs, found, strict=True):
+        types = {chart.chart["type"]: chart for chart in charts}
+        same = run.info.get("probe") == runs[0].info.get("probe")
+        if same and {"lines", "profiles"} <= types.keys():
+            kept.append((run.name, types["lines"], types["profiles"]))
+    if len(kept) < 2:
+        return []
+    names, medians, views = zip(*kept, strict=True)
+    drawn: list[Chart] = [
+        replace(view, chart={**view.chart, "title": name}) for name, view in zip(names, views, strict=True)
+    ]
+    first = medians[0].chart
+    if any(other.chart["x_names"] != first["x_names"] for other in medians):
+        return drawn
+    attacked = Lines(
+        "Attacked images on one axis: 0 true class, 1 target; median and middle half",
+        tuple(first["x"]),
+        first["x_label"],
+        tuple(names),
+        tuple(tuple(other.chart["series"][1]) for other in medians),
+        x_names=tuple(first["x_names"]),
+        spread=tuple((tuple(other.chart["spread"][1][0]), tuple(other.chart["spread"][1][1])) for other in medians),
+    )
+    return [attacked, *drawn]
+
+
 def compare(runs: list[Run]) -> View:
     """The comparison as one view of the page."""
     table = results_table(runs)
@@ -141,7 +174,7 @@ def compare(runs: list[Run]) -> View:
         reference=tuple(row.get("val/clean_acc", float("nan")) for row in best),
         reference_label="clean",
     )
-    charts: tuple[Chart, ...] = (table, bars, measured, *curves(runs))
+    charts: tuple[Chart, ...] = (table, bars, measured, *curves(runs), *flows(runs))
     return View(
         "comparison",
         "Runs compared",
@@ -239,6 +272,11 @@ def main() -> None:
     page = ReportPage(out, study.name if study is not None else name, meta, key_figures=(), overview=None)
     page.write_epoch(0, 0, {}, views)
     page.finish()
+    if len(runs) > 1:
+        curves_view = views[-1]
+        drawing = charts_figure([c for c in curves_view.charts if isinstance(c, Lines)], curves_view.headline, columns=2)
+        for suffix in ("png", "svg"):
+            save(drawing, out / f"comparison.{suffix}")
     show(tables[0] if tables else results_table(runs))
     for line in lines:
         console.print(line, highlight=False)

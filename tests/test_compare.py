@@ -14,13 +14,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from scipy import stats
+from torch import nn
 
 import compare
 from defenses.statistics import bootstrap_interval, holm
+from interpret.observation import observe
 from interpret.views.ablation import parallel_figure
-from interpret.views.page import read_script
+from interpret.views.page import ReportPage, read_script
+from interpret.views.profiles import ProfilesPanel
 from interpret.views.text import comma_separated, latex, markdown
-from interpret.views.view import Table
+from interpret.views.view import Probe, Table
 from lightning_modules.ablation import headline
 from lightning_modules.cards import Evaluation, RunCard, card_of, read_card, read_cards, write_card, write_correct
 from lightning_modules.comparison import accuracy_table, chosen, on_front, settings_of, verdicts
@@ -326,3 +329,23 @@ def test_parallel_coordinates_place_every_value_between_least_and_most() -> None
     assert {"1", "3", "5", "7"} <= {text.get_text() for text in figure.axes[0].texts}
     with pytest.raises(ValueError, match="colour_by: expected one of weight, acc, same; found 'cost'"):
         parallel_figure(["weight", "acc", "same"], rows, ["a", "a", "b"], "cost")
+def test_flows_of_runs_share_one_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the dashboards drew at each run's best epoch, side by side; left out where the probe images differ."""
+    folders = [make_run(tmp_path / name, [0.1, 0.6, 0.4]) for name in ("one", "two", "other")]
+    for i, folder in enumerate(folders):
+        info = {"what": "digits", "commit": "abc", "probe": "x" if i < 2 else "y"}
+        (folder / "run.json").write_text(json.dumps(info))
+        x = torch.rand(4, 1, 8, 8)
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+        training = (torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
+        obs = observe(net, x, (x + 0.2).clamp(0, 1), torch.arange(4) % 2)
+        view = ProfilesPanel(per_class=2, points=2)(Probe(net, obs, (), tuple("abcd"), ("a", "b"), {}, training))
+        ReportPage(folder / "report", folder.name).write_epoch(1, 1, {}, [view])
+    command(monkeypatch, *folders, "--out", tmp_path / "page")
+    charts = read_script(tmp_path / "page" / "data" / "epoch_00000.js")["views"][0]["charts"]
+    assert [chart["title"] for chart in charts if chart["type"] == "profiles"] == ["one", "two"]
+    shared = next(chart for chart in charts if chart["title"].startswith("Attacked images on one axis"))
+    for name, series in zip(("one", "two"), shared["series"], strict=True):
+        drawn = read_script(tmp_path / name / "report" / "data" / "epoch_00001.js")["views"][0]["charts"]
+        assert series == next(chart for chart in drawn if chart["type"] == "lines")["series"][1]
+    assert (tmp_path / "page" / "comparison.svg").read_text().count("<path") > 20

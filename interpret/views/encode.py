@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from interpret.views.raster import colour_image
-from interpret.views.view import Bars, Chart, Lines, MapColumn, Maps, Profiles, Scatter, Table, Trend, UnitMaps
+from interpret.views.view import Bars, Chart, Lines, MapColumn, Maps, Profiles, Scatter, Stored, Table, Trend, UnitMaps
 
 FINE_CELLS = 64  # maps up to 8×8 cells are cheap: 16 bits each, so that the value under the pointer is exact enough
 
@@ -168,6 +168,11 @@ def _units(units: UnitMaps, blobs: dict[str, str]) -> dict[str, Any]:
         "columns": dict(units.columns),
         "filters": filters,
     }
+
+
+@encode.register
+def _(chart: Stored, max_side: int = 64) -> Encoded:
+    return Encoded(dict(chart.chart), dict(chart.blobs), dict(chart.limits))
 
 
 @encode.register

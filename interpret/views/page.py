@@ -29,7 +29,7 @@ from markupsafe import Markup
 from interpret.views import raster
 from interpret.views.changes import changes
 from interpret.views.encode import _base64, encode, plain, to_json
-from interpret.views.view import Table, Trend, View
+from interpret.views.view import Stored, Table, Trend, View
 
 SCHEMA: Final = 1
 _MANIFEST_CALL, _EPOCH_CALL = "GLASSARMOR.manifest(", "GLASSARMOR.epoch("
@@ -196,11 +196,7 @@ class ReportPage:
         if epoch not in entries:
             raise ValueError(f"epoch: expected one of {sorted(entries)}, found {epoch}")
         entry = entries[epoch]
-        body = read_script(self.data / entry["file"])
-        pictures = set(re.findall(r'"blob":"(\w+)"', to_json(body["views"])))
-        for number in entry["needs"]:
-            known = read_script(self.data / entries[number]["file"])["blobs"]
-            body["blobs"] |= {key: known[key] for key in pictures & known.keys()}
+        body = whole_epoch(self.data, entries, epoch)
         alone = {**self._manifest, "epochs": [{**entry, "needs": []}], "complete": True, "overview": None, "results": None}
         return self._render(alone, [(entry["file"], packed(body))])
 
@@ -273,6 +269,36 @@ def read_script(path: Path) -> Any:
     """The JSON inside one of the data scripts, that of an epoch unpacked."""
     body = json.loads(_script_body(path))
     return json.loads(zlib.decompress(base64.b64decode(body["deflated"]))) if "deflated" in body else body
+
+
+def whole_epoch(data: Path, entries: Mapping[int, Mapping[str, Any]], epoch: int) -> dict[str, Any]:
+    """An epoch with all the pictures it shows, those too that an earlier one holds."""
+    body: dict[str, Any] = read_script(data / entries[epoch]["file"])
+    pictures = set(re.findall(r'"blob":"(\w+)"', to_json(body["views"])))
+    for number in entries[epoch]["needs"]:
+        known = read_script(data / entries[number]["file"])["blobs"]
+        body["blobs"] |= {key: known[key] for key in pictures & known.keys()}
+    return body
+
+
+def stored_charts(report: Path, epoch: int, view: str) -> tuple[Stored, ...]:
+    """The charts of a view as a report holds them; none where it holds no such epoch or view."""
+    if not (report / "data" / "manifest.js").is_file():
+        return ()
+    entries = {entry["epoch"]: entry for entry in read_script(report / "data" / "manifest.js")["epochs"]}
+    if epoch not in entries:
+        return ()
+    body = whole_epoch(report / "data", entries, epoch)
+    charts: list[dict[str, Any]] = next((v["charts"] for v in body["views"] if v["name"] == view), [])
+    limits = entries[epoch]["limits"]
+    return tuple(
+        Stored(
+            chart,
+            body["blobs"],
+            {k.removeprefix(f"{view}/{i}/"): v for k, v in limits.items() if k.startswith(f"{view}/{i}/")},
+        )
+        for i, chart in enumerate(charts)
+    )
 
 
 def _script_body(path: Path) -> str:

@@ -246,6 +246,15 @@ class Profiles:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A chart as a page holds it, encoded, with its pictures and its scales over all epochs: shown again as it is."""
+
+    chart: Mapping[str, Any]
+    blobs: Mapping[str, str]
+    limits: Mapping[str, list[float]]
+
+
 Question = Literal["healthy", "where", "units", "changed", "next"]
 
 
@@ -258,7 +267,7 @@ class Answer:
     command: str = ""
 
 
-Chart = Trend | Bars | Lines | Scatter | Maps | Table | Profiles
+Chart = Trend | Bars | Lines | Scatter | Maps | Table | Profiles | Stored
 
 
 @dataclass(frozen=True)
