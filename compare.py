@@ -127,7 +127,7 @@ def flows(runs: list[Run]) -> list[Chart]:
     for run, charts in zip(runs, found, strict=True):
         types = {chart.chart["type"]: chart for chart in charts}
         same = run.info.get("probe") == runs[0].info.get("probe")
-        if same and {"lines", "profiles"} <= types.keys():
+        if same and {"lines", "profiles"} <= types.keys() and types["lines"].chart.get("spread"):  # older pages have none
             kept.append((run.name, types["lines"], types["profiles"]))
     if len(kept) < 2:
         return []

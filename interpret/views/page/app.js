@@ -52,8 +52,9 @@ const GLASSARMOR = (() => {
     return loads.get(key);
   }
 
-  async function unpacked({ deflated }) {
-    const stream = new Blob([bytes(deflated)]).stream().pipeThrough(new DecompressionStream("deflate"));
+  async function unpacked(data) {
+    if (!data.deflated) return data; // a run that was begun with an older version
+    const stream = new Blob([bytes(data.deflated)]).stream().pipeThrough(new DecompressionStream("deflate"));
     return JSON.parse(await new Response(stream).text());
   }
 
