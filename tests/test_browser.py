@@ -323,6 +323,8 @@ def test_two_networks_on_one_axis(browser: Browser, tmp_path: Path) -> None:
         first = page.locator("#panel-versus .profiles").first
         assert first.locator('[aria-label="Compare with"]').input_value() == "robust"
         assert evil in page.locator("#panel-versus").inner_text()
+        legends = page.locator("#panel-versus .legend:has(+ .scroll .architecture)").all_inner_texts()
+        assert legends[0] == legends[1]  # one colour scale for both
         first.locator('[aria-label="Compare with"]').select_option("")
         page.wait_for_function("document.querySelectorAll('#panel-versus .against').length === 2")
         assert complaints == []

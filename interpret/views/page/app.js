@@ -122,6 +122,7 @@ const GLASSARMOR = (() => {
         ...manifest.epochs.filter((e) => e.epoch !== shown.epoch).map((e) => ({ label: `epoch ${e.epoch}`, load: async () => (await load(e)).views.find((v) => v.name === view)?.charts[chart] ?? null })),
         ...shown.views.find((v) => v.name === view).charts.filter((c, i) => i !== chart && c.type === "profiles").map((c) => ({ label: c.title, beside: true, load: async () => c }))],
       limit: (group, row) => (limits[`${view}/${chart}/${group}`] || [])[row] || 0,
+      shared: (group, row) => Math.max(...shown.views.find((v) => v.name === view).charts.map((c, i) => (c.type === "profiles" && limits[`${view}/${i}/${group}`]?.[row]) || 0)), // networks beside each other
     };
   }
 

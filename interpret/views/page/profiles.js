@@ -136,7 +136,7 @@ const Profiles = (() => {
     const columns = Math.max(...chart.nodes.map((n) => n.column)) + 1, lanes = Math.max(...chart.nodes.map((n) => n.lane)) + 1;
     const width = columns * (boxWidth + gapX), height = lanes * (boxHeight + gapY) + 8;
     const place = (n) => [n.column * (boxWidth + gapX) + 2, n.lane * (boxHeight + gapY) + 4];
-    const values = chart.colours[state.colour], most = ctx.limit("colours", Object.keys(chart.colours).indexOf(state.colour)) || 1e-12;
+    const values = chart.colours[state.colour], most = ctx.shared("colours", Object.keys(chart.colours).indexOf(state.colour)) || 1e-12;
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, style: `width:${width}px;max-width:none`, class: "architecture", role: "group", "aria-label": "The network as a graph of layers" });
     for (const [a, b] of chart.edges) {
       const [x1, y1] = place(chart.nodes[a]), [x2, y2] = place(chart.nodes[b]), from = x1 + boxWidth, mid = (from + x2) / 2;
@@ -159,7 +159,7 @@ const Profiles = (() => {
       picture.append(box);
     }
     holder.replaceChildren(el("div", { class: "legend" }, el("div", { class: "scale" }, el("div", { class: "ramp", style: `background:${ramps.positive}` }),
-      el("div", { class: "ticks" }, [0, most / 4, most].map((v) => el("span", {}, short(v))))), el("span", { class: "muted" }, `${state.colour}; square-root scale${ctx.single ? "" : ", the same at every epoch"}; a bold frame: in the flow`)), el("div", { class: "scroll" }, picture));
+      el("div", { class: "ticks" }, [0, most / 4, most].map((v) => el("span", {}, short(v))))), el("span", { class: "muted" }, `${state.colour}; square-root scale${ctx.single ? (ctx.others().some((o) => o.beside) ? ", the same for all networks" : "") : ", the same at every epoch"}; a bold frame: in the flow`)), el("div", { class: "scroll" }, picture));
   }
 
   /* ---- Layer View ---- */
