@@ -121,8 +121,11 @@ def curves(runs: list[Run]) -> list[Lines]:
 
 
 def flows(runs: list[Run]) -> list[Chart]:
-    """Activation Profiles of each run's best epoch, from its dashboard, on one axis; none unless two share their images."""
-    found = [stored_charts(run.report, int(best_epoch(run)["epoch"]), "profiles") for run in runs]
+    """Activation Profiles of each run at its last epoch, from its dashboard, on one axis; none unless two share images.
+
+    The epoch of best robust accuracy of an undefended run is often its first: a network that has learnt nothing.
+    """
+    found = [stored_charts(run.report, int(run.metrics[-1]["epoch"]), "profiles") for run in runs]
     kept: list[tuple[str, Stored, Stored]] = []  # run, its medians by layer, its Flow View
     for run, charts in zip(runs, found, strict=True):
         types = {chart.chart["type"]: chart for chart in charts}
@@ -139,7 +142,7 @@ def flows(runs: list[Run]) -> list[Chart]:
     if any(other.chart["x_names"] != first["x_names"] for other in medians):
         return drawn
     attacked = Lines(
-        "Attacked images on one axis: 0 true class, 1 target; median and middle half",
+        "Attacked images on one axis, last epoch: 0 true class, 1 target; median and middle half",
         tuple(first["x"]),
         first["x_label"],
         tuple(names),

@@ -330,7 +330,7 @@ def test_parallel_coordinates_place_every_value_between_least_and_most() -> None
     with pytest.raises(ValueError, match="colour_by: expected one of weight, acc, same; found 'cost'"):
         parallel_figure(["weight", "acc", "same"], rows, ["a", "a", "b"], "cost")
 def test_flows_of_runs_share_one_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the dashboards drew at each run's best epoch, side by side; left out where the probe images differ."""
+    """What the dashboards drew at each run's last epoch, side by side; left out where the probe images differ."""
     folders = [make_run(tmp_path / name, [0.1, 0.6, 0.4]) for name in ("one", "two", "other")]
     for i, folder in enumerate(folders):
         info = {"what": "digits", "commit": "abc", "probe": "x" if i < 2 else "y"}
@@ -340,12 +340,12 @@ def test_flows_of_runs_share_one_axis(tmp_path: Path, monkeypatch: pytest.Monkey
         training = (torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
         obs = observe(net, x, (x + 0.2).clamp(0, 1), torch.arange(4) % 2)
         view = ProfilesPanel(per_class=2, points=2)(Probe(net, obs, (), tuple("abcd"), ("a", "b"), {}, training))
-        ReportPage(folder / "report", folder.name).write_epoch(1, 1, {}, [view])
+        ReportPage(folder / "report", folder.name).write_epoch(2, 2, {}, [view])
     command(monkeypatch, *folders, "--out", tmp_path / "page")
     charts = read_script(tmp_path / "page" / "data" / "epoch_00000.js")["views"][0]["charts"]
     assert [chart["title"] for chart in charts if chart["type"] == "profiles"] == ["one", "two"]
-    shared = next(chart for chart in charts if chart["title"].startswith("Attacked images on one axis"))
+    shared = next(chart for chart in charts if chart["title"].startswith("Attacked images on one axis, last epoch"))
     for name, series in zip(("one", "two"), shared["series"], strict=True):
-        drawn = read_script(tmp_path / name / "report" / "data" / "epoch_00001.js")["views"][0]["charts"]
+        drawn = read_script(tmp_path / name / "report" / "data" / "epoch_00002.js")["views"][0]["charts"]
         assert series == next(chart for chart in drawn if chart["type"] == "lines")["series"][1]
     assert (tmp_path / "page" / "comparison.svg").read_text().count("<path") > 20
