@@ -329,6 +329,8 @@ def test_parallel_coordinates_place_every_value_between_least_and_most() -> None
     assert {"1", "3", "5", "7"} <= {text.get_text() for text in figure.axes[0].texts}
     with pytest.raises(ValueError, match="colour_by: expected one of weight, acc, same; found 'cost'"):
         parallel_figure(["weight", "acc", "same"], rows, ["a", "a", "b"], "cost")
+
+
 def test_flows_of_runs_share_one_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the dashboards drew at each run's last epoch, side by side; left out where the probe images differ."""
     folders = [make_run(tmp_path / name, [0.1, 0.6, 0.4]) for name in ("one", "two", "other")]
