@@ -20,6 +20,7 @@ from interpret.views.page import ReportPage, write_atomic
 from interpret.views.view import Table, View
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
+HEALTH = "health.jsonl"
 INIT_TIMEOUT = 30  # seconds to wait for a W&B server before a run is recorded offline
 FINISH_TIMEOUT = 300  # seconds to wait at the end for uploads; without it W&B waits for a server that is gone for ever
 
@@ -78,6 +79,43 @@ class RunLog:
             payload["dashboard/page"] = wandb.Html(self.page.one_epoch(epoch), inject=False)
         self.wandb_logger.experiment.log(payload)
 
+    def reading(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """One look at the run's health: a line of ``health.jsonl``, and W&B's curves ``health/…`` by step."""
+        event = {"event": "reading", "epoch": epoch, "step": step, "values": dict(values)}
+        _survive("write health.jsonl", lambda: self._event(event))
+        if self.wandb_logger is not None:
+            payload = {"epoch": epoch, "trainer/global_step": step, **{f"health/{k}": v for k, v in values.items()}}
+            _survive("log a reading", lambda: self.wandb_logger.experiment.log(payload))  # type: ignore[union-attr]
+
+    def alarm(self, epoch: int, step: int, kind: str, text: str, action: str, values: Mapping[str, float]) -> None:
+        """Bad news: ``health.jsonl``, a mark on the page, an alert and the summary of W&B."""
+        event = {"event": "alarm", "epoch": epoch, "step": step, "kind": kind, "text": text, "action": action}
+        _survive("write health.jsonl", lambda: self._event({**event, "values": dict(values)}))
+        if self.page is not None:
+            _survive("write the report", lambda: self.page.add_alarm(epoch, step, text, action))  # type: ignore[union-attr]
+        if self.wandb_logger is not None:
+            run = self.wandb_logger.experiment
+            level = "WARN" if action == "warned" else "ERROR"
+            _survive("send an alert", lambda: run.alert(text.split(":")[0], f"step {step}: {text} → {action}", level, 0))
+            _survive("note an alarm", lambda: run.summary.update({f"health/alarm/{kind}": step, "health/last_alarm": text}))
+
+    def resume_from_step(self, step: int) -> None:
+        """Forget readings and alarms after this step: they will be taken again."""
+        events = [event for event in read_events(self.folder / HEALTH) if event["step"] <= step]
+        if (self.folder / HEALTH).exists():
+            write_atomic(self.folder / HEALTH, "".join(json.dumps(event) + "\n" for event in events))
+        if self.page is not None:
+            self.page.drop_alarms(step)
+
+    def _event(self, event: Mapping[str, Any]) -> None:
+        """One line, in one write, on the disk when this returns: a reader never sees half of it."""
+        handle = os.open(self.folder / HEALTH, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, (json.dumps(event) + "\n").encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
     def results(self, table: Table, records: Mapping[str, Any]) -> None:
         """The final comparison: ``results.json``, on top of the report, and in W&B's summary."""
         text = json.dumps(records, indent=2) + "\n"
@@ -110,6 +148,13 @@ class RunLog:
         writer.writeheader()
         writer.writerows(self.history)
         write_atomic(self.folder / "metrics.csv", text.getvalue())
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a ``health.jsonl``, oldest first, without a last line that was cut off; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 _told: set[str] = set()

@@ -102,6 +102,7 @@ class ReportPage:
             "results": before.get("results"),
             "complete": False,
             "epochs": before.get("epochs", []),
+            "alarms": before.get("alarms", []),
         }
         self._write_index(inline=False)
         self._write_manifest()
@@ -173,6 +174,16 @@ class ReportPage:
     def write_results(self, table: Table) -> None:
         """The final comparison, shown first in the overview from now on."""
         self._manifest["results"] = encode(table).chart
+        self._write_manifest()
+
+    def add_alarm(self, epoch: int, step: int, text: str, action: str = "") -> None:
+        """A mark on every trend at this epoch, and a line in the overview: what was wrong, and what was done."""
+        self._manifest["alarms"].append({"epoch": epoch, "step": step, "text": text, "action": action})
+        self._write_manifest()
+
+    def drop_alarms(self, step: int) -> None:
+        """Forget the alarms after ``step``: a resumed run goes on from there."""
+        self._manifest["alarms"] = [alarm for alarm in self._manifest["alarms"] if alarm["step"] <= step]
         self._write_manifest()
 
     def drop_from(self, epoch: int) -> None:

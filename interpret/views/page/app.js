@@ -65,7 +65,7 @@ const GLASSARMOR = (() => {
   }
 
   function receive(next) {
-    const mark = JSON.stringify([next.title, next.meta, next.complete, next.results, next.epochs.map((e) => e.tag)]);
+    const mark = JSON.stringify([next.title, next.meta, next.complete, next.results, next.alarms, next.epochs.map((e) => e.tag)]);
     if (mark === signature) return;
     signature = mark;
     const followed = !manifest || index === manifest.epochs.length - 1;
@@ -116,7 +116,7 @@ const GLASSARMOR = (() => {
 
   function context(after, view, chart) {
     return {
-      history: manifest.epochs, single: single(), index, select, ui, view, chart, after,
+      history: manifest.epochs, alarms: manifest.alarms || [], single: single(), index, select, ui, view, chart, after,
       blob: (key) => blobs.get(key),
       others: () => [ // what a chart can be compared with: itself at other epochs, its kind beside it
         ...manifest.epochs.filter((e) => e.epoch !== shown.epoch).map((e) => ({ label: `epoch ${e.epoch}`, load: async () => (await load(e)).views.find((v) => v.name === view)?.charts[chart] ?? null })),
@@ -155,7 +155,7 @@ const GLASSARMOR = (() => {
     const results = manifest.results && el("div", { class: "cards" }, draw.table(manifest.results, { ...context(after), open: true }));
     if (!entry) return [...parts, results, el("p", { class: "card" }, "No epoch yet. This page shows the first one as soon as it is there.")];
     if (entry.note) parts.push(el("p", { class: "note" }, entry.note));
-    parts.push(el("div", { class: "cards" }, manifest.keyFigures.map(keyFigure)));
+    parts.push(health(entry), el("div", { class: "cards" }, manifest.keyFigures.map(keyFigure)));
     const chart = manifest.overview && draw.trend(manifest.overview, { ...context(after), height: 290 });
     const says = entry.headlines.map((h) => el("li", {}, el("a", { href: `#${anchor(h.name)}` }, h.title), " ", el("span", {}, tidy(h.headline))));
     const heard = el("div", { class: "card" }, el("h3", {}, chart ? `What the panels say at epoch ${entry.epoch}` : "What the panels say"),
@@ -173,6 +173,17 @@ const GLASSARMOR = (() => {
         titles.has(a.panel) ? el("a", { href: `#${anchor(a.panel)}` }, titles.get(a.panel)) : null, a.command ? command(a.command) : null)))] : [];
     });
     return rows.length ? el("div", { class: "card answers" }, el("h3", {}, single() ? "In short" : `In short, at epoch ${entry.epoch}`), el("dl", {}, rows)) : null;
+  }
+
+  /* Is the defense healthy?  The verdict of the epoch shown, and every alarm of the run. */
+  function health(entry) {
+    const says = entry.headlines.find((h) => h.name === "health"), alarms = manifest.alarms || [];
+    if (!says && !alarms.length) return el("span", {});
+    return el("div", { class: "card", id: "health" }, el("h3", {}, "Is the defense healthy?"),
+      says ? el("p", {}, tidy(says.headline)) : null,
+      alarms.length ? el("ul", { class: "says", "aria-label": "Alarms" }, alarms.map((a) => el("li", {},
+        el("b", {}, `⚠ epoch ${a.epoch}, step ${a.step}`), ` ${tidy(a.text)}`, a.action ? el("div", { class: "muted" }, `→ ${tidy(a.action)}`) : null)))
+        : el("p", { class: "muted" }, "No alarm in this run so far."));
   }
 
   function keyFigure(figure) {

@@ -104,6 +104,11 @@ const Charts = (() => {
     if (chart.unit && chart.unit !== "%") picture.append(svg("text", { x: left, y: 9, "text-anchor": "start" }, chart.unit));
     if (share) drawShares(picture, series, epochs, x, y, 6);
     else drawLines(picture, series, epochs, x, y);
+    for (const alarm of ctx.alarms || []) {
+      const i = epochs.indexOf(alarm.epoch);
+      if (i >= 0) picture.append(svg("g", { class: "alarm" }, svg("line", { x1: x(i), x2: x(i), y1: top, y2: bottom }),
+        svg("path", { d: `M${x(i)} ${top + 10}l-6 -10h12z` }), svg("title", {}, `${alarm.text}${alarm.action ? " → " + alarm.action : ""}`)));
+    }
     const now = svg("line", { class: "now", y1: top, y2: bottom });
     const dots = share ? [] : series.map((s) => svg("circle", { r: 4, fill: s.colour, stroke: "var(--card)", "stroke-width": 1.5 }));
     picture.append(now, ...dots);

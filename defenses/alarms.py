@@ -1,0 +1,170 @@
+"""Which readings are bad news, and what a run can do to go on more safely.  Pure rules on a history of readings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Final
+
+from defenses.attacks import NFGSM, PGD, Attack, Scalable
+from defenses.health import Reading
+
+
+@dataclass(frozen=True)
+class Check:
+    """An alarm of this kind is raised where the indicator of this name is above its limit."""
+
+    kind: str
+    name: str
+    says: str  # of the value, in percent points
+
+
+CHECKS: Final = (
+    Check("nonfinite", "nonfinite", "weights or losses that are not finite: {value}"),
+    Check("catastrophic", "gap", "FGSM accuracy is {value} above PGD accuracy: one-step attacks alone are answered"),
+    Check("catastrophic", "fall", "PGD accuracy fell by {value} since the reading before"),
+    Check("masked", "zero_gradient", "{value} of the images have an input gradient of exactly zero"),
+    Check("masked", "noise_wins", "plain noise turns {value} of the images that PGD leaves right"),
+    Check("masked", "margin_gain", "PGD on the margin loss is {value} stronger than on the cross-entropy"),
+    Check("masked", "step_gain", "four times the steps make PGD {value} stronger"),
+    Check("alignment", "misalignment", "input gradients at an image and at noise beside it are {value} misaligned"),
+    Check("drift", "kind_drift", "one-step and multi-step attacks promote and suppress units unlike: distance {value}"),
+    Check("drift", "turning_drift", "one-step and multi-step attacks turn at other layers: distance {value}"),
+    Check("dead", "dead", "{value} of a layer's units never change"),
+    Check("overfitting", "behind", "held-out robust accuracy is {value} below its best, and training further above it"),
+)
+KINDS: Final = tuple(dict.fromkeys(check.kind for check in CHECKS))
+ABOUT_ATTACKS: Final = frozenset({"catastrophic", "alignment", "drift", "overfitting"})  # else meaningless
+TITLES: Final = {
+    "nonfinite": "not finite",
+    "catastrophic": "catastrophic overfitting",
+    "masked": "masked gradients",
+    "alignment": "misaligned gradients",
+    "drift": "signals drift",
+    "dead": "dead units",
+    "overfitting": "robust overfitting",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest value of each indicator that is no alarm, shares in [0,1]; None: never judged.
+
+    ``gap`` and ``fall`` are METHODS' (20 points); the others were fixed on ``benchmarks/health.py``'s calibration seeds.
+
+    Raises:
+        ValueError: a limit that is no share; names the config key.
+    """
+
+    gap: float | None = 0.2
+    fall: float | None = 0.2
+    zero_gradient: float | None = 0.2
+    noise_wins: float | None = 0.1
+    margin_gain: float | None = 0.2
+    step_gain: float | None = 0.2
+    misalignment: float | None = None
+    kind_drift: float | None = None
+    turning_drift: float | None = None
+    dead: float | None = 0.5
+    behind: float | None = 0.05
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value <= 1):
+                raise ValueError(f"health.limits.{field.name}: expected null or a share in [0, 1], found {value!r}")
+
+    def of(self, name: str) -> float | None:
+        """The limit of an indicator; of ``nonfinite`` always 0."""
+        value: float | None = 0.0 if name == "nonfinite" else getattr(self, name)
+        return value
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """``text``: one sentence a check that failed; ``values``: their indicators."""
+
+    kind: str
+    epoch: int
+    step: int
+    text: str
+    values: Mapping[str, float]
+
+
+def indicators(history: Sequence[Reading]) -> dict[str, float]:
+    """What the checks look at: the last reading's values, with ``fall`` and ``behind``, which need those before.
+
+    ``behind``: best − latest held-out robust accuracy (``robust``), but at most by how much training robust accuracy
+    (``train_robust``) is above the latest: a run in which both fall is not overfitting.
+    """
+    if not history:
+        return {}
+    last = history[-1].values
+    found = dict(last)
+    if len(history) > 1 and "pgd" in last and "pgd" in history[-2].values:
+        found["fall"] = history[-2].values["pgd"] - last["pgd"]
+    if "robust" in last and "train_robust" in last:
+        best = max(reading.values["robust"] for reading in history if "robust" in reading.values)
+        found["behind"] = min(best - last["robust"], last["train_robust"] - last["robust"])
+    return found
+
+
+def judge(history: Sequence[Reading], limits: Limits, watch: Collection[str] = KINDS) -> tuple[Alarm, ...]:
+    """The alarms of the last reading, one a kind; a value that is no number counts as not finite.
+
+    Args:
+        history: readings in order, those of a past that was rolled back left out.
+        watch: the kinds that are judged.
+    """
+    found = indicators(history)
+    sentences: dict[str, list[Check]] = {}
+    for check in CHECKS:
+        value, limit = found.get(check.name), limits.of(check.name)
+        if check.kind in watch and value is not None and limit is not None and not value <= limit:
+            sentences.setdefault(check.kind, []).append(check)
+    return tuple(
+        Alarm(
+            kind,
+            history[-1].epoch,
+            history[-1].step,
+            f"{TITLES[kind]}: " + "; ".join(check.says.format(value=_shown(check, found[check.name])) for check in checks),
+            {check.name: found[check.name] for check in checks},
+        )
+        for kind, checks in sentences.items()
+    )
+
+
+def _shown(check: Check, value: float) -> str:
+    return f"{value:.0f}" if check.kind == "nonfinite" else f"{100 * value:.0f} %"
+
+
+MEASURES: Final = ("noise", "two_steps", "smaller_step", "lower_rate")
+
+
+def safer(attack: Attack | None, measure: str) -> Attack | None:
+    """The training attack after a safety measure; None where the measure is not about this attack.
+
+    ``noise``: a one-step attack starts from noise of 2ε and is not projected (N-FGSM, de Jorge et al. 2022);
+    ``two_steps``: two steps of ε/2 from a uniform start instead of one; ``smaller_step``: half the step;
+    ``lower_rate``: is about the optimiser.
+
+    Raises:
+        ValueError: an unknown measure.
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"health.safer: expected any of {', '.join(MEASURES)}; found {measure!r}")
+    one_step = isinstance(attack, PGD) and attack.steps == 1
+    if measure == "noise" and isinstance(attack, PGD) and one_step and not isinstance(attack, NFGSM):
+        return NFGSM(attack.threat, objective=attack.objective, seed=attack.seed)
+    if measure == "two_steps" and isinstance(attack, PGD) and one_step:
+        # N-FGSM declares the larger ball that its noise fills; its step is the ball's own radius.
+        ball = (
+            attack.threat
+            if not isinstance(attack, NFGSM)
+            else attack.noise_ball.scaled(attack.step_size / attack.noise_ball.eps)
+        )
+        return PGD(ball, steps=2, step_size=ball.eps / 2, objective=attack.objective, seed=attack.seed)
+    if measure == "smaller_step" and isinstance(attack, Scalable):
+        return attack.scaled(1.0, 0.5)
+    return None

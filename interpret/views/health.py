@@ -1,0 +1,91 @@
+"""Panel: is the defense healthy?  Each reading against the limit above which it is bad news."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from interpret.views.figures import charts_figure, to_array
+from interpret.views.rows import percent
+from interpret.views.view import Bars, Table, Trend, View
+
+LABELS = {
+    "gap": "FGSM − PGD accuracy",
+    "fall": "fall of PGD accuracy since the last reading",
+    "zero_gradient": "images without an input gradient",
+    "noise_wins": "right under PGD, wrong under noise",
+    "margin_gain": "PGD stronger on the margin loss by",
+    "step_gain": "PGD stronger with 4 × the steps by",
+    "misalignment": "misaligned gradients, 1 − cos",
+    "kind_drift": "kinds of units (PSE), FGSM against PGD",
+    "turning_drift": "turning layers, FGSM against PGD",
+    "dead": "dead units, worst layer",
+    "behind": "held-out robust accuracy below its best",
+}
+ACCURACIES = {
+    "clean": "clean",
+    "noise": "noise",
+    "fgsm": "FGSM",
+    "pgd": "PGD",
+    "margin": "PGD, margin",
+    "longer": "PGD, long",
+}
+
+SIGNS = ("gap", "misalignment", "kind_drift", "turning_drift", "dead")
+
+
+def health_view(
+    values: Mapping[str, float],
+    limits: Mapping[str, float | None],
+    verdict: str = "",
+    step: int = 0,
+    measures: str = "",
+) -> View:
+    """The panel of one reading.
+
+    Args:
+        values: the indicators (``LABELS``), accuracies (``ACCURACIES``) and what else was read, shares in [0,1].
+        limits: by indicator; None: not judged.
+        verdict: what is wrong, in words; "" where nothing is.
+        step: at which was read.
+        measures: safety measures in force, in words.
+    """
+    shown = [name for name in LABELS if name in values]
+    rows = [(LABELS[name], percent(values[name]), *_state(values[name], limits.get(name))) for name in shown]
+    judged = [(name, limit) for name in shown if (limit := limits.get(name)) is not None]
+    used = Bars(
+        "How much of its limit each reading uses",
+        tuple(LABELS[name] for name, _ in judged),
+        tuple(max(values[name], 0) / max(limit, 1e-9) for name, limit in judged),
+        "%",
+        reference=(1.0,) * len(judged),
+        reference_label="limit: an alarm beyond",
+    )
+    headline = f"Not healthy: {verdict}." if verdict else "Healthy: no reading is beyond its limit."
+    if measures:
+        headline += f" Since a rollback: {measures}."
+    return View(
+        name="health",
+        title="Health",
+        headline=headline,
+        charts=(
+            Table(f"Readings at step {step}", ("reading", "value", "limit", "verdict"), rows, open=True),
+            *((used,) if judged else ()),
+            _trend("Accuracy on the held-out images read", ACCURACIES),
+            _trend("Warning signs", {name: LABELS[name] for name in SIGNS}),
+        ),
+        figure=to_array(charts_figure([used], headline)) if judged else None,
+        scalars={f"health/{name}": value for name, value in values.items()},
+        how_to_read="Few held-out images, attacked with one step and with several. A net that withstands FGSM and not "
+        "PGD has collapsed (catastrophic overfitting); where noise, another loss or more steps beat PGD by much, its "
+        "gradients are masked and its accuracies mean nothing. A dashed line with ▼ on a curve marks an alarm.",
+    )
+
+
+def _trend(title: str, names: Mapping[str, str]) -> Trend:
+    return Trend(title, tuple(f"health/{name}" for name in names), tuple(names.values()), "%", limits=(0, 1))
+
+
+def _state(value: float, limit: float | None) -> tuple[str, str]:
+    if limit is None:
+        return "–", "not judged"
+    return percent(limit), "⚠ beyond" if value > limit else "✓ within"

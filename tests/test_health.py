@@ -1,0 +1,355 @@
+"""Health: measures in closed form, rules on histories, planted masked gradients reported and honest nets not."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from defenses.alarms import CHECKS, KINDS, Limits, indicators, judge, safer
+from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD
+from defenses.free import Free
+from defenses.health import Images, Reading, dead_units, gradients, kinds, measure, total_variation, turning
+from defenses.objectives import NuclearCE
+from defenses.threat import L2, Linf
+from interpret.observation import observe
+from interpret.pse import KIND_NAMES, unit_effects
+from interpret.views.health import health_view
+from interpret.views.page import ReportPage, read_script
+from tests.reference.nets import batch, conv_bn, seeded, unchanged, untidy
+
+LAYERS = ("act1", "act2")
+BALL = Linf(0.03)
+
+
+def of(net: nn.Module, n: int = 12, **options: object) -> Images:
+    """Images that the net answers rightly, and a background with every class."""
+    x, _, _ = batch(n=n, **options)
+    with torch.no_grad():
+        y = net.eval()(x).argmax(1)
+    return Images(x, y, (torch.rand(40, *x.shape[1:], generator=seeded(9)), torch.arange(40) % 5))
+
+
+class Linearised(nn.Sequential):
+    """Without a kink: logits of two classes, through a layer that can be observed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            OrderedDict(
+                act1=nn.Conv2d(3, 4, 1), act2=nn.Conv2d(4, 6, 3, padding=1), flatten=nn.Flatten(), head=nn.Linear(384, 2)
+            )
+        )
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=seeded(3)) * 0.3)
+
+
+class Before(nn.Module):
+    """A net behind something done to the image, whose layers keep their names."""
+
+    def __init__(self, net: nn.Module, change) -> None:
+        super().__init__()
+        self.net, self.change = net, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.change(x))
+
+
+class Louder(nn.Module):
+    """The same answers from logits that are so many times as large."""
+
+    def __init__(self, net: nn.Module, by: float) -> None:
+        super().__init__()
+        self.net, self.by = net, by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by * self.net(x)
+
+
+# ---- measures ---------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_linear_net_of_two_classes_nothing_drifts() -> None:
+    """One step finds the worst corner of the ball, so more steps find the same; the gradient points one way everywhere."""
+    torch.manual_seed(0)
+    net = Linearised()
+    images = replace(of(net), background=(torch.rand(20, 3, 8, 8), torch.arange(20) % 2))
+    found = measure(net, images, BALL, LAYERS, steps=5, thorough=True)
+    assert found["misalignment"] == pytest.approx(0, abs=1e-5)
+    for name in ("gap", "kind_drift", "turning_drift", "margin_gain", "step_gain", "noise_wins", "zero_gradient", "dead"):
+        assert found[name] == 0, name
+    # the worst corner moves the margin of each image by ε · Σ|∂(Z_0 − Z_1)/∂x|, the clamp to [0,1] aside (images in .15….85)
+    x = images.x.clone().requires_grad_()
+    logits = net(x)
+    margin = (logits[:, 0] - logits[:, 1]) * (1 - 2 * images.y)
+    slope = torch.autograd.grad(margin.sum(), x)[0].abs().flatten(1).sum(1)
+    assert found["pgd"] == pytest.approx(float((margin > BALL.eps * slope).float().mean()))
+    assert found["clean"] == 1
+
+
+def test_the_net_is_left_as_it_was() -> None:
+    net = conv_bn()
+    images = of(net)
+    untidy(net)
+    state = torch.get_rng_state()
+    with unchanged(net):
+        first = measure(net, images, BALL, LAYERS)
+    assert torch.equal(state, torch.get_rng_state())
+    assert measure(net, images, BALL, LAYERS) == first, "readings of the same weights are the same"
+
+
+def test_weights_that_are_not_finite_are_counted_and_nothing_else_is_read() -> None:
+    net = conv_bn()
+    images = of(net)
+    with torch.no_grad():
+        net.head.weight[1, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+        net.bn1.running_mean[0] = float("nan")
+    assert measure(net, images, BALL, LAYERS) == {"nonfinite": 4.0}
+
+
+def test_misalignment_is_one_minus_the_cosine() -> None:
+    """On logits (‖x‖²/2, 0), two classes: the gradient at x is x times a number, so the cosine is that of x and x + η."""
+
+    class Bowl(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            half = x.flatten(1).square().sum(1) / 200
+            return torch.stack([half, torch.zeros_like(half)], 1)
+
+    x, _, _ = batch(n=6)
+    y = torch.zeros(6, dtype=torch.long)
+    eta = BALL.noise(x, torch.Generator().manual_seed(7 * 1_000_003))
+    cosine = torch.cosine_similarity(x.flatten(1).double(), (x + eta).flatten(1).double())
+    found = gradients(Bowl(), x, y, BALL, seed=7)
+    assert found["misalignment"] == pytest.approx(float((1 - cosine).mean()), rel=1e-3)
+    assert found["zero_gradient"] == 0
+
+
+def test_dead_units_are_those_that_never_change() -> None:
+    net = conv_bn()
+    with torch.no_grad():
+        net.bn1.weight[[0, 4]] = 0  # constant, one of them positive
+        net.bn1.bias[0], net.bn1.bias[4] = 1.0, -1.0
+        net.bn2.bias[:] = -100  # silent behind the ReLU
+        net.bn2.bias[3] = 1.0
+    x, x_adv, y = batch()
+    found = dead_units(observe(net.eval(), x, x_adv, y, layers=LAYERS))
+    assert found == {"dead": pytest.approx(7 / 8), "dead/act1": pytest.approx(2 / 6), "dead/act2": pytest.approx(7 / 8)}
+
+
+def test_a_unit_that_only_the_attack_wakes_is_not_dead() -> None:
+    net = nn.Sequential(
+        OrderedDict(act1=nn.Sequential(nn.Conv2d(3, 1, 1), nn.ReLU()), flatten=nn.Flatten(), head=nn.Linear(64, 5))
+    )
+    with torch.no_grad():
+        net.act1[0].weight.fill_(1.0)
+        net.act1[0].bias.fill_(-2.0)
+    x = torch.full((2, 3, 8, 8), 0.5)
+    awake = x.clone()
+    awake[1, :, 3, 3] = 0.9
+    y = torch.zeros(2, dtype=torch.long)
+    assert dead_units(observe(net, x, awake, y, layers=["act1"]))["dead"] == 0
+    assert dead_units(observe(net, x, x + 0.01, y, layers=["act1"]))["dead"] == 1
+
+
+def test_drifts_compare_the_two_halves() -> None:
+    """The same attack twice: no drift.  None against one: as far as the attack has units that count."""
+    net = conv_bn()
+    x, x_adv, y = batch(n=6)
+    background = of(net).background
+    with torch.enable_grad():
+        same = observe(net.eval(), x.repeat(2, 1, 1, 1), x_adv.repeat(2, 1, 1, 1), y.repeat(2), layers=LAYERS)
+        one = observe(net, x.repeat(2, 1, 1, 1), torch.cat([x, x_adv]), y.repeat(2), layers=LAYERS)
+    assert kinds(same, "act2")["kind_drift"] == 0
+    assert turning(net, same, background, LAYERS)["turning_drift"] == 0
+    found = kinds(one, "act2")
+    active = float((unit_effects(one, "act2").kind[6:] != KIND_NAMES.index("inactive")).float().mean())
+    assert active > 0.5
+    assert found["kind_drift"] == pytest.approx(active)
+    assert found["kinds_one/inactive"] == 1
+    for side in ("one", "many"):
+        assert sum(found[f"kinds_{side}/{name}"] for name in KIND_NAMES) == pytest.approx(1)
+    # where nothing is attacked nothing turns
+    assert turning(net, one, background, LAYERS)["depth_one"] == 1
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=6), st.lists(st.floats(0.01, 1), min_size=6, max_size=6))
+def test_total_variation_is_a_distance_in_0_1(first: list[float], second: list[float]) -> None:
+    p, q = (torch.tensor(v, dtype=torch.float64) for v in (first, second[: len(first)]))
+    p, q = p / p.sum(), q / q.sum()
+    distance = total_variation(p, q)
+    assert 0 <= distance <= 1 + 1e-12
+    assert distance == pytest.approx(total_variation(q, p))
+    assert distance == pytest.approx(float((p - q).clamp_min(0).sum()))
+    assert total_variation(p, p) == 0
+
+
+# ---- planted masks ----------------------------------------------------------------------------------------------------
+
+
+def masked(found: dict[str, float]) -> tuple[str, ...]:
+    alarms = judge([Reading(0, 1, found)], Limits(), ("masked",))
+    return tuple(alarms[0].values) if alarms else ()
+
+
+def test_masked_gradients_are_reported_and_honest_ones_are_not() -> None:
+    net = conv_bn(seed=1)
+    images, layers, ball = of(net, n=32), [f"net.{layer}" for layer in LAYERS], Linf(0.2)
+    honest = measure(Before(net, lambda x: x), images, ball, layers)
+    assert masked(honest) == ()
+    assert honest["pgd"] < honest["noise"], "so that an attack has something to find"
+    quantised = measure(Before(net, lambda x: (x * 8).round() / 8), images, ball, layers)
+    assert "zero_gradient" in masked(quantised)
+    assert quantised["zero_gradient"] == 1
+    saturated = measure(Louder(net, 1e5), images, ball, layers)
+    assert {"zero_gradient", "margin_gain"} <= set(masked(saturated)), saturated
+    assert saturated["margin"] == pytest.approx(honest["margin"], abs=0.1), "the net is as weak as before"
+
+
+def test_an_attack_that_needs_many_steps_and_noise_that_wins_are_reported() -> None:
+    rows = {"pgd": 0.6, "longer": 0.3, "step_gain": 0.3, "noise_wins": 0.0}
+    assert masked(rows) == ("step_gain",)
+    assert masked({**rows, "step_gain": 0.05}) == ()
+    assert masked({"noise_wins": 0.2}) == ("noise_wins",)
+
+
+# ---- rules ------------------------------------------------------------------------------------------------------------
+
+
+def history(*values: dict[str, float]) -> list[Reading]:
+    return [Reading(i, 10 * i, v) for i, v in enumerate(values)]
+
+
+def found(*values: dict[str, float], limits: Limits | None = None) -> set[str]:
+    return {alarm.kind for alarm in judge(history(*values), limits or Limits())}
+
+
+HONEST = {"nonfinite": 0.0, "fgsm": 0.5, "pgd": 0.45, "gap": 0.05, "dead": 0.1, "zero_gradient": 0.0, "robust": 0.45}
+
+
+def test_catastrophic_overfitting_is_a_gap_or_a_fall() -> None:
+    assert found(HONEST, HONEST) == set()
+    assert found({**HONEST, "gap": 0.21}) == {"catastrophic"}
+    assert found(HONEST, {**HONEST, "pgd": 0.24}) == {"catastrophic"}
+    assert found(HONEST, {**HONEST, "pgd": 0.26}) == set()
+    assert found({"nonfinite": 1.0}) == {"nonfinite"}
+    (alarm,) = judge(history(HONEST, {**HONEST, "gap": 0.6, "pgd": 0.0}), Limits())
+    assert set(alarm.values) == {"gap", "fall"}
+    assert (alarm.epoch, alarm.step) == (1, 10)
+    assert "60 %" in alarm.text
+    assert "45 %" in alarm.text
+
+
+def test_robust_overfitting_is_a_fall_while_training_goes_on_to_win() -> None:
+    best, worse = {"robust": 0.5, "train_robust": 0.5}, {"robust": 0.3, "train_robust": 0.7}
+    assert found(best, worse) == {"overfitting"}
+    assert indicators(history(best, worse))["behind"] == pytest.approx(0.2)
+    assert found(best, {"robust": 0.3, "train_robust": 0.3}) == set(), "both fell: no overfitting"
+    assert found(best, {}, {"robust": 0.47, "train_robust": 0.9}) == set()
+    assert found(worse, best) == set()
+
+
+VALUES = st.fixed_dictionaries({}, optional={c.name: st.floats(0, 1) for c in CHECKS if c.name not in ("fall", "behind")})
+LIMITS = st.builds(Limits, **{field.name: st.none() | st.floats(0, 1) for field in fields(Limits)})
+
+
+@given(st.lists(VALUES, min_size=1, max_size=4), LIMITS, st.floats(0, 1))
+def test_wider_limits_never_raise_an_alarm_and_a_steady_run_never_falls(rows, limits, by) -> None:
+    wider = Limits(**{f.name: None if (v := getattr(limits, f.name)) is None else min(1.0, v + by) for f in fields(Limits)})
+    assert found(*rows, limits=wider) <= found(*rows, limits=limits)
+    off = Limits(**{f.name: None for f in fields(Limits)})
+    assert found(*rows, limits=off) <= {"nonfinite"}
+    assert indicators(history({"pgd": 0.3}, {"pgd": 0.3}))["fall"] == 0
+    assert judge(history(*rows), limits, ()) == ()
+
+
+def test_a_reading_that_is_no_number_is_no_good_news() -> None:
+    assert found({**HONEST, "gap": float("nan")}) == {"catastrophic"}
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, "much", True, float("nan")])
+def test_limits_are_shares(value) -> None:
+    with pytest.raises(ValueError, match=r"health\.limits\.gap: expected null or a share"):
+        Limits(gap=value)
+
+
+def test_every_check_has_a_limit_and_a_kind() -> None:
+    assert {check.name for check in CHECKS} == {field.name for field in fields(Limits)} | {"nonfinite"}
+    assert {check.kind for check in CHECKS} == set(KINDS)
+
+
+# ---- safety measures --------------------------------------------------------------------------------------------------
+
+
+def test_safer_attacks() -> None:
+    noisy = safer(FGSM(Linf("8/255"), seed=5), "noise")
+    assert isinstance(noisy, NFGSM)
+    assert (noisy.step_size, noisy.noise_ball.eps, noisy.seed) == (8 / 255, 16 / 255, 5)
+    for attack in (FGSM(Linf("8/255")), FGSMRS(Linf("8/255")), NFGSM(Linf("8/255"))):
+        twice = safer(attack, "two_steps")
+        assert isinstance(twice, PGD)
+        assert twice.threat.eps == pytest.approx(8 / 255)
+        assert (twice.steps, twice.step_size) == (2, pytest.approx(4 / 255))
+    shorter = safer(PGD(L2(0.5), steps=4, step_size=0.2), "smaller_step")
+    assert shorter.step_size == pytest.approx(0.1)
+    assert shorter.threat.eps == 0.5
+    assert isinstance(safer(PGD(BALL, 1, 0.03, "bernoulli", objective=NuclearCE()), "two_steps").objective, NuclearCE)
+
+
+def test_measures_that_are_not_about_an_attack() -> None:
+    assert safer(NFGSM(BALL), "noise") is None
+    assert safer(PGD(BALL, 10), "noise") is None
+    assert safer(PGD(BALL, 10), "two_steps") is None
+    assert safer(FGSM(BALL), "lower_rate") is None
+    for name in ("noise", "two_steps", "smaller_step"):
+        assert safer(None, name) is None
+        assert safer(Free(BALL), name) is None
+    with pytest.raises(ValueError, match=r"health\.safer"):
+        safer(FGSM(BALL), "prayer")
+
+
+# ---- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_the_panel_says_whether_the_defense_is_healthy() -> None:
+    values = {"gap": 0.31, "dead": 0.1, "misalignment": 0.4, "pgd": 0.2}
+    well = health_view(values, {"gap": 0.5, "dead": 0.5, "misalignment": None})
+    assert well.headline.startswith("Healthy")
+    assert well.name == "health"
+    bad = health_view(values, {"gap": 0.2, "dead": 0.5, "misalignment": None}, "catastrophic overfitting: …", 40, "N-FGSM")
+    assert "Not healthy: catastrophic overfitting" in bad.headline
+    assert "N-FGSM" in bad.headline
+    rows = {row[0]: row[1:] for row in bad.charts[0].rows}
+    assert rows["FGSM − PGD accuracy"] == ("31.0 %", "20.0 %", "⚠ beyond")
+    assert rows["dead units, worst layer"] == ("10.0 %", "50.0 %", "✓ within")
+    assert rows["misaligned gradients, 1 − cos"][1:] == ("–", "not judged")
+    used = bad.charts[1]
+    assert used.values == pytest.approx((0.31 / 0.2, 0.1 / 0.5))
+    assert bad.scalars["health/pgd"] == 0.2
+    assert bad.figure.dtype == "uint8"
+
+
+def test_the_page_keeps_alarms_and_a_resumed_run_forgets_later_ones(tmp_path) -> None:
+    page = ReportPage(tmp_path, "run")
+    page.add_alarm(1, 20, "catastrophic overfitting: …", "rolled back")
+    ReportPage(tmp_path, "run").add_alarm(3, 60, "dead units <b>", "warned")
+    again = ReportPage(tmp_path, "run")
+    manifest = lambda: read_script(tmp_path / "data" / "manifest.js")["alarms"]  # noqa: E731
+    assert [(a["epoch"], a["step"], a["action"]) for a in manifest()] == [(1, 20, "rolled back"), (3, 60, "warned")]
+    again.drop_alarms(20)
+    assert [a["step"] for a in manifest()] == [20]
+
+
+def test_what_a_reading_costs() -> None:
+    """Forwards of a reading, in passes over the images: what the docstring of ``measure`` says."""
+    net = conv_bn()
+    images, seen = of(net, n=4), []
+    net.register_forward_pre_hook(lambda _m, inputs: seen.append(len(inputs[0])))
+    for thorough, passes in ((False, 3 + 9), (True, 3 + 9 + 5 * 3 + 6)):
+        seen.clear()
+        measure(net, images, BALL, LAYERS, steps=3, thorough=thorough)
+        assert sum(seen) == passes * 4 + 40
