@@ -29,6 +29,7 @@ from lightning_modules.callbacks.averaging import averaging
 from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.callbacks.cost import Cost
 from lightning_modules.callbacks.dashboard import Dashboard
+from lightning_modules.callbacks.health import watch
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.cards import write_correct
@@ -116,6 +117,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
         )
         dashboard.prepare(module.net)
         dashboard.rehearse(module.net)
+        health = watch(instantiate(cfg.get("health"), _convert_="all"), module, data)
         average = averaging(cfg.ema)
         for callback in average:
             dashboard.net_of = callback.net_of
@@ -167,6 +169,8 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
         list(cfg.wandb.tags),
     )
     dashboard.log_to = log = RunLog(folder.path, ReportPage(folder.report, folder.path.name, meta), logger)
+    for monitor in health:
+        monitor.log_to, dashboard.lead = log, monitor.views
     kept = Checkpoints(folder.checkpoints, cfg.get("checkpoint_every"))
     if point is not None:
         console.print(f"resume      {point}")
@@ -178,7 +182,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
         trainer: pl.Trainer = instantiate(
             cfg.trainer,
             logger=logger or False,
-            callbacks=[*average, dashboard, ProgressBar(), Cost(folder.path), kept, preemption],
+            callbacks=[*average, *health, dashboard, ProgressBar(), Cost(folder.path), kept, preemption],
             default_root_dir=str(folder.path),
         )
         start = None if point is None or point.path is None else str(point.path)

@@ -50,6 +50,7 @@ class RobustClassifier(pl.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.seed = seed
+        self.rescue: Callable[[str], bool] = lambda message: False  # True: the step is skipped, and someone sees to it
         # None looks at values to check them, for which every step would wait for the device.
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.train_loss = MeanMetric(nan_strategy="disable")
@@ -73,7 +74,7 @@ class RobustClassifier(pl.LightningModule):
         for metric in self._epoch_metrics():
             metric.reset()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         x, y = batch
         draw = self.global_step * self.trainer.world_size + self.global_rank
         torch.manual_seed((self.seed * 1_000_003 + draw) % 2**63)  # dropout and the like
@@ -85,9 +86,11 @@ class RobustClassifier(pl.LightningModule):
         look = self.device.type == "cpu" or self.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
         if look and not torch.isfinite(out.loss):
             terms = ", ".join(f"{name} {float(value):.4g}" for name, value in out.terms.items())
+            message = f"training diverged at step {self.global_step}: {terms}"
+            if self.rescue(message):
+                return None
             raise FloatingPointError(
-                f"training diverged at step {self.global_step}: {terms}; last.ckpt holds an earlier step. "
-                "Try a lower optimizer.lr or trainer.gradient_clip_val=1"
+                f"{message}; last.ckpt holds an earlier step. Try a lower optimizer.lr or trainer.gradient_clip_val=1"
             )
         name = "train/clean_acc" if self.defense.attack is None else "train/robust_acc"
         self.log(name, self.train_accuracy, on_step=False, on_epoch=True, prog_bar=True)

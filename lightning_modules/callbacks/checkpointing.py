@@ -104,7 +104,7 @@ class Checkpoints(Checkpoint):
         score, before = trainer.callback_metrics.get(self.monitor), self.best_score
         if score is not None and (before is None or float(score) > before):
             self.best_score = float(score)  # belongs into the file
-            if not self._written(trainer, self.best):
+            if not self.written(trainer, self.best):
                 self.best_score = before  # a later epoch is compared with the file that is there
         self.save_last(trainer)
 
@@ -120,7 +120,7 @@ class Checkpoints(Checkpoint):
         """Write ``last.ckpt``; the one before becomes ``previous.ckpt``."""
         began = time.monotonic()
         fresh = self.last.with_name("next.ckpt")
-        if self._written(trainer, fresh):
+        if self.written(trainer, fresh):
             if trainer.is_global_zero:
                 if self._whole:
                     os.replace(self.last, self.previous)
@@ -131,7 +131,8 @@ class Checkpoints(Checkpoint):
         self._saved_at = time.monotonic()
         self._took = self._saved_at - began
 
-    def _written(self, trainer: Any, path: Path) -> bool:
+    def written(self, trainer: Any, path: Path) -> bool:
+        """Save a checkpoint; whether it is on the disk.  To be called on every process."""
         trainer.save_checkpoint(path)
         return bool(trainer.strategy.broadcast(not self._files.failed))
 

@@ -76,6 +76,7 @@ class Dashboard(pl.Callback):
         self.net_of: Callable[[Any], nn.Module] = lambda module: getattr(module, "net", module)
         self.layers = tuple(layers)
         self.every_n_epochs = every_n_epochs
+        self.lead: Callable[[], Sequence[View]] = tuple  # views of others that come first, e.g. the run's health
 
     def prepare(self, net: nn.Module) -> None:
         """Choose and check the layers before training.
@@ -123,7 +124,7 @@ class Dashboard(pl.Callback):
         if self.panels and (last or epoch % self.every_n_epochs == 0):
             views = self.look(self.net_of(pl_module), pl_module.device, scalars)
         assert self.log_to is not None, "Dashboard.log_to was never set"
-        self.log_to.epoch(epoch, int(trainer.global_step), scalars, views)
+        self.log_to.epoch(epoch, int(trainer.global_step), scalars, [*self.lead(), *views])
 
     def look(
         self,

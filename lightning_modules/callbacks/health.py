@@ -1,0 +1,361 @@
+"""A run that watches its own health: readings on held-out images, alarms, and a way back to the last healthy state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from defenses.alarms import ABOUT_ATTACKS, CHECKS, KINDS, MEASURES, Alarm, Limits, indicators, judge, safer
+from defenses.attacks import Attack
+from defenses.health import Images, Reading, measure
+from defenses.threat import Threat
+from interpret.observation import feature_layers
+from interpret.views.health import health_view
+from interpret.views.view import View
+from lightning_modules.callbacks.checkpointing import Checkpoints
+from lightning_modules.console import console
+from lightning_modules.logging import RunLog
+
+Action = Literal["warn", "stop", "rollback"]
+HEALTHY: Final = "healthy.ckpt"
+
+
+class Health(pl.Callback):
+    """Reads the training weights at the end of epochs, and every so many steps; alarms warn, stop, or roll back.
+
+    A rollback happens where the next step would begin: weights, BatchNorm statistics, optimiser, running estimates and the
+    average of the weights become those of ``healthy.ckpt`` again, bit for bit; schedule, data order and step count go on,
+    and one more safety measure is in force from then on (:func:`defenses.alarms.safer`), also in a resumed run.  Without an
+    alarm the run ends in the same weights as without this callback.
+
+    Put it after an average of the weights and before the dashboard.  In a distributed run the first process reads.
+
+    Args:
+        threat: the ball of the attacks that are read with.
+        images, background: how many held-out images are read, and training images that turning layers are measured against.
+        every_n_epochs, every_n_steps: when; None: not so.
+        steps: of the multi-step attack.
+        thorough_every: each so many readings, the first included, also looks for masked gradients.
+        limits: above which an alarm is raised.
+        actions: by kind of alarm; "warn" where none is given.
+        safer: safety measures, in this order, where they apply; when none is left, the learning rate is halved.
+        most: rollbacks of a run; further alarms only warn.
+
+    Raises:
+        ValueError: an option out of its range; names the config key.
+    """
+
+    def __init__(
+        self,
+        threat: Threat,
+        images: int = 64,
+        background: int = 128,
+        every_n_epochs: int | None = 1,
+        every_n_steps: int | None = None,
+        steps: int = 5,
+        thorough_every: int = 5,
+        limits: Limits | None = None,
+        actions: Mapping[str, Action] | None = None,
+        safer: Sequence[str] = ("noise", "two_steps", "smaller_step"),
+        most: int = 5,
+    ) -> None:
+        counts = {"images": images, "background": background, "steps": steps, "thorough_every": thorough_every}
+        rhythm = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps}
+        for key, value in {**counts, **{k: v for k, v in rhythm.items() if v is not None}}.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"health.{key}: expected a whole number >= 1, found {value!r}")
+        if not isinstance(most, int) or isinstance(most, bool) or most < 0:
+            raise ValueError(f"health.most: expected a whole number >= 0, found {most!r}")
+        if every_n_epochs is None and every_n_steps is None:
+            raise ValueError("health: every_n_epochs and every_n_steps are both null; to switch it off, say health=off")
+        for kind, action in (actions or {}).items():
+            if kind not in KINDS or action not in get_args(Action):
+                raise ValueError(
+                    f"health.actions.{kind}: expected one of {', '.join(KINDS)} and one of {', '.join(get_args(Action))}; "
+                    f"found {action!r}"
+                )
+        for name in safer:
+            if name not in MEASURES:
+                raise ValueError(f"health.safer: expected any of {', '.join(MEASURES)}; found {name!r}")
+        self.threat, self.images, self.background, self.steps = threat, images, background, steps
+        self.every_n_epochs, self.every_n_steps, self.thorough_every = every_n_epochs, every_n_steps, thorough_every
+        self.limits = Limits() if limits is None else limits
+        self.actions, self.safer, self.most = dict(actions or {}), tuple(safer), most
+        self.log_to: RunLog | None = None
+        self.watched: tuple[str, ...] = KINDS
+        self.layers: tuple[str, ...] = ()
+        self.known: Images | None = None
+        self.attack: Attack | None = None  # the defense's own, before any safety measure
+        self.trouble = ""  # what the module said of a loss that is not finite
+        self.history: list[Reading] = []  # of the past that was not rolled back
+        self.readings = self.rollbacks = 0
+        self.latest: Reading | None = None
+        self.present: tuple[str, ...] = ()  # kinds of the last reading's alarms
+        self.verdict = ""
+        self.measures: list[str] = []  # safety measures in force
+        self.pending: list[str] = []  # kinds of alarm that ask for a rollback before the next step
+        self.healthy_step = -1  # global step of healthy.ckpt
+
+    # ---- before training -----------------------------------------------------------------------------------------------
+
+    def prepare(self, module: Any, images: Images) -> None:
+        """Choose the layers, and take a reading of two images: what would fail later fails now.
+
+        Raises:
+            ValueError: a network or a threat that can't be read.
+        """
+        self.threat.check(tuple(images.x.shape[1:]))
+        self.layers, self.known, self.attack = feature_layers(module.net, images.x[:2]), images, module.defense.attack
+        self.watched = tuple(kind for kind in KINDS if self.attack is not None or kind not in ABOUT_ATTACKS)
+        few = Images(images.x[:2], images.y[:2], images.background)
+        try:
+            measure(module.net, few, self.threat, self.layers, steps=1, thorough=False)
+        except Exception as error:
+            raise ValueError(f"health: {error}; to go without, say health=off") from error
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": [[reading.epoch, reading.step, dict(reading.values)] for reading in self.history],
+            "latest": None if self.latest is None else [self.latest.epoch, self.latest.step, dict(self.latest.values)],
+            **{name: getattr(self, name) for name in ("readings", "rollbacks", "verdict", "healthy_step")},
+            **{name: list(getattr(self, name)) for name in ("present", "measures", "pending")},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [Reading(*entry) for entry in state_dict["history"]]
+        self.latest = None if state_dict["latest"] is None else Reading(*state_dict["latest"])
+        for name in ("readings", "rollbacks", "verdict", "healthy_step"):
+            setattr(self, name, state_dict[name])
+        self.present = tuple(state_dict["present"])
+        self.measures, self.pending = list(state_dict["measures"]), list(state_dict["pending"])
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.world_size == 1:  # else the other processes would wait for a gradient that never comes
+            pl_module.rescue = self._note
+        self._arm(pl_module)
+        if self.log_to is not None and trainer.is_global_zero:
+            self.log_to.resume_from_step(trainer.global_step)
+        if self.healthy_step < 0 and not self.history:  # a place to go back to before the first reading
+            reading = self._read(trainer, pl_module, {})
+            if not trainer.strategy.broadcast(judge([reading], self.limits, self.watched)):
+                self._keep(trainer)
+
+    def _note(self, message: str) -> bool:
+        self.trouble = message
+        return self.actions.get("nonfinite") == "rollback" and self.rollbacks < self.most
+
+    # ---- readings ------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trouble:
+            reading = Reading(trainer.current_epoch, trainer.global_step, {"nonfinite": 1.0})
+            self._judge(trainer, reading, self.trouble)
+            self.trouble = ""
+            return
+        step, last = trainer.global_step, -1 if self.latest is None else self.latest.step
+        if self.every_n_steps is not None and step % self.every_n_steps == 0 and step > last:
+            self._judge(trainer, self._read(trainer, pl_module, {}))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        epoch, last = trainer.current_epoch, trainer.current_epoch + 1 == trainer.max_epochs
+        if self.every_n_epochs is not None and not self.pending and (last or epoch % self.every_n_epochs == 0):
+            known = {"robust": "val/robust_acc", "train_robust": "train/robust_acc"}
+            metrics = {name: trainer.callback_metrics.get(key) for name, key in known.items()}
+            self._judge(trainer, self._read(trainer, pl_module, {k: float(v) for k, v in metrics.items() if v is not None}))
+
+    def _read(self, trainer: Any, pl_module: Any, more: Mapping[str, float]) -> Reading:
+        assert self.known is not None, "Health.prepare was never called"
+        values: dict[str, float] = {}
+        if trainer.is_global_zero:
+            values = dict(more) | self.look(pl_module.net, pl_module.device, self.readings % self.thorough_every == 0)
+        return Reading(int(trainer.current_epoch), int(trainer.global_step), trainer.strategy.broadcast(values))
+
+    def look(self, net: nn.Module, device: torch.device, thorough: bool) -> dict[str, float]:
+        """One reading's values; weights, buffers, gradients, modes and random numbers are as they were."""
+        assert self.known is not None, "Health.prepare was never called"
+        forked = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False):
+            images = self.known.to(device)
+            return measure(net, images, self.threat, self.layers, steps=self.steps, thorough=thorough)
+
+    # ---- alarms --------------------------------------------------------------------------------------------------------
+
+    def _judge(self, trainer: Any, reading: Reading, said: str = "") -> None:
+        """Judge a reading, tell of every alarm that was not there before, and act."""
+        self.history = [*_best_so_far(self.history), reading]
+        self.latest, self.readings = reading, self.readings + 1
+        alarms = judge(self.history, self.limits, self.watched)
+        fresh = [alarm for alarm in alarms if alarm.kind not in self.present]
+        self.present = tuple(alarm.kind for alarm in alarms)
+        self.verdict = "; ".join(alarm.text for alarm in alarms)
+        if self.log_to is not None and trainer.is_global_zero:
+            self.log_to.reading(reading.epoch, reading.step, reading.values)
+        for alarm in fresh:
+            self._act(trainer, alarm, said)
+        if not alarms:
+            self._keep(trainer)
+
+    def _act(self, trainer: Any, alarm: Alarm, said: str) -> None:
+        action = self.actions.get(alarm.kind, "warn")
+        done = "warned"
+        if action == "stop":
+            trainer.should_stop, done = True, "stopped"
+        elif action == "rollback":
+            if self.rollbacks + bool(self.pending) >= self.most:
+                done = f"warned: the run was rolled back {self.rollbacks} times (health.most)"
+            else:
+                self.pending.append(alarm.kind)
+                done = self._plan()
+        text = f"{alarm.text}{f' ({said})' if said else ''}"
+        if trainer.is_global_zero:
+            console.print(f"health: {text} → {done}  (epoch {alarm.epoch}, step {alarm.step})")
+            if self.log_to is not None:
+                self.log_to.alarm(alarm.epoch, alarm.step, alarm.kind, text, done, alarm.values)
+
+    def _plan(self) -> str:
+        """What the rollback that is pending will do."""
+        where = f"rolled back to step {self.healthy_step}" if self.healthy_step >= 0 else "no healthy state to go back to"
+        return f"{where}; from here on: {_SAYS[self._next_measure()]}"
+
+    def _next_measure(self) -> str:
+        if "nonfinite" not in self.pending:
+            attack = self._armed()
+            for name in self.safer:
+                if name not in self.measures and (name == "lower_rate" or safer(attack, name) is not None):
+                    return name
+        return "lower_rate"
+
+    # ---- the way back --------------------------------------------------------------------------------------------------
+
+    def _keep(self, trainer: Any) -> None:
+        """Write ``healthy.ckpt``, whole or not at all."""
+        kept, before = _checkpoints(trainer), self.healthy_step
+        if kept is not None:
+            self.healthy_step = int(trainer.global_step)  # belongs into the file
+            if not kept.written(trainer, kept.last.with_name(HEALTHY)):
+                self.healthy_step = before
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.pending:
+            self._roll_back(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """An alarm of the last reading: no step follows, so the last checkpoint is given the healthy weights."""
+        pl_module.rescue = lambda message: False
+        if not self.pending:
+            return
+        path = self._roll_back(trainer, pl_module)
+        for callback in _averages(trainer):
+            callback.on_train_end(trainer, pl_module)
+        checkpoints = _checkpoints(trainer)
+        if path is None or checkpoints is None or not trainer.is_global_zero:
+            return
+        last = checkpoints.last
+        healthy, kept = (torch.load(p, weights_only=True, map_location="cpu") for p in (path, last))
+        kept |= {key: healthy[key] for key in _RESTORED if key in healthy}
+        kept["callbacks"][self.state_key] = self.state_dict()
+        trainer.strategy.checkpoint_io.save_checkpoint(kept, last)
+
+    def _roll_back(self, trainer: Any, pl_module: Any) -> Path | None:
+        """Restore what training changes, put the next safety measure in force; the path of what was restored."""
+        chosen, kept = self._next_measure(), _checkpoints(trainer)
+        self.rollbacks, self.pending, self.present = self.rollbacks + 1, [], ()
+        self.measures.append(chosen)
+        path = None
+        if self.healthy_step >= 0 and kept is not None:
+            path = kept.last.with_name(HEALTHY)
+            _restore(trainer, pl_module, torch.load(path, weights_only=True, map_location="cpu"))
+            self.history = [reading for reading in self.history if reading.step <= self.healthy_step]
+        if chosen == "lower_rate":
+            _scale_rate(trainer, 0.5)
+        self._arm(pl_module)
+        return path
+
+    def _armed(self) -> Attack | None:
+        """The defense's attack with all safety measures in force."""
+        attack = self.attack
+        for name in self.measures:
+            attack = safer(attack, name) or attack
+        return attack
+
+    def _arm(self, pl_module: Any) -> None:
+        if self.measures:
+            pl_module.defense.attack = self._armed()
+
+    # ---- what is shown -------------------------------------------------------------------------------------------------
+
+    def views(self) -> tuple[View, ...]:
+        """The panel of the last reading, if there is one."""
+        if self.latest is None:
+            return ()
+        values = indicators([*self.history, self.latest] if self.latest not in self.history else self.history)
+        limits = {check.name: self.limits.of(check.name) if check.kind in self.watched else None for check in CHECKS}
+        in_force = ", then ".join(_SAYS[name] for name in self.measures)
+        return (health_view(values, limits, self.verdict, self.latest.step, in_force),)
+
+
+_SAYS: Final = {
+    "noise": "one-step attack from noise of 2ε (N-FGSM)",
+    "two_steps": "two attack steps instead of one",
+    "smaller_step": "half the attack's step",
+    "lower_rate": "half the learning rate",
+}
+_RESTORED: Final = ("state_dict", "current_model_state", "averaging_state", "optimizer_states")
+
+
+def watch(health: Health | None, module: Any, data: Any) -> list[Health]:
+    """The callbacks that ``health`` asks for, ready: none for health=off."""
+    if not isinstance(health, Health):
+        return []
+    held_out = data.probe(health.images, key="health.images")
+    health.prepare(module, Images(held_out.x, held_out.y, data.sample_training(health.background)))
+    return [health]
+
+
+def _best_so_far(history: Sequence[Reading]) -> list[Reading]:
+    """What later readings are judged by: the last reading, and of those before the held-out robust accuracies."""
+    slim = [Reading(r.epoch, r.step, {"robust": r.values["robust"]}) for r in history[:-1] if "robust" in r.values]
+    return [*slim, *history[-1:]]
+
+
+def _checkpoints(trainer: Any) -> Checkpoints | None:
+    """What keeps the run's checkpoints."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
+
+
+def _averages(trainer: Any) -> list[Any]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, pl.callbacks.WeightAveraging)]
+
+
+def _restore(trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    """Weights, buffers, running estimates, optimiser and average as saved; the schedule's rate stays."""
+    pl_module.load_state_dict(checkpoint["state_dict"])
+    for callback in _averages(trainer):
+        callback.on_load_checkpoint(trainer, pl_module, checkpoint)  # loads the training weights, too
+    rates = [
+        [(group["lr"], group.get("initial_lr")) for group in optimizer.param_groups] for optimizer in trainer.optimizers
+    ]
+    trainer.strategy.load_optimizer_state_dict(checkpoint)
+    for optimizer, known in zip(trainer.optimizers, rates, strict=True):
+        optimizer.zero_grad()
+        for group, (rate, initial) in zip(optimizer.param_groups, known, strict=True):
+            group["lr"] = rate
+            if initial is not None:
+                group["initial_lr"] = initial
+
+
+def _scale_rate(trainer: Any, factor: float) -> None:
+    """The learning rate and the base that its schedule works from, times ``factor``; both are in every checkpoint."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+            if "initial_lr" in group:
+                group["initial_lr"] *= factor
+    for config in trainer.lr_scheduler_configs:
+        if hasattr(config.scheduler, "base_lrs"):
+            config.scheduler.base_lrs = [base * factor for base in config.scheduler.base_lrs]

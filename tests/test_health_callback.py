@@ -1,0 +1,312 @@
+"""A run that watches itself: the same weights where nothing is wrong, an exact way back where something is."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+import lightning_modules.callbacks.health as module_under_test
+import train
+from defenses.attacks import NFGSM, PGD
+from interpret.views.page import ReportPage, read_script
+from lightning_modules.callbacks.averaging import averaging
+from lightning_modules.callbacks.checkpointing import checkpoints
+from lightning_modules.callbacks.health import Health, watch
+from lightning_modules.logging import RunLog, read_events
+from tests.composing import SMALL, config
+from tests.wandb_log import finished
+
+TINY = (
+    *SMALL, "defense=fgsm_rs", "regularizers=[sensitivity]", "panels=[]", "val_attack.steps=1", "probe.attack.steps=1",
+    "trainer.max_epochs=3", "threads=1", "health.images=8", "health.background=20", "health.steps=1",
+)  # fmt: skip
+WELL = {"nonfinite": 0.0, "fgsm": 0.5, "pgd": 0.5, "gap": 0.0}
+ILL = {"nonfinite": 0.0, "fgsm": 0.8, "pgd": 0.1, "gap": 0.7}
+
+
+@functools.cache
+def composed(overrides: tuple[str, ...]) -> DictConfig:
+    return config(*TINY, *overrides)
+
+
+class Fit:
+    """One small training with the health callback, whose readings are scripted where a script is given."""
+
+    def __init__(
+        self, folder: Path, *overrides: str, script: list[dict] | None = None, ema: float | None = None,
+        monitored: bool = True, resume: bool = False, extra: list[pl.Callback] | None = None,
+    ) -> None:  # fmt: skip
+        cfg = composed(overrides)
+        parts = train.build(cfg)
+        self.module, average = parts.module, averaging(ema)
+        self.health = watch(instantiate(cfg.health, _convert_="all"), self.module, parts.data) if monitored else []
+        folder.mkdir(exist_ok=True)
+        self.folder, self.log = folder, RunLog(folder, ReportPage(folder / "report", "run"))
+        for health in self.health:
+            health.log_to = self.log
+        self.trainer = instantiate(
+            cfg.trainer, logger=False, enable_progress_bar=False,
+            callbacks=[*average, *self.health, *(extra or []), *checkpoints(folder / "checkpoints")],
+        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            if script is not None:
+                left = iter(script)
+                patch.setattr(module_under_test, "measure", lambda *_, **__: dict(next(left)))
+            self.trainer.fit(
+                self.module, datamodule=parts.data, weights_only=True, ckpt_path=str(self.last) if resume else None
+            )
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in read_events(self.folder / "health.jsonl") if event["event"] == kind]
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_a_healthy_run_ends_in_the_same_weights_as_one_that_is_not_watched(tmp_path: Path) -> None:
+    watched = Fit(tmp_path / "a", "health.every_n_steps=3", ema=0.9)
+    plain = Fit(tmp_path / "b", monitored=False, ema=0.9)
+    assert same(watched.module.state_dict(), plain.module.state_dict())
+    assert same(watched.trainer.optimizers[0].state_dict(), plain.trainer.optimizers[0].state_dict())
+    assert [event["step"] for event in watched.events("reading")] == [3, 4, 6, 8, 9, 12, 12]
+    assert watched.events("alarm") == []
+    thorough = ["margin" in event["values"] for event in watched.events("reading")]
+    assert thorough == [True, False, False, False, False, True, False]
+    healthy = torch.load(tmp_path / "a" / "checkpoints" / "healthy.ckpt", weights_only=True)
+    assert healthy["global_step"] == 12
+
+
+class Spy(pl.Callback):
+    """What training had changed: as of each step's start (after any rollback) and of each ``healthy.ckpt``."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, Any] = {}
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        averages = [c for c in trainer.callbacks if isinstance(c, pl.callbacks.WeightAveraging)]
+        state = {
+            "module": pl_module.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict()["state"],
+            "average": [c._average_model.state_dict() for c in averages],
+        }
+        self.at[trainer.global_step] = copy.deepcopy(state)
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_rollback_is_exact_and_the_schedule_goes_on(tmp_path: Path, ema: float | None) -> None:
+    """Start, step 4 (healthy), step 8 (collapsed): step 9 begins where step 5 began, but with N-FGSM and its own rate."""
+    spy, plain = Spy(), Spy()
+    run = Fit(tmp_path / "a", script=[WELL, WELL, ILL, WELL], ema=ema, extra=[spy])
+    if ema is None:
+        Fit(tmp_path / "b", monitored=False, extra=[plain])
+        assert same(spy.at[7], plain.at[7])
+        assert not same(spy.at[4]["module"], plain.at[8]["module"])
+        assert spy.rates == plain.rates, "the schedule goes on"
+    skip = {"train_accuracy", "train_loss"}
+    for part in ("optimizer", "average"):
+        assert same(spy.at[8][part], spy.at[4][part]), part
+    for key, value in spy.at[8]["module"].items():
+        assert key.split(".")[0] in skip or torch.equal(value, spy.at[4]["module"][key]), key
+    assert any("sensitivity" in key or "terms" in key for key in spy.at[8]["module"]), "running estimates are part of it"
+    assert isinstance(run.module.defense.attack, NFGSM)
+    (alarm,) = run.events("alarm")
+    assert (alarm["kind"], alarm["step"], alarm["epoch"]) == ("catastrophic", 8, 1)
+    assert alarm["action"].startswith("rolled back to step 4; from here on: one-step attack from noise")
+    assert alarm["values"] == {"gap": 0.7, "fall": 0.4}
+    assert run.trainer.global_step == 12, "the run goes to its end"
+
+
+@pytest.mark.parametrize("after", [8, pytest.param(10, marks=pytest.mark.long)])
+def test_a_resumed_run_knows_what_it_learned(tmp_path: Path, after: int) -> None:
+    """Cut right after the collapse, before the rollback, or after it: the same weights as without a cut."""
+
+    class Cut(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == after:
+                raise KeyError("cut")
+
+    script, folder = [WELL, WELL, ILL, WELL], tmp_path / "cut"
+    whole = Fit(tmp_path / "whole", script=script)
+    with pytest.raises(KeyError):
+        Fit(folder, script=script, extra=[Cut()])
+    again = Fit(folder, script=[WELL], resume=True)
+    assert same(again.module.state_dict(), whole.module.state_dict())
+    assert isinstance(again.module.defense.attack, NFGSM)
+    assert again.health[0].measures == ["noise"]
+    assert again.events("alarm") == whole.events("alarm"), "each once"
+    assert [e["step"] for e in again.events("reading")] == [e["step"] for e in whole.events("reading")]
+
+
+@pytest.mark.parametrize("ema", [0.9, pytest.param(None, marks=pytest.mark.long)])
+def test_a_collapse_in_the_last_reading_leaves_the_healthy_weights(tmp_path: Path, ema: float | None) -> None:
+    run = Fit(tmp_path / "run", script=[WELL, WELL, WELL, ILL], ema=ema)
+    healthy, last = (torch.load(run.folder / "checkpoints" / f"{n}.ckpt", weights_only=True) for n in ("healthy", "last"))
+    assert healthy["global_step"] == 8
+    assert last["global_step"] == 12
+    for key in ("state_dict", "optimizer_states", *(("current_model_state",) if ema else ())):
+        assert same(last[key], healthy[key]), key
+    net = {key: value for key, value in healthy["state_dict"].items() if key.startswith("net.")}
+    assert same({f"net.{k}": v for k, v in run.module.net.state_dict().items()}, net)
+    (state,) = (v for k, v in last["callbacks"].items() if k.startswith("Health"))
+    assert state["measures"] == ["noise"]
+    assert state["pending"] == []
+
+
+def test_a_loss_that_is_not_finite_is_survived_with_half_the_rate(tmp_path: Path, monkeypatch) -> None:
+    original = train.RobustClassifier.training_step
+
+    def poisoned(module: Any, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return original(module, (x * float("nan") if module.global_step == 5 else x, y), batch_idx)
+
+    monkeypatch.setattr(train.RobustClassifier, "training_step", poisoned)
+    spy, plain = Spy(), Spy()
+    run = Fit(tmp_path / "a", "trainer.max_epochs=2", script=[WELL, WELL, WELL], extra=[spy])
+    (alarm,) = run.events("alarm")
+    assert alarm["kind"] == "nonfinite"
+    assert "training diverged at step 5" in alarm["text"]
+    assert "half the learning rate" in alarm["action"]
+    assert all(bool(v.isfinite().all()) for v in run.module.net.state_dict().values())
+    with pytest.raises(FloatingPointError, match="training diverged at step 5"):
+        Fit(tmp_path / "b", "trainer.max_epochs=2", monitored=False, extra=[plain])
+    assert spy.rates[:6] == plain.rates
+    # a step's rate is set after the step before: the first after the rollback is halved where it stands
+    cosine = [0.5 * (1 + math.cos(math.pi * (step - 1) / 7)) for step in (6, 7)]
+    assert spy.rates[6:] == pytest.approx([0.5 * 0.1 * share for share in cosine])
+
+
+def test_warn_and_stop(tmp_path: Path) -> None:
+    run = Fit(tmp_path / "warn", "health.actions.catastrophic=warn", script=[WELL, ILL, ILL, WELL])
+    assert [(e["kind"], e["action"]) for e in run.events("alarm")] == [("catastrophic", "warned")], "said once"
+    assert isinstance(run.module.defense.attack, PGD)
+    assert not isinstance(run.module.defense.attack, NFGSM)
+    run = Fit(tmp_path / "stop", "health.actions.catastrophic=stop", script=[WELL, ILL])
+    assert run.trainer.global_step == 4
+
+
+@pytest.mark.long
+def test_the_limit_of_rollbacks_and_one_measure_after_the_other(tmp_path: Path) -> None:
+    run = Fit(tmp_path / "most", "health.most=1", script=[WELL, WELL, ILL, ILL])
+    assert [e["action"].split(":")[0].split(" to")[0] for e in run.events("alarm")] == ["rolled back", "warned"]
+    run = Fit(tmp_path / "twice", script=[ILL, ILL, ILL, WELL])
+    assert run.health[0].measures == ["noise", "two_steps"]
+    assert "no healthy state to go back to" in run.events("alarm")[0]["action"]
+    assert run.module.defense.attack.steps == 2
+
+
+@functools.cache
+def built() -> train.Parts:
+    return train.build(composed(()))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("health.images=0", r"health\.images: expected a whole number >= 1, found 0"),
+        ("health.every_n_steps=0.5", r"health\.every_n_steps"),
+        ("health.every_n_epochs=null", "both null"),
+        ("health.actions.masked=pray", r"health\.actions\.masked: expected one of .*pray"),
+        ("+health.actions.boredom=warn", r"health\.actions\.boredom"),
+        ("health.safer=[hope]", r"health\.safer: expected any of .*hope"),
+        ("health.limits.gap=2", r"health\.limits\.gap: expected null or a share"),
+        ("health.most=-1", r"health\.most"),
+        ("health.images=100000", r"health\.images: expected 1 to"),
+    ],
+)
+def test_bad_values_are_refused_before_training(override: str, says: str) -> None:
+    cfg = config(*TINY, override)
+    parts = built()
+    with pytest.raises((ValueError, InstantiationException), match=says):  # Hydra wraps what a constructor says
+        watch(instantiate(cfg.health, _convert_="all"), parts.module, parts.data)
+
+
+def test_off_switches_it_off_and_an_undefended_net_is_not_blamed() -> None:
+    cfg = config(*SMALL, "health=off")
+    assert watch(instantiate(cfg.health), None, None) == []
+    cfg = config(*TINY[:6], "defense=none", "regularizers=[]", "health.images=8")
+    parts = train.build(cfg)
+    (health,) = watch(instantiate(cfg.health, _convert_="all"), parts.module, parts.data)
+    assert isinstance(health, Health)
+    assert "catastrophic" not in health.watched
+    assert {"masked", "nonfinite", "dead"} <= set(health.watched)
+
+
+@pytest.fixture(scope="module")
+def collapse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run as a user makes it: FGSM without noise at a large ε, which collapses within two epochs."""
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        for key in ("WANDB_API_KEY", "WANDB_MODE"):
+            patch.delenv(key, raising=False)
+        patch.setenv("NETRC", os.devnull)
+        planted = [
+            "defense=pgd_at", "defense.attack.steps=1", "+defense.attack.start=none", "defense.attack.step_size=0.25",
+            "threat.eps=0.25", "regularizers=[]", "panels=[]", "network.width=0.5", "data.batch_size=64", "threads=1",
+            "val_attack.steps=2", "probe.attack.steps=2", "trainer.max_epochs=3", "trainer.accelerator=cpu",
+            "compare_undefended=false", f"out={out}", "name=planted", "wandb.mode=offline",
+        ]  # fmt: skip
+        patch.setattr(sys, "argv", ["train.py", *planted])
+        hydra.core.global_hydra.GlobalHydra.instance().clear()
+        train.main()
+    return out / "planted"
+
+
+@pytest.mark.long
+def test_a_planted_collapse_is_caught_rolled_back_and_survived(collapse: Path) -> None:
+    events = read_events(collapse / "health.jsonl")
+    alarms = [event for event in events if event["event"] == "alarm"]
+    assert alarms[0]["kind"] == "catastrophic"
+    assert alarms[0]["epoch"] <= 1
+    assert alarms[0]["action"].startswith("rolled back")
+    assert (collapse / "results.json").is_file(), "the run reaches its end"
+    assert {event["epoch"] for event in events if event["event"] == "reading"} == {0, 1, 2}
+    for name in ("healthy", "best", "last"):
+        torch.load(collapse / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    manifest = read_script(collapse / "report" / "data" / "manifest.js")
+    assert [(a["epoch"], a["text"]) for a in manifest["alarms"]] == [(a["epoch"], a["text"]) for a in alarms]
+    assert all(entry["headlines"][0]["name"] == "health" for entry in manifest["epochs"])
+    assert any("Not healthy" in entry["headlines"][0]["headline"] for entry in manifest["epochs"])
+
+
+@pytest.mark.long
+def test_the_alert_is_in_the_wandb_log(collapse: Path) -> None:
+    (path,) = (collapse / "wandb").glob("offline-run-*/run-*.wandb")
+    records = finished(path)
+    alerts = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
+    alarms = [event for event in read_events(collapse / "health.jsonl") if event["event"] == "alarm"]
+    assert [alert.title for alert in alerts] == [alarm["text"].split(":")[0] for alarm in alarms]
+    assert alarms[0]["text"] in alerts[0].text
+    assert "rolled back" in alerts[0].text
+    assert alerts[0].level == "ERROR"
+    summary = {
+        item.key or "/".join(item.nested_key): item.value_json for record in records for item in record.summary.update
+    }
+    assert json.loads(summary["health/alarm/catastrophic"]) == alarms[-1]["step"] or len(alarms) > 1
+    assert any("health/gap" in (item.key or "/".join(item.nested_key)) for r in records for item in r.history.item)
