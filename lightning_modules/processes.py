@@ -14,7 +14,7 @@ def is_leader() -> bool:
     Lightning's own launcher, torchrun and SLURM tell a process its rank through the environment; where Lightning launches
     on several nodes, the first process of a further node knows only its ``NODE_RANK``.
     """
-    rank: int = rank_zero_only.rank
+    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
     return rank == 0 and ("RANK" in os.environ or int(os.environ.get("NODE_RANK", "0")) == 0)
 
 

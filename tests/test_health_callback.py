@@ -24,7 +24,7 @@ import train
 from defenses.attacks import NFGSM, PGD
 from interpret.views.page import ReportPage, read_script
 from lightning_modules.callbacks.averaging import averaging
-from lightning_modules.callbacks.checkpointing import checkpoints
+from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.callbacks.health import Health, watch
 from lightning_modules.logging import RunLog, read_events
 from tests.composing import SMALL, config
@@ -60,7 +60,7 @@ class Fit:
             health.log_to = self.log
         self.trainer = instantiate(
             cfg.trainer, logger=False, enable_progress_bar=False,
-            callbacks=[*average, *self.health, *(extra or []), *checkpoints(folder / "checkpoints")],
+            callbacks=[*average, *self.health, *(extra or []), Checkpoints(folder / "checkpoints")],
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             if script is not None:
