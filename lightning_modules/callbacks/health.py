@@ -37,7 +37,8 @@ class Health(pl.Callback):
 
     Args:
         threat: the ball of the attacks that are read with.
-        images, background: how many held-out images are read, and training images that turning layers are measured against.
+        images, background: at most so many held-out images are read, and training images that turning layers are measured
+            against.
         every_n_epochs, every_n_steps: when; None: not so.
         steps: of the multi-step attack.
         thorough_every: each so many readings, the first included, also looks for masked gradients.
@@ -312,7 +313,7 @@ def watch(health: Health | None, module: Any, data: Any) -> list[Health]:
     """The callbacks that ``health`` asks for, ready: none for health=off."""
     if not isinstance(health, Health):
         return []
-    held_out = data.probe(health.images, key="health.images")
+    held_out = data.probe(min(health.images, len(data.val)), key="health.images")
     health.prepare(module, Images(held_out.x, held_out.y, data.sample_training(health.background)))
     return [health]
 
@@ -334,7 +335,8 @@ def _averages(trainer: Any) -> list[Any]:
 
 def _restore(trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
     """Weights, buffers, running estimates, optimiser and average as saved; the schedule's rate stays."""
-    pl_module.load_state_dict(checkpoint["state_dict"])
+    sums = {key: value for key, value in pl_module.state_dict().items() if key.startswith("train_")}  # of this epoch
+    pl_module.load_state_dict(checkpoint["state_dict"] | sums)
     for callback in _averages(trainer):
         callback.on_load_checkpoint(trainer, pl_module, checkpoint)  # loads the training weights, too
     rates = [
