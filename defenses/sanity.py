@@ -10,7 +10,7 @@ failed.  Trusted: none did.
 strong, left standing.  A share of few images proves little, so what is compared with the tolerance is the lower limit of its
 exact one-sided 99 % interval (Clopper and Pearson 1934): a check fails only when even that is above the first number of
 ``LIMITS``, and is grave above the second.  With 256 images, a tolerance of 1 % is broken by 8 of them.  The tolerances were
-fixed on digits nets of seeds 10 to 12 and judged on others, see ``docs/findings.md``.
+fixed before they judged the networks of ``docs/findings.md``, and held on digits nets of other seeds (10 to 12).
 """
 
 from __future__ import annotations
