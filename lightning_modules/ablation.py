@@ -106,20 +106,22 @@ def _fronts(settings: Sequence[Setting], attack: str, network: str) -> list[Fron
 
 
 def _scatter(settings: Sequence[Setting], attack: str, network: str) -> Scatter:
-    methods = list(by_method(settings))
+    """All settings, or each method's chosen one; the page shows one group at a time."""
     known = [s for s in settings if s.accuracy(attack, network)]
-    points = [s.mean_point(attack, network) for s in known]
+    best = [one for group in by_method(known).values() if (one := chosen(group)) is not None]
+    shown = [*best, *known]
+    points = [s.mean_point(attack, network) for s in shown]
     return Scatter(
         "Clean against robust accuracy, mean over seeds",
         "clean accuracy (%)",
         f"{attack} (%)",
-        tuple(s.label for s in known),
+        tuple(s.label for s in shown),
         tuple(100 * clean for clean, _ in points),
         tuple(100 * robust for _, robust in points),
-        (1.0,) * len(known),
+        (1.0,) * len(shown),
         "",
-        tuple(methods.index(s.method) for s in known),
-        tuple(methods),
+        tuple([0] * len(best) + [1] * len(known)),
+        ("each method's chosen setting", "all settings"),
     )
 
 

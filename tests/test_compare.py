@@ -19,7 +19,7 @@ from torch import nn
 import compare
 from defenses.statistics import bootstrap_interval, holm
 from interpret.observation import observe
-from interpret.views.ablation import parallel_figure
+from interpret.views.ablation import Front, fronts_figure, parallel_figure
 from interpret.views.page import ReportPage, read_script
 from interpret.views.profiles import ProfilesPanel
 from interpret.views.text import comma_separated, latex, markdown
@@ -351,3 +351,18 @@ def test_flows_of_runs_share_one_axis(tmp_path: Path, monkeypatch: pytest.Monkey
         drawn = read_script(tmp_path / name / "report" / "data" / "epoch_00002.js")["views"][0]["charts"]
         assert series == next(chart for chart in drawn if chart["type"] == "lines")["series"][1]
     assert (tmp_path / "page" / "comparison.svg").read_text().count("<path") > 20
+
+
+def test_thirty_methods_are_named_apart() -> None:
+    """No name covers another, each method has a mark of its own, and the filled mark is the chosen setting."""
+    means = np.random.default_rng(0).uniform(0.3, 0.6, (30, 3, 2))
+    fronts = [Front(f"m{i}", mean, np.full((3, 2), np.nan), ("1", "2", "3"), 1) for i, mean in enumerate(means)]
+    axes = fronts_figure(fronts, "PGD").axes[0]
+    heights = [text.xyann[1] for text in axes.texts]
+    assert len(heights) == 30
+    assert 0 <= min(heights) <= max(heights) <= 1
+    assert min(-np.diff(heights)) * axes.figure.get_figheight() * 72 > 7  # points: the size of the letters
+    assert sorted(text.get_text() for text in axes.texts) == sorted(f"m{i} · 2" for i in range(30))
+    assert {text.xy for text in axes.texts} == {tuple(100 * mean[1]) for mean in means}
+    marks = {(line.get_color(), line.get_marker()) for line in axes.lines if len(line.get_xdata()) == 3}
+    assert len(marks - {m for m in marks if m[1] == "None"}) >= 30

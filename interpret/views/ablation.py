@@ -30,60 +30,69 @@ class Front:
 
 def fronts_figure(fronts: Sequence[Front], attack: str, title: str = "Clean against robust accuracy") -> Figure:
     """A line a method through its settings, bars of one standard deviation; the chosen setting is filled and named."""
-    figure = Figure(figsize=(6.4, 4.6), dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
+    height = max(4.2, 0.19 * len(fronts) + 0.9)
+    figure = Figure(figsize=(8.2, height), dpi=DPI)
+    axes = figure.add_axes((0.08, 0.5 / height, 0.54, 1 - 0.9 / height))
     named = []
     for i, front in enumerate(fronts):
         order = np.argsort(front.mean[:, 0])
         clean, robust = 100 * front.mean[order].T
-        colour, marker = raster.SERIES[i % len(raster.SERIES)], MARKERS[i % len(MARKERS)]
+        colour, marker = _style(i)
         axes.errorbar(
             clean,
             robust,
             xerr=100 * np.nan_to_num(front.std[order, 0]),
             yerr=100 * np.nan_to_num(front.std[order, 1]),
-            fmt=marker + LINES[(i // len(MARKERS) + i) % len(LINES)],
+            fmt=marker + LINES[i % len(LINES)],
             color=colour,
             mfc="white",
-            ms=6,
-            lw=1.3,
-            elinewidth=0.6,
+            ms=5.5,
+            lw=1.2,
+            elinewidth=0.5,
             capsize=1.5,
-            label=shorten(front.method, 36, placeholder="…"),
         )
         if front.chosen >= 0:
             x, y = 100 * front.mean[front.chosen]
-            axes.plot(x, y, marker, color=colour, ms=7, zorder=3)  # above the error bars
-            named.append((x, y, " · ".join(part for part in (front.method, front.points[front.chosen]) if part), colour))
-    _name(axes, named)
+            axes.plot(x, y, marker, color=colour, ms=6.5, zorder=3)  # above the error bars
+            named.append((x, y, " · ".join(part for part in (front.method, front.points[front.chosen]) if part), i))
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+    _name(axes, named, 0.16 / height)
     _plain_axes(axes, title)
     axes.set_xlabel("clean accuracy (%)", fontsize=8, color=MUTED)
     axes.set_ylabel(f"accuracy under {attack} (%)", fontsize=8, color=MUTED)
-    if len(fronts) > 1:
-        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def _name(axes: Axes, named: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names to the right of their points, moved down until none covers another."""
+def _style(i: int) -> tuple[str, str]:
+    """Colour and marker of the i-th method: 64 pairs before one comes again."""
+    return raster.SERIES[i % len(raster.SERIES)], MARKERS[(i + i // len(raster.SERIES)) % len(MARKERS)]
+
+
+def _name(axes: Axes, named: Sequence[tuple[float, float, str, int]], step: float) -> None:
+    """Names in a column beside the axes, each as high as its point or as near as a ``step`` (of the height) apart lets."""
     low, high = axes.get_ylim()
-    step, last = 0.045 * (high - low), np.inf
-    left, right = axes.get_xlim()
-    for x, y, text, colour in sorted(named, key=lambda entry: -entry[1]):
-        last = min(y, last - step)
-        at_left = x > (left + right) / 2
+    axes.set_xlim(axes.get_xlim())
+    ordered = sorted(named, key=lambda entry: -entry[1])
+    wanted = [(y - low) / (high - low) for _, y, _, _ in ordered]
+    places: list[float] = []
+    for k, want in enumerate(wanted):
+        # Room for those below, and not above the one before.
+        lowest = (len(wanted) - 1 - k) * step
+        places.append(min(max(want, lowest), places[-1] - step if places else 1.0))
+    for (x, y, text, i), place in zip(ordered, places, strict=True):
+        colour, marker = _style(i)
         axes.annotate(
-            shorten(text, 44, placeholder="…"),
+            shorten(text, 48, placeholder="…"),
             (x, y),
-            (x + (-0.02 if at_left else 0.02) * (right - left), last),
+            (1.045, place),
+            textcoords="axes fraction",
             fontsize=7,
             color=INK,
-            ha="right" if at_left else "left",
             va="center",
             parse_math=False,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "relpos": (0, 0.5), "shrinkA": 8, "shrinkB": 3},
         )
+        axes.plot(1.025, place, marker, color=colour, ms=5, transform=axes.transAxes, clip_on=False)
 
 
 def parallel_figure(axes_names: Sequence[str], rows: np.ndarray, groups: Sequence[str], colour_by: str) -> Figure:
