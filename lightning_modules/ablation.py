@@ -133,10 +133,8 @@ def _sweep(settings: Sequence[Setting], attack: str, network: str) -> tuple[list
         return mean_std([getattr(card, values).get(key, math.nan) for card in setting.runs.values()])[0]
 
     grids = [_numbers(s.point) for s in known]
-    columns: dict[str, list[float]] = {
-        key.split(".", 1)[-1]: [grid.get(key, math.nan) for grid in grids]
-        for key in dict.fromkeys(k for g in grids for k in g)
-    }
+    keys = dict.fromkeys(key for grid in grids for key in grid)
+    columns: dict[str, list[float]] = {key: [grid.get(key, math.nan) for grid in grids] for key in keys}
     for name in ("clean", attack):
         columns[name] = [mean_std(list(s.accuracy(name, network).values()))[0] for s in known]
     columns["CPU seconds"] = [mean(s, "cost", "cpu_seconds") for s in known]

@@ -24,7 +24,7 @@ from interpret.views.page import ReportPage, read_script
 from interpret.views.profiles import ProfilesPanel
 from interpret.views.text import comma_separated, latex, markdown
 from interpret.views.view import Probe, Table
-from lightning_modules.ablation import headline
+from lightning_modules.ablation import _sweep, headline
 from lightning_modules.cards import Evaluation, RunCard, card_of, read_card, read_cards, write_card, write_correct
 from lightning_modules.comparison import accuracy_table, chosen, on_front, settings_of, verdicts
 from tests.composing import config
@@ -351,6 +351,13 @@ def test_flows_of_runs_share_one_axis(tmp_path: Path, monkeypatch: pytest.Monkey
         drawn = read_script(tmp_path / name / "report" / "data" / "epoch_00002.js")["views"][0]["charts"]
         assert series == next(chart for chart in drawn if chart["type"] == "lines")["series"][1]
     assert (tmp_path / "page" / "comparison.svg").read_text().count("<path") > 20
+
+
+def test_weights_of_different_terms_are_different_axes() -> None:
+    cards = [card("a", "kl.weight=2", 0, 0.9, 0.5, 0.5), card("b", "pse.weight=3, over=units", 0, 0.8, 0.6, 0.5)]
+    names, rows, methods = _sweep(settings_of(cards), "PGD", "defended, best epoch")
+    assert (names, methods) == (["kl.weight", "pse.weight", "clean", "PGD"], ["a", "b"])
+    np.testing.assert_array_equal(rows, [[2, np.nan, 0.9, 0.5], [np.nan, 3, 0.8, 0.6]])
 
 
 def test_thirty_methods_are_named_apart() -> None:
