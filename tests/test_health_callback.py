@@ -33,6 +33,7 @@ from tests.wandb_log import finished
 TINY = (
     *SMALL, "defense=fgsm_rs", "regularizers=[sensitivity]", "panels=[]", "val_attack.steps=1", "probe.attack.steps=1",
     "trainer.max_epochs=3", "threads=1", "health.images=8", "health.background=20", "health.steps=1",
+    "health.thorough_every=5",
 )  # fmt: skip
 WELL = {"nonfinite": 0.0, "fgsm": 0.5, "pgd": 0.5, "gap": 0.0}
 ILL = {"nonfinite": 0.0, "fgsm": 0.8, "pgd": 0.1, "gap": 0.7}

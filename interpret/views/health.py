@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from interpret.views.figures import charts_figure, to_array
 from interpret.views.rows import percent
 from interpret.views.view import Bars, Table, Trend, View
 
@@ -60,6 +59,7 @@ def health_view(
         reference=(1.0,) * len(judged),
         reference_label="limit: an alarm beyond",
     )
+    readings = Table(f"Readings at step {step}", ("reading", "value", "limit", "verdict"), rows, open=True)
     headline = f"Not healthy: {verdict}." if verdict else "Healthy: no reading is beyond its limit."
     if measures:
         headline += f" Since a rollback: {measures}."
@@ -68,12 +68,12 @@ def health_view(
         title="Health",
         headline=headline,
         charts=(
-            Table(f"Readings at step {step}", ("reading", "value", "limit", "verdict"), rows, open=True),
+            readings,
             *((used,) if judged else ()),
             _trend("Accuracy on the held-out images read", ACCURACIES),
             _trend("Warning signs", {name: LABELS[name] for name in SIGNS}),
         ),
-        figure=to_array(charts_figure([used], headline)) if judged else None,
+        table=readings,
         scalars={f"health/{name}": value for name, value in values.items()},
         how_to_read="Few held-out images, attacked with one step and with several. A net that withstands FGSM and not "
         "PGD has collapsed (catastrophic overfitting); where noise, another loss or more steps beat PGD by much, its "
