@@ -32,7 +32,7 @@ def test_accuracies_are_those_of_the_plain_loop(name: str) -> None:
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
         runs: list[Trained] = [trained(name, BUDGET.seeded(seed), SIZES) for seed in range(3)]
     mean = {column: statistics.mean(run.points()[column] for run in runs) for column in runs[0].points()}
-    assert mean["clean, plain"] > 85
+    assert mean["clean, plain"] > 80
     assert mean["PGD-20, plain"] > 40
     assert mean["clean, ours"] == pytest.approx(mean["clean, plain"], abs=2)
     assert mean["PGD-20, ours"] == pytest.approx(mean["PGD-20, plain"], abs=2)
