@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -122,7 +123,7 @@ class Dashboard(pl.Callback):
         last = trainer.max_epochs is not None and epoch + 1 >= trainer.max_epochs
         views: list[View] = []
         if self.panels and (last or epoch % self.every_n_epochs == 0):
-            views = self.look(self.net_of(pl_module), pl_module.device, scalars)
+            views = self.look(self.net_of(pl_module), pl_module.device, scalars, strict=False)
         assert self.log_to is not None, "Dashboard.log_to was never set"
         self.log_to.epoch(epoch, int(trainer.global_step), scalars, [*self.lead(), *views])
 
@@ -132,8 +133,12 @@ class Dashboard(pl.Callback):
         device: torch.device,
         scalars: Mapping[str, float],
         tell: Callable[[str], object] = lambda step: None,
+        strict: bool = True,
     ) -> list[View]:
-        """The views of all panels for the network as it is now; ``tell`` hears what is being done."""
+        """The views of all panels for the network as it is now; ``tell`` hears what is being done.
+
+        With ``strict=False`` a panel that fails says so in its place: drawing ends no run.
+        """
         forked = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False):
             tell("attack")
@@ -142,7 +147,14 @@ class Dashboard(pl.Callback):
                 views = []
                 for name, panel in self.panels.items():
                     tell(name)
-                    views.append(panel(probe))
+                    try:
+                        views.append(panel(probe))
+                    except Exception as error:
+                        if strict:
+                            raise
+                        said = f"could not be drawn: {type(error).__name__}: {error}"
+                        warnings.warn(f"panels.{name}: {said}; training goes on", stacklevel=2)
+                        views.append(View(name, name.capitalize(), f"This panel {said}", ()))
                 return views
 
     def probe(self, net: nn.Module, device: torch.device, scalars: Mapping[str, float]) -> Probe:

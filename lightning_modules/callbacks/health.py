@@ -37,8 +37,8 @@ class Health(pl.Callback):
 
     Args:
         threat: the ball of the attacks that are read with.
-        images, background: at most so many held-out images are read, and training images that turning layers are measured
-            against.
+        images: held out, that are read; None: 32, or all where there are fewer.
+        background: training images that turning layers are measured against.
         every_n_epochs, every_n_steps: when; None: not so.
         steps: of the multi-step attack.
         thorough_every: each so many readings, the first included, also looks for masked gradients.
@@ -54,7 +54,7 @@ class Health(pl.Callback):
     def __init__(
         self,
         threat: Threat,
-        images: int = 32,
+        images: int | None = None,
         background: int = 128,
         every_n_epochs: int | None = 1,
         every_n_steps: int | None = None,
@@ -65,9 +65,9 @@ class Health(pl.Callback):
         safer: Sequence[str] = ("noise", "two_steps", "smaller_step"),
         most: int = 5,
     ) -> None:
-        counts = {"images": images, "background": background, "steps": steps, "thorough_every": thorough_every}
-        rhythm = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps}
-        for key, value in {**counts, **{k: v for k, v in rhythm.items() if v is not None}}.items():
+        counts = {"background": background, "steps": steps, "thorough_every": thorough_every}
+        optional = {"images": images, "every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps}
+        for key, value in {**counts, **{k: v for k, v in optional.items() if v is not None}}.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"health.{key}: expected a whole number >= 1, found {value!r}")
         if not isinstance(most, int) or isinstance(most, bool) or most < 0:
@@ -313,7 +313,7 @@ def watch(health: Health | None, module: Any, data: Any) -> list[Health]:
     """The callbacks that ``health`` asks for, ready: none for health=off."""
     if not isinstance(health, Health):
         return []
-    held_out = data.probe(min(health.images, len(data.val)), key="health.images")
+    held_out = data.probe(min(32, len(data.val)) if health.images is None else health.images, key="health.images")
     health.prepare(module, Images(held_out.x, held_out.y, data.sample_training(health.background)))
     return [health]
 
