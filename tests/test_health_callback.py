@@ -271,7 +271,7 @@ def collapse(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "defense=pgd_at", "defense.attack.steps=1", "+defense.attack.start=none", "defense.attack.step_size=0.25",
             "threat.eps=0.25", "regularizers=[]", "panels=[]", "network.width=0.5", "data.batch_size=64", "threads=1",
             "val_attack.steps=2", "probe.attack.steps=2", "trainer.max_epochs=3", "trainer.accelerator=cpu",
-            "compare_undefended=false", f"out={out}", "name=planted", "wandb.mode=offline",
+            "compare_undefended=false", f"out={out}", "name=planted", "wandb.mode=offline", "health.images=64",
         ]  # fmt: skip
         patch.setattr(sys, "argv", ["train.py", *planted])
         hydra.core.global_hydra.GlobalHydra.instance().clear()
