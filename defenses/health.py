@@ -63,7 +63,7 @@ def measure(
     """All measures of the network as it is now, in eval mode and fp32; the net is left as it was.
 
     ======================  ============================================================================================
-    ``nonfinite``           weights that are not finite; where there are any, nothing else is measured
+    ``nonfinite``           weights, else logits that are not finite; where there are any, nothing else is measured
     ``clean fgsm pgd``      accuracies; PGD with ``steps`` steps from a random start
     ``gap``                 ``fgsm − pgd``: above 0.2 the net answers one-step attacks and no others (METHODS: Wong 2020)
     ``misalignment``        mean 1 − cos of the input gradients at x and at noise (Andriushchenko & Flammarion 2020)
@@ -92,6 +92,9 @@ def measure(
     one, many = FGSM(threat)(net, x, y), PGD(threat, steps, seed=seed)(net, x, y)
     with undisturbed(net):
         obs = observe(net, x.repeat(2, 1, 1, 1), torch.cat([one, many]), y.repeat(2), layers=layers)
+        broken = int((~torch.cat([obs.clean.logits, obs.adv.logits]).isfinite()).sum())
+        if broken:
+            return {"nonfinite": float(broken)}
         right = obs.adv.logits.argmax(1) == obs.y
         found = {
             "nonfinite": 0.0,

@@ -112,6 +112,16 @@ def test_weights_that_are_not_finite_are_counted_and_nothing_else_is_read() -> N
     assert measure(net, images, BALL, LAYERS) == {"nonfinite": 4.0}
 
 
+def test_logits_that_overflow_are_counted_too() -> None:
+    net = conv_bn()
+    images = of(net)
+    with torch.no_grad():
+        net.head.weight[0] = 3e38
+    found = measure(net, images, BALL, LAYERS)
+    assert found.keys() == {"nonfinite"}
+    assert found["nonfinite"] >= len(images.y)
+
+
 def test_misalignment_is_one_minus_the_cosine() -> None:
     """On logits (‖x‖²/2, 0), two classes: the gradient at x is x times a number, so the cosine is that of x and x + η."""
 

@@ -230,7 +230,15 @@ def test_corrupt_checkpoints_are_named_before_anything_is_touched(run: Path, tmp
 
 def test_a_diverged_run_stops_and_says_where(tmp_path: Path, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, *QUICK, f"out={tmp_path}", "optimizer.lr=1e30", "scheduler.warmup=0", "wandb.mode=disabled")
+        command(
+            monkeypatch,
+            *QUICK,
+            f"out={tmp_path}",
+            "optimizer.lr=1e30",
+            "scheduler.warmup=0",
+            "wandb.mode=disabled",
+            "health=off",
+        )
     assert stop.value.code != 0
     assert "training diverged at step" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
