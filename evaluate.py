@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from datamodules.concepts import procedural_concepts
 from datamodules.images import ImageDataModule, ProbeBatch
+from defenses.attacks import PGD
 from defenses.masking import UnitMask, choose_units, mask_of, masked
 from defenses.robustness import check_images
 from defenses.suite import SUITES
 from interpret.association import concept_weights
 from interpret.dissection import dissect
+from interpret.observation import feature_layers
 from interpret.views.encode import plain
 from interpret.views.figures import save, write_png
 from interpret.views.masking import masking_view
@@ -107,6 +109,15 @@ def record(views: list[View], **about: Any) -> dict[str, Any]:
             for view in views
         },
     }
+
+
+def require_masking(masking: DictConfig) -> None:
+    """Raises ValueError unless share and number of images can be what they are meant to be."""
+    if not isinstance(masking.share, float) or not isinstance(masking.images, int):
+        raise ValueError(
+            "masking: expected a share in (0, 1) and a number of images, "
+            f"found share={masking.share!r} images={masking.images!r}"
+        )
 
 
 def choose(
@@ -227,11 +238,7 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
         dashboard.prepare(net)
         dashboard.rehearse(net)
         if cfg.masking.by is not None:
-            if not isinstance(cfg.masking.share, float) or not isinstance(cfg.masking.images, int):
-                raise ValueError(
-                    "masking: expected a share in (0, 1) and a number of images, "
-                    f"found share={cfg.masking.share!r} images={cfg.masking.images!r}"
-                )
+            require_masking(cfg.masking)
             choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
             few = choosers.x[:2]
             rehearsed = Nudge(attack.threat)(net, few, choosers.y[:2])
@@ -333,8 +340,15 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         images, labels = part.images.float() / 255, part.labels
         check_images(net, images, labels, threat)
         terms = instantiate(cfg.regularizers or {}, _convert_="all")
+        if cfg.masking.by is not None:
+            require_masking(cfg.masking)
+            choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
+            x_adv = PGD(threat, steps=20, seed=cfg.seed)(net, choosers.x, choosers.y)
+            layers = feature_layers(net.eval(), choosers.x[:2])
+            net = masked(net, choose(cfg.masking, net, choosers.x, x_adv, choosers.y, layers)[0])
         of = run.parent.name if run is not None else (weights.stem if weights is not None else cfg.model)
-        name = cfg.name or re.sub(r"[^A-Za-z0-9_+.-]+", "-", f"{of}_{cfg.suite}")
+        through = f"_masked_by_{cfg.masking.by}" if cfg.masking.by is not None else ""
+        name = cfg.name or re.sub(r"[^A-Za-z0-9_+.-]+", "-", f"{of}_{cfg.suite}{through}")
         if Path(name).name != name:
             raise ValueError(f"name: expected the plain name of a folder inside out={cfg.out}, found {name!r}")
         folder = Path(cfg.out) / name

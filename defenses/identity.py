@@ -24,8 +24,7 @@ def tensors_hash(*tensors: Tensor) -> str:
 def net_hash(net: nn.Module) -> str:
     """First 16 hex digits of the SHA-256 of the net's printed structure and of every weight and buffer, by name."""
     structure = re.sub(r"0x[0-9a-f]+", "", repr(net))  # addresses of functions change from process to process
-    state = net.state_dict(keep_vars=True)
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}  # buffers outside the state dict too
     names = json.dumps([structure, *tensors])
     return hashlib.sha256((names + tensors_hash(*tensors.values())).encode()).hexdigest()[:16]
 

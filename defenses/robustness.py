@@ -310,6 +310,8 @@ def evaluate_robustness(
         "settings": hashlib.sha256(asked.encode()).hexdigest()[:16],
     }
     path = None if state is None else Path(state)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     now = _State.resumed(path, fingerprint) if path is not None else None
     device = device_of(net)
     with full_precision(device):

@@ -54,6 +54,17 @@ def test_weights_are_judged_and_everything_is_written(
     assert "holds an evaluation already" in capsys.readouterr().err
 
 
+def test_a_masked_net_is_judged_through_its_mask(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("suite=probe", "images=40", f"checkpoint={weights}", f"out={tmp_path / 'out'}")
+    masking = ("masking.by=margin", "masking.share=0.75", "masking.images=20", "masking.layers=[stage2,stage3]")
+    command(monkeypatch, evaluate, *NAMED, *asked, "name=whole")
+    command(monkeypatch, evaluate, *NAMED, *asked, *masking)
+    whole, masked = (judged(tmp_path / "out" / name) for name in ("whole", "net_probe_masked_by_margin"))
+    assert whole["fingerprint"]["images"] == masked["fingerprint"]["images"]
+    assert whole["fingerprint"]["weights"] != masked["fingerprint"]["weights"]
+    assert whole["felled"] != masked["felled"]
+
+
 def test_a_stopped_command_goes_on(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("suite=probe", "images=120", "batch=3", f"checkpoint={weights}", f"out={tmp_path / 'out'}", "split=val")
     command(monkeypatch, evaluate, *NAMED, *asked, "name=whole")
