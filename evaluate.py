@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from datamodules.concepts import procedural_concepts
 from datamodules.images import ImageDataModule, ProbeBatch
 from defenses.attacks import PGD
+from defenses.card import accuracy_curve, make_card
 from defenses.masking import UnitMask, choose_units, mask_of, masked
 from defenses.robustness import check_images
+from defenses.sampling import stratified_rows
 from defenses.suite import SUITES
 from interpret.association import concept_weights
 from interpret.dissection import dissect
@@ -42,11 +44,12 @@ from interpret.views.versus import versus_view
 from interpret.views.view import Bars, Lines, Table, View
 from lightning_modules.callbacks.dashboard import Dashboard, Nudge
 from lightning_modules.console import clear_errors, console, require_whole
-from lightning_modules.judging import judge
+from lightning_modules.judging import card_view, judge, trust, write_card
 from lightning_modules.networks.build import load_weights, make_network
 from lightning_modules.run_folder import commit, versions
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+SANITY_IMAGES = 256
 KEY_FIGURES = (
     KeyFigure("outcome/clean_acc", "Accuracy, clean", "%"),
     KeyFigure("outcome/robust_acc", "Accuracy under attack", "%"),
@@ -205,52 +208,115 @@ def compare_networks(name: str, net: nn.Module, other: Other, dashboard: Dashboa
     return versus_view((name, other.name), probes, panel)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A network to look into, with the config completed by its run."""
+
+    cfg: DictConfig
+    data: ImageDataModule
+    net: nn.Module
+    weights: Path | None
+    run: Path | None  # config.yaml of the run folder
+
+    @property
+    def name(self) -> str:
+        """Its run folder, its file, or the callable that makes it."""
+        return str(self.cfg.model) if self.weights is None else named(self.weights, self.run)
+
+
+def subject(cfg: DictConfig) -> Subject:
+    """What ``checkpoint``, or ``model`` and ``weights``, name.
+
+    Raises:
+        ValueError: weights that are not there or do not fit, or a config that is not whole.
+    """
+    cfg = imported(cfg)
+    weights, run = (None, None) if cfg.model and cfg.checkpoint is None else located(cfg.checkpoint)
+    cfg = completed(cfg, run)
+    require_whole(cfg, {"seed": 0, "threads": 1, "training": 1, "images": 1, "batch": 1})
+    if cfg.split not in ("test", "val"):
+        raise ValueError(f"split: expected val or test, found {cfg.split!r}")
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    data = instantiate(cfg.data, _convert_="all")
+    data.setup("fit")
+    net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")))
+    if weights is not None:
+        load_weights(net, weights)
+    return Subject(cfg, data, net.eval(), weights, run)
+
+
+def dashboard_of(of: Subject, images: int) -> tuple[Dashboard, ProbeBatch]:
+    """The panels of the config, rehearsed, and the images that they will show."""
+    cfg, data = of.cfg, of.data
+    probe = data.probe(images, cfg.split, "images")
+    attack = instantiate(cfg.attack, _convert_="all")
+    attack.threat.check(data.image_shape)
+    dashboard = Dashboard(
+        instantiate(cfg.panels, _convert_="all"),
+        probe.x,
+        probe.y,
+        probe.ids,
+        attack,
+        data.class_names,
+        layers=list(cfg.layers),
+        training=data.sample_training(cfg.training),
+    )
+    dashboard.run, dashboard.command = cfg.checkpoint, command_of(of.run)
+    if dashboard.panels:
+        dashboard.prepare(of.net)
+        dashboard.rehearse(of.net)
+    return dashboard, probe
+
+
+def new_folder(cfg: DictConfig, default: str, whole: str, what: str) -> Path:
+    """Where the results go; ``whole`` is the file that says that there are some already.
+
+    Raises:
+        ValueError: a name that is a path, or results of that name.
+    """
+    name = cfg.name or re.sub(r"[^A-Za-z0-9_+.-]+", "-", default)
+    if Path(name).name != name:
+        raise ValueError(f"name: expected the plain name of a folder inside out={cfg.out}, found {name!r}")
+    folder = Path(cfg.out) / name
+    if (folder / whole).exists():
+        raise ValueError(f"name: {folder} holds an {what} already; choose another name, or move it away")
+    return folder
+
+
+def draw(folder: Path, meta: dict[str, Any], views: list[View], figures: tuple[KeyFigure, ...]) -> ReportPage:
+    """A self-contained page, and a PNG and SVG a panel."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for view in views:
+        if view.figure is not None:
+            write_png(view.figure, folder / f"{view.name}.png")
+        if view.drawing is not None:
+            save(view.drawing, folder / f"{view.name}.svg")
+    page = ReportPage(folder, folder.name, meta, key_figures=figures, overview=None)
+    page.write_epoch(0, 0, {}, views)
+    page.finish()
+    return page
+
+
 def analyse(cfg: DictConfig, attack_name: str) -> Path:
     """Attack, observe, measure, draw; returns the folder that holds the page, the pictures and ``analysis.json``."""
     with clear_errors(cfg.debug):
-        weights, run = located(cfg.checkpoint)
-        cfg = completed(cfg, run)
-        require_whole(cfg, {"seed": 0, "threads": 1, "training": 1})
-        pl.seed_everything(cfg.seed, workers=True, verbose=False)
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
-        data = instantiate(cfg.data, _convert_="all")
-        data.setup("fit")
-        net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")))
-        load_weights(net, weights)
-        net.eval()
-        images = data.probe(128 if cfg.images is None else cfg.images, cfg.split, "images")
-        attack = instantiate(cfg.attack, _convert_="all")
-        attack.threat.check(data.image_shape)
-        dashboard = Dashboard(
-            instantiate(cfg.panels, _convert_="all"),
-            images.x,
-            images.y,
-            images.ids,
-            attack,
-            data.class_names,
-            layers=list(cfg.layers),
-            training=data.sample_training(cfg.training),
-        )
+        of = subject(cfg)
+        cfg, data, net = of.cfg, of.data, of.net
+        dashboard, images = dashboard_of(of, 128 if cfg.images is None else cfg.images)
+        attack = dashboard.attack
         if not dashboard.panels:
             raise ValueError("panels: expected at least one, found none")
-        dashboard.run, dashboard.command = cfg.checkpoint, command_of(run)
-        dashboard.prepare(net)
-        dashboard.rehearse(net)
         if cfg.masking.by is not None:
             require_masking(cfg.masking)
             choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
             few = choosers.x[:2]
             rehearsed = Nudge(attack.threat)(net, few, choosers.y[:2])
             choose(cfg.masking, net, few, rehearsed, choosers.y[:2], dashboard.layers)
-        of = named(weights, run)
         other = None if cfg.against is None else against(cfg, data)
-        name = cfg.name or re.sub(r"[^A-Za-z0-9_+.-]+", "-", f"{of}_{attack_name}")
-        if Path(name).name != name:
-            raise ValueError(f"name: expected the plain name of a folder inside out={cfg.out}, found {name!r}")
-        folder = Path(cfg.out) / name
-        if (folder / "analysis.json").exists():
-            raise ValueError(f"name: {folder} holds an analysis already; choose another name, or move it away")
+        folder = new_folder(cfg, f"{of.name}_{attack_name}", "analysis.json", "analysis")
+        name = folder.name
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = net.to(device)
@@ -261,9 +327,9 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
             views.append(compare_masked(cfg.masking, net, dashboard, choosers, device))
         if other is not None:
             status.update(f"{name}: {other.name}")
-            views.insert(0, compare_networks(of, net, other, dashboard, device))
+            views.insert(0, compare_networks(of.name, net, other, dashboard, device))
     meta = {
-        "checkpoint": str(weights),
+        "checkpoint": str(of.weights),
         "attack": f"{attack_name}, {attack.threat}",
         "images": f"{len(images.ids)} of the {cfg.split} split, hash {images.hash}",
         "observed layers": ", ".join(dashboard.layers),
@@ -271,15 +337,7 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
         "seed": cfg.seed,
         "commit": commit(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for view in views:
-        if view.figure is not None:
-            write_png(view.figure, folder / f"{view.name}.png")
-        if view.drawing is not None:
-            save(view.drawing, folder / f"{view.name}.svg")
-    page = ReportPage(folder, name, meta, key_figures=KEY_FIGURES, overview=None)
-    page.write_epoch(0, 0, {}, views)
-    page.finish()
+    page = draw(folder, meta, views, KEY_FIGURES)
     config = OmegaConf.to_container(cfg, resolve=True)
     text = json.dumps(plain(record(views, meta=meta, versions=versions(), config=config)), indent=1, allow_nan=False)
     write_atomic(folder / "analysis.json", text + "\n")  # last: its presence says that the analysis is whole
@@ -310,23 +368,12 @@ def imported(cfg: DictConfig) -> DictConfig:
 
 
 def judge_by_suite(cfg: DictConfig) -> Path:
-    """Robust accuracy by ``cfg.suite``; returns the folder that holds ``suite.json``."""
+    """Robust accuracy by ``cfg.suite``, whether to trust it, and why images fell; returns the folder of ``card.json``."""
     with clear_errors(cfg.debug):
-        cfg = imported(cfg)
-        weights, run = (None, None) if cfg.model and cfg.checkpoint is None else located(cfg.checkpoint)
-        cfg = completed(cfg, run)
-        require_whole(cfg, {"seed": 0, "threads": 1, "images": 1, "batch": 1})
         if cfg.suite not in SUITES:
             raise ValueError(f"suite: expected {', '.join(SUITES)}; found {cfg.suite!r}")
-        if cfg.split not in ("test", "val"):
-            raise ValueError(f"split: expected val or test, found {cfg.split!r}")
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
-        data = instantiate(cfg.data, _convert_="all")
-        data.setup("fit")
-        net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")))
-        if weights is not None:
-            load_weights(net, weights)
+        of = subject(cfg)
+        cfg, data, net = of.cfg, of.data, of.net
         twin = None
         if cfg.twin is not None:
             twin_weights, twin_run = located(cfg.twin)
@@ -344,41 +391,83 @@ def judge_by_suite(cfg: DictConfig) -> Path:
             require_masking(cfg.masking)
             choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
             x_adv = PGD(threat, steps=20, seed=cfg.seed)(net, choosers.x, choosers.y)
-            layers = feature_layers(net.eval(), choosers.x[:2])
-            net = masked(net, choose(cfg.masking, net, choosers.x, x_adv, choosers.y, layers)[0])
-        of = run.parent.name if run is not None else (weights.stem if weights is not None else cfg.model)
+            layers = feature_layers(net, choosers.x[:2])
+            net = masked(net, choose(cfg.masking, net, choosers.x, x_adv, choosers.y, layers)[0]).eval()
+        dashboard, _ = dashboard_of(replace(of, net=net), min(128, cfg.images or len(part)))
         through = f"_masked_by_{cfg.masking.by}" if cfg.masking.by is not None else ""
-        name = cfg.name or re.sub(r"[^A-Za-z0-9_+.-]+", "-", f"{of}_{cfg.suite}{through}")
-        if Path(name).name != name:
-            raise ValueError(f"name: expected the plain name of a folder inside out={cfg.out}, found {name!r}")
-        folder = Path(cfg.out) / name
-        if (folder / "suite.json").exists():
-            raise ValueError(f"name: {folder} holds an evaluation already; choose another name, or move it away")
+        folder = new_folder(cfg, f"{of.name}_{cfg.suite}{through}", "card.json", "evaluation")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = {
-        "net": str(weights or cfg.model),
-        "split": cfg.split,
-        "class_names": data.class_names,
-        "commit": commit(),
-        "versions": versions(),
-        "config": OmegaConf.to_container(cfg, resolve=True),
-    }
-    judge(
-        net.to(device),
+    net, twin = net.to(device), None if twin is None else twin.to(device)
+    found = judge(
+        net,
         images,
         labels,
         threat,
         cfg.suite,
         folder,
-        about,
         subset=cfg.images,
         batch_size=cfg.batch,
         seed=cfg.seed,
         terms=terms,
-        twin=None if twin is None else twin.to(device),
+        twin=twin,
         corruptions=cfg.corruptions,
     )
+    with console.status("sanity checks") as status:
+
+        def tell(step: str) -> None:
+            status.update(f"{folder.name}: {step}")
+
+        few = found.rows[stratified_rows(found.labels, min(SANITY_IMAGES, found.n), cfg.seed)]
+        x, y = images[few].to(device), labels[few].to(device)
+        sanity = trust(net, x, y, threat, twin, cfg.seed, lambda step: tell(f"sanity, {step}"))
+        tell("accuracy against ε")
+        curve = accuracy_curve(net, x, y, threat)
+        views = dashboard.look(net, device, {}, tell) if dashboard.panels else []
+    source = "as the callable returns it" if of.weights is None else str(of.weights)
+    if cfg.masking.by is not None:
+        source += f", units masked by {cfg.masking.by}"
+    card = make_card(
+        found,
+        threat,
+        model={"name": of.name, "source": source, "parameters": sum(p.numel() for p in net.parameters())},
+        data={
+            "name": str(cfg.data.get("_target_", "")).rpartition(".")[2],
+            "split": cfg.split,
+            "selection": selection(of, cfg.split),
+        },
+        class_names=data.class_names,
+        curve=curve,
+        sanity=sanity,
+        interpretation={key: value for view in views for key, value in view.scalars.items()},
+        seed=cfg.seed,
+        versions=versions(),
+        commit=commit(),
+        config=plain(OmegaConf.to_container(cfg, resolve=True)),
+    )
+    lead = card_view(card, sanity, found)
+    meta = {
+        "network": source,
+        "suite": f"{cfg.suite}, {threat}",
+        "images": f"{found.n} of the {cfg.split} split, hash {found.fingerprint['images']}",
+        "panels": f"{len(dashboard.ids)} images, {type(dashboard.attack).__name__}",
+        "seed": cfg.seed,
+        "commit": commit(),
+    }
+    page = draw(folder, meta, [lead, *views], ())
+    write_card(folder, card)
+    console.print(f"[bold]{lead.headline}[/bold]")
+    console.print(f"page      {page.index}\ncard      {folder / 'card.md'} and card.json")
     return folder
+
+
+def selection(of: Subject, split: str) -> str:
+    """What chose the weights, as far as their folder says."""
+    if of.run is None or of.weights is None:
+        return "unknown: the weights lie in no run folder"
+    if of.weights.name != "best.ckpt":
+        return f"{of.weights.name} of its run: the epoch was not selected"
+    chosen = "the epoch with the best held-out robust accuracy (best.ckpt)"
+    return chosen + ("; these images chose it: not a test" if split == "val" else "")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="evaluate")
@@ -387,8 +476,6 @@ def main(cfg: DictConfig) -> None:
     if cfg.suite is not None:
         judge_by_suite(cfg)
     else:
-        with clear_errors(cfg.debug):
-            cfg = imported(cfg)
         analyse(cfg, HydraConfig.get().runtime.choices["attack"])
 
 

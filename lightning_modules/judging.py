@@ -1,4 +1,4 @@
-"""Robust accuracy from the command line: a suite with a bar of what still stands, a table, and ``suite.json``."""
+"""Robust accuracy from the command line: a suite with a bar of what still stands, sanity checks, and the result card."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
+from defenses.card import markdown
 from defenses.robustness import Evaluation, Progress, evaluate_robustness
+from defenses.sanity import Check, SanityReport, sanity_checks
 from defenses.terms import Term
 from defenses.threat import Threat
-from interpret.views.encode import plain
+from interpret.views.figures import charts_figure, to_array
 from interpret.views.page import write_atomic
-from interpret.views.view import Table
+from interpret.views.view import Bars, Chart, Lines, Table, View
 from lightning_modules.console import console, show
+
+STATE: Final = "suite_state.json"
 
 
 @contextmanager
@@ -61,7 +66,6 @@ def judge(
     threat: Threat,
     suite: str,
     folder: Path,
-    about: Mapping[str, Any],
     *,
     subset: int | None = None,
     batch_size: int = 250,
@@ -70,13 +74,12 @@ def judge(
     twin: nn.Module | None = None,
     corruptions: bool = False,
 ) -> Evaluation:
-    """Run a suite, show it, and write ``suite.json``: numbers, per-example arrays, and ``about``.
+    """Run a suite and show what it found.
 
-    The work done so far is kept in ``suite_state.json`` beside it, so that the same command goes on where it was stopped.
-    Arguments as in :func:`defenses.robustness.evaluate_robustness`.
+    The work done so far is kept in ``folder/suite_state.json``, so that the same command goes on where it was stopped; the
+    caller removes it when all is written.  Arguments as in :func:`defenses.robustness.evaluate_robustness`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = folder / "suite_state.json"
     with warnings.catch_warnings(record=True) as told, suite_bar() as bar:
         found = evaluate_robustness(
             net,
@@ -89,27 +92,84 @@ def judge(
             seed=seed,
             terms=terms,
             twin=twin,
-            state=state,
+            state=folder / STATE,
             progress=bar,
             corruptions=corruptions,
         )
     for words in dict.fromkeys([*(str(each.message) for each in told), *found.notes]):
         console.print(f"[yellow]note[/yellow]  {words}")
     show(attack_table(found))
-    low, high = found.interval
-    console.print(
-        f"[bold]robust accuracy {100 * found.accuracy:.2f} %[/bold]  "
-        f"95 % interval {100 * low:.2f}..{100 * high:.2f} %, n = {found.n}, worst case of {len(found.attacks)} attacks"
+    return found
+
+
+def trust(
+    net: nn.Module, x: Tensor, y: Tensor, threat: Threat, twin: nn.Module | None, seed: int, tell: Callable[[str], None]
+) -> SanityReport:
+    """The sanity checks; where there is too little to check, a report that says so."""
+    try:
+        return sanity_checks(net, x, y, threat, transfer_from=twin, seed=seed, tell=tell)
+    except ValueError as error:
+        too_few = Check("enough to check", False, float(len(x)), "16 images, some of them classified rightly", str(error))
+        return SanityReport((too_few,), {}, len(x))
+
+
+def card_view(card: Mapping[str, Any], sanity: SanityReport, found: Evaluation) -> View:
+    """The result card as the first panel of the page."""
+    accuracy, by_class = card["accuracy"], card["accuracy"]["by_class"]
+    low, high = accuracy["interval95"]
+    why = "".join(f"; {reason}" for reason in sanity.reasons[:2])
+    charts: list[Chart] = [
+        Lines(
+            "Accuracy against ε",
+            tuple(point["eps"] for point in accuracy["by_eps"]),
+            "ε",
+            ("stands",),
+            (tuple(point["robust"] for point in accuracy["by_eps"]),),
+            "%",
+            limits=(0, 1),
+        ),
+        Bars(
+            "Robust accuracy by class",
+            tuple(row["class"] for row in by_class),
+            tuple(row["robust"] for row in by_class),
+            "%",
+            reference=tuple(row["clean"] for row in by_class),
+            reference_label="clean",
+        ),
+        replace(attack_table(found), open=True),
+        sanity.table(),
+    ]
+    title = (
+        f"Robust accuracy {100 * found.accuracy:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %), "
+        f"{100 * found.clean_accuracy:.1f} % clean, worst case of {len(found.attacks)} attacks on {found.n} images. "
+        f"Verdict: {sanity.verdict}{why}."
     )
     if found.corruptions:
-        rows: list[tuple[str | float, ...]] = [
-            (name, round(100 * sum(by) / len(by), 2), *(round(100 * value, 2) for value in by))
-            for name, by in found.corruptions.items()
-        ]
-        columns = ("corruption", "mean (%)", *(f"severity {severity}" for severity in range(1, 6)))
-        show(Table("Accuracy under common corruptions", columns, rows))
-    text = json.dumps(plain({**about, **found.record()}), indent=1, allow_nan=False)
-    write_atomic(folder / "suite.json", text + "\n")  # last: its presence says that the evaluation is whole
-    state.unlink()
-    console.print(f"numbers   {folder / 'suite.json'}")
-    return found
+        charts.append(corruption_table(found))
+    drawn = [chart for chart in charts if isinstance(chart, Lines | Bars)]
+    return View(
+        "card",
+        "Result card",
+        title,
+        tuple(charts),
+        figure=to_array(charts_figure(drawn, title, columns=2)),
+        how_to_read="An image counts as robust only if it withstands every attack of the suite. Trusted: every sanity check "
+        "passed; suspicious: one failed; invalid: one failed by so much that the number cannot be used.",
+    )
+
+
+def corruption_table(found: Evaluation) -> Table:
+    """Accuracy in percent by corruption and severity."""
+    rows: list[tuple[str | float, ...]] = [
+        (name, round(100 * sum(by) / len(by), 2), *(round(100 * value, 2) for value in by))
+        for name, by in found.corruptions.items()
+    ]
+    columns = ("corruption", "mean (%)", *(f"severity {severity}" for severity in range(1, 6)))
+    return Table("Accuracy under common corruptions", columns, rows, open=True)
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """``card.md`` and ``card.json``; the latter last: its presence says that the evaluation is whole."""
+    write_atomic(folder / "card.md", markdown(card))
+    write_atomic(folder / "card.json", json.dumps(card, indent=1, allow_nan=False) + "\n")
+    (folder / STATE).unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -14,12 +13,13 @@ import torch
 from torch import nn
 
 import evaluate
+from defenses.card import read_card
 from lightning_modules import judging
 from lightning_modules.networks.build import load_weights
 from lightning_modules.networks.small_cnn import SmallCNN
 from tests.test_evaluate import command
 
-NAMED = ("data=digits", "network=small_cnn", "network.width=0.25", "threat=linf", "threads=1")
+NAMED = ("data=digits", "network=small_cnn", "network.width=0.25", "threat=linf", "threads=1", "panels=[outcome,failures]")
 
 
 @pytest.fixture
@@ -31,8 +31,10 @@ def weights(tmp_path: Path) -> Path:
 
 
 def judged(folder: Path) -> dict:
-    assert [path.name for path in folder.iterdir()] == ["suite.json"]  # the state is gone with the work
-    return json.loads((folder / "suite.json").read_text())
+    assert not (folder / "suite_state.json").exists()  # the state is gone with the work
+    assert (folder / "index.html").stat().st_size > 10_000
+    assert (folder / "card.md").read_text().startswith("# Result card")
+    return read_card(folder / "card.json")
 
 
 def test_weights_are_judged_and_everything_is_written(
@@ -41,12 +43,14 @@ def test_weights_are_judged_and_everything_is_written(
     asked = ("suite=probe", "images=20", "corruptions=true", "batch=8")
     command(monkeypatch, evaluate, *NAMED, *asked, f"checkpoint={weights}", f"out={tmp_path / 'out'}")
     found = judged(tmp_path / "out" / "net_probe")
-    assert found["n"] == len(found["rows"]) == len(found["standing"]) == len(found["felled_by"]) == 20
-    assert found["accuracy"] == sum(found["standing"]) / 20
-    assert found["attacks"][0]["name"] == "PGD-20"
-    assert found["attacks"][0]["settings"]["steps"] == 20
-    assert found["interval"][0] <= found["accuracy"] <= found["interval"][1]
-    assert len(found["corruptions"]["JPEG"]) == 5
+    examples, accuracy, first = found["examples"], found["accuracy"], found["suite"]["attacks"][0]
+    assert found["data"]["n"] == len(examples["rows"]) == len(examples["standing"]) == len(examples["felled_by"]) == 20
+    assert accuracy["robust"] == sum(examples["standing"]) / 20
+    assert (first["name"], first["settings"]["steps"]) == ("PGD-20", 20)
+    assert accuracy["interval95"][0] <= accuracy["robust"] <= accuracy["interval95"][1]
+    assert len(accuracy["by_corruption"]["JPEG"]) == 5
+    assert found["data"]["selection"].startswith("unknown")
+    assert found["interpretation"]["outcome/clean_acc"] >= 0
     assert found["config"]["threat"]["eps"] == 0.06
     assert "robust accuracy" in capsys.readouterr().out
     with pytest.raises(SystemExit):  # nothing is overwritten
@@ -60,9 +64,9 @@ def test_a_masked_net_is_judged_through_its_mask(weights: Path, tmp_path: Path, 
     command(monkeypatch, evaluate, *NAMED, *asked, "name=whole")
     command(monkeypatch, evaluate, *NAMED, *asked, *masking)
     whole, masked = (judged(tmp_path / "out" / name) for name in ("whole", "net_probe_masked_by_margin"))
-    assert whole["fingerprint"]["images"] == masked["fingerprint"]["images"]
-    assert whole["fingerprint"]["weights"] != masked["fingerprint"]["weights"]
-    assert whole["felled"] != masked["felled"]
+    assert whole["data"]["images"] == masked["data"]["images"]
+    assert whole["model"]["weights"] != masked["model"]["weights"]
+    assert whole["examples"]["felled_by"] != masked["examples"]["felled_by"]
 
 
 def test_a_stopped_command_goes_on(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,12 +87,13 @@ def test_a_stopped_command_goes_on(weights: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(judging, "evaluate_robustness", stopping)
     with pytest.raises(KeyboardInterrupt):
         command(monkeypatch, evaluate, *NAMED, *asked, "name=stopped")
-    assert not (tmp_path / "out" / "stopped" / "suite.json").exists()
+    assert not (tmp_path / "out" / "stopped" / "card.json").exists()
     command(monkeypatch, evaluate, *NAMED, *asked, "name=stopped")
     whole, stopped = (judged(tmp_path / "out" / name) for name in ("whole", "stopped"))
     assert attacked[:3] == [1, 2, 2]  # the first batch was kept
-    for key in ("felled", "standing", "rows", "accuracy", "forwards", "fingerprint"):
+    for key in ("examples", "accuracy", "data", "sanity"):
         assert stopped[key] == whole[key]
+    assert stopped["suite"]["forwards"] == whole["suite"]["forwards"]
 
 
 def test_anyones_classifier_on_an_image_folder_and_on_npz(
@@ -116,14 +121,22 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
         np.savez(tmp_path / "arrays" / f"{part}.npz", images=images, labels=labels)
     body = nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     torch.save(nn.Sequential(*body, nn.Linear(4, 2)).state_dict(), tmp_path / "theirs.pt")
-    common = ("model=their_models:make", "weights=theirs.pt", "threat=linf", "suite=probe", "data.batch_size=4", "threads=1")
+    common = (
+        "model=their_models:make",
+        "weights=theirs.pt",
+        "threat=linf",
+        "suite=probe",
+        "data.batch_size=4",
+        "threads=1",
+        "panels=[outcome]",
+    )
     folder = ("data=image_folder", "data.path=folder", "data.size=16")
     command(monkeypatch, evaluate, *common, *folder, "out=out", "name=folder")
     command(monkeypatch, evaluate, *common, "data=arrays", "data.path=arrays", "out=out", "name=arrays")
     one, two = judged(tmp_path / "out" / "folder"), judged(tmp_path / "out" / "arrays")
-    assert one["n"] == two["n"] == 40
-    assert one["clean_accuracy"] == two["clean_accuracy"]
-    assert one["class_names"] == ["ants", "bees"]
+    assert one["data"]["n"] == two["data"]["n"] == 40
+    assert one["accuracy"]["clean"] == two["accuracy"]["clean"]
+    assert [row["class"] for row in one["accuracy"]["by_class"]] == ["ants", "bees"]
     for change, message in (
         ("model=their_models:wrong", "it must return logits, one floating-point tensor (N, num_classes) = (2, 2)"),
         ("weights=nowhere.pt", "checkpoint: expected a run folder or a file of weights"),

@@ -1,0 +1,235 @@
+"""The result card of an evaluation: everything that a reader needs to trust, compare or repeat a robust accuracy.
+
+A card is plain JSON that follows ``card.schema.json``; :func:`markdown` shows it to people.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import jsonschema
+import torch
+from torch import Tensor, nn
+
+from defenses.attacks import PGD
+from defenses.objectives import Margin
+from defenses.robustness import Evaluation, device_of, predict
+from defenses.sanity import SanityReport
+from defenses.threat import Threat
+
+SCHEMA: Final = Path(__file__).with_name("card.schema.json")
+VERSION: Final = "glassarmor-card/1"
+SCALES: Final = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)
+MUST_AGREE: Final = {  # what makes the accuracies of two cards comparable, and how a reader calls it
+    ("threat", "norm"): "norm of the threat",
+    ("threat", "eps"): "ε",
+    ("data", "images"): "images",
+    ("suite", "name"): "suite",
+}
+
+
+def accuracy_curve(
+    net: nn.Module, x: Tensor, y: Tensor, threat: Threat, scales: Sequence[float] = SCALES, steps: int = 20, batch: int = 256
+) -> tuple[tuple[float, float], ...]:
+    """Accuracy against ε: pairs of (ε, share that stands), from ε = 0 on, never rising (ours).
+
+    PGD on the margin at each radius, of what still stands: an image that fell in a smaller ball falls in a larger one.
+
+    Args:
+        x, y: images (N, C, H, W) in [0,1] and labels (N,).
+        scales: radii over that of ``threat``, increasing.
+
+    Raises:
+        ValueError: scales that do not increase from above 0.
+    """
+    if not scales or scales[0] <= 0 or any(b <= a for a, b in pairwise(scales)):
+        raise ValueError(f"scales: expected increasing numbers above 0, found {tuple(scales)}")
+    device = device_of(net)
+    standing = torch.cat(
+        [predict(net, a.to(device)).argmax(1).cpu() == b.cpu() for a, b in zip(x.split(batch), y.split(batch), strict=True)]
+    )
+    curve = [(0.0, float(standing.float().mean()))]
+    for scale in scales:
+        ball = threat.scaled(scale)
+        attack = PGD(ball, steps, objective=Margin(), seed=7)
+        for rows in standing.nonzero().flatten().split(batch):
+            a, b = x[rows.to(x.device)].to(device), y[rows.to(y.device)].to(device)
+            standing[rows] = (predict(net, attack(net, a, b)).argmax(1) == b).cpu()
+        curve.append((float(ball.eps), float(standing.float().mean())))
+    return tuple(curve)
+
+
+def make_card(
+    found: Evaluation,
+    threat: Threat,
+    *,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    class_names: Sequence[str],
+    curve: Sequence[tuple[float, float]],
+    sanity: SanityReport,
+    interpretation: Mapping[str, float],
+    seed: int,
+    versions: Mapping[str, str],
+    commit: str,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The card as plain JSON.
+
+    Args:
+        model: ``name``, ``source`` (where its weights come from) and ``parameters``.
+        data: ``name``, ``split``, and ``selection``: what chose the checkpoint.
+        curve: of :func:`accuracy_curve`.
+        interpretation: what the panels measured, by name; numbers that are not finite are left out.
+
+    Raises:
+        ValueError: the card would not follow the schema.
+    """
+    correct = found.felled != -2
+    classes = []
+    for label in found.labels.unique().tolist():
+        mine = found.labels == label
+        name = class_names[label] if label < len(class_names) else str(label)
+        shares = (float(kept[mine].float().mean()) for kept in (correct, found.standing))
+        classes.append({"class": name, "n": int(mine.sum())} | dict(zip(("clean", "robust"), shares, strict=True)))
+    card = {
+        "schema": VERSION,
+        "model": {**model, "weights": found.fingerprint["weights"]},
+        "data": {**data, "n": found.n, "images": found.fingerprint["images"]},
+        "threat": {"norm": type(threat).__name__, "eps": float(threat.eps)},
+        "suite": {
+            "name": found.suite,
+            "settings": found.fingerprint["settings"],
+            "attacks": [asdict(attack) for attack in found.attacks],
+            "forwards": found.forwards,
+            "backwards": found.backwards,
+            "seconds": found.seconds,
+        },
+        "accuracy": {
+            "clean": found.clean_accuracy,
+            "robust": found.accuracy,
+            "interval95": list(found.interval),
+            "by_class": classes,
+            "by_eps": [{"eps": eps, "robust": accuracy} for eps, accuracy in curve],
+            "by_corruption": {name: list(values) for name, values in found.corruptions.items()},
+        },
+        "sanity": {
+            "verdict": sanity.verdict,
+            "reasons": list(sanity.reasons),
+            "images": sanity.images,
+            "checks": [asdict(check) for check in sanity.checks],
+        },
+        "interpretation": {name: float(value) for name, value in interpretation.items() if abs(value) < float("inf")},
+        "examples": {
+            "rows": found.rows.tolist(),
+            "labels": found.labels.tolist(),
+            "correct": correct.tolist(),
+            "standing": found.standing.tolist(),
+            "felled_by": list(found.felled_by),
+        },
+        "seed": seed,
+        "versions": dict(versions),
+        "commit": commit,
+        "notes": list(found.notes),
+        "config": dict(config or {}),
+    }
+    check_card(card)
+    return card
+
+
+def check_card(card: object) -> None:
+    """Raises ValueError, naming the place, unless ``card`` follows ``card.schema.json``."""
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(card))
+    if error is not None:
+        place = "/".join(map(str, error.absolute_path)) or "the whole"
+        raise ValueError(f"card: {place}: {error.message[:200]}")
+
+
+def read_card(path: str | Path) -> dict[str, Any]:
+    """A card from its file.
+
+    Raises:
+        ValueError: no such file, no JSON, or no card.
+    """
+    try:
+        card = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"card: expected a card.json, found none at {path} ({type(error).__name__})") from error
+    check_card(card)
+    found: dict[str, Any] = card
+    return found
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Why the accuracies of two cards do not compare; empty where they do."""
+    return [
+        f"{name} {a[room][key]} and {b[room][key]}"
+        for (room, key), name in MUST_AGREE.items()
+        if a[room][key] != b[room][key]
+    ]
+
+
+def markdown(card: Mapping[str, Any]) -> str:
+    """The card for people."""
+    accuracy, suite, sanity = card["accuracy"], card["suite"], card["sanity"]
+    low, high = accuracy["interval95"]
+    lines = [
+        f"# Result card: {card['model']['name']}",
+        "",
+        f"**{100 * accuracy['robust']:.2f} %** robust accuracy against {card['threat']['norm']} "
+        f"ε = {card['threat']['eps']:.5g} "
+        f"by the {suite['name']} suite (95 % interval {100 * low:.2f} to {100 * high:.2f} %), "
+        f"{100 * accuracy['clean']:.2f} % clean, on {card['data']['n']} images of {card['data']['name']} "
+        f"({card['data']['split']} split).",
+        "",
+        "; ".join([f"Verdict of the sanity checks: **{sanity['verdict']}**", *sanity["reasons"]]) + ".",
+        "",
+    ]
+    lines += _rows(
+        ("attack", "attacked", "felled", "accuracy after it", "gradients", "seconds"),
+        [
+            (a["name"], a["attacked"], a["felled"], _percents([a["accuracy"]]), a["backwards"], f"{a['seconds']:.1f}")
+            for a in suite["attacks"]
+        ],
+    )
+    lines += _rows(
+        ("class", "images", "clean", "robust"),
+        [(c["class"], c["n"], f"{100 * c['clean']:.1f} %", f"{100 * c['robust']:.1f} %") for c in accuracy["by_class"]],
+    )
+    lines += _rows(("ε", "accuracy"), [(f"{p['eps']:.5g}", f"{100 * p['robust']:.1f} %") for p in accuracy["by_eps"]])
+    if accuracy["by_corruption"]:
+        shown = accuracy["by_corruption"].items()
+        lines += _rows(("corruption", "accuracy, severities 1 to 5"), [(k, _percents(v)) for k, v in shown])
+    lines += _rows(
+        ("sanity check", "outcome", "expected", "found"),
+        [(c["name"], "passed" if c["passed"] else "**failed**", c["expected"], c["sentence"]) for c in sanity["checks"]],
+    )
+    if card["interpretation"]:
+        lines += _rows(("signal", "value"), [(k, f"{v:.4g}") for k, v in sorted(card["interpretation"].items())])
+    lines += [f"- {note}" for note in card["notes"]]
+    about = {
+        "weights": f"{card['model']['weights']} ({card['model']['source']}, {card['model']['parameters']:,} parameters)",
+        "images": card["data"]["images"],
+        "selection": card["data"]["selection"],
+        "seed": card["seed"],
+        "commit": card["commit"],
+        "versions": ", ".join(f"{name} {version}" for name, version in card["versions"].items()),
+    }
+    return "\n".join([*lines, *(f"- {key}: {value}" for key, value in about.items()), ""])
+
+
+def _percents(values: Sequence[float]) -> str:
+    return " · ".join(f"{100 * value:.1f}" for value in values) + " %"
+
+
+def _rows(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    def line(cells: Sequence[object]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return [line(head), line(["---"] * len(head)), *map(line, rows), ""]

@@ -1,0 +1,140 @@
+"""The result card: what it says is what was measured, it follows its schema, and what does not compare is said."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from defenses.card import SCHEMA, accuracy_curve, check_card, differences, make_card, markdown, read_card
+from defenses.robustness import evaluate_robustness
+from defenses.sanity import Check, SanityReport
+from defenses.threat import L2, Linf
+
+SCALES = (0.5, 1.0, 2.0)
+
+
+def threshold_net() -> nn.Module:
+    """Two classes: the first pixel above or below ½, so that an image falls as soon as ε exceeds its distance from ½."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([[-10.0, 0, 0, 0], [10.0, 0, 0, 0]]))
+        net[1].bias.copy_(torch.tensor([5.0, -5.0]))
+    return net.eval()
+
+
+DISTANCE = torch.tensor([0.03, 0.07, 0.15, 0.4, 0.45, 0.3, 0.06, 0.2])
+Y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+
+
+def images() -> torch.Tensor:
+    x = torch.full((8, 1, 2, 2), 0.5)
+    x[:, 0, 0, 0] += torch.where(Y == 1, DISTANCE, -DISTANCE)
+    return x
+
+
+@pytest.fixture(scope="module")
+def card() -> dict[str, Any]:
+    net, x, threat = threshold_net(), images(), Linf(0.1)
+    found = evaluate_robustness(net, x, Y, threat, "probe")
+    sanity = SanityReport((Check("losses agree", True, 0.0, "≤ 5 %", "they | do"),), {"PGD-20": 0.5}, 8)
+    return make_card(
+        found,
+        threat,
+        model={"name": "threshold", "source": "by hand", "parameters": 10},
+        data={"name": "lines", "split": "test", "selection": "nothing"},
+        class_names=("dark", "light"),
+        curve=accuracy_curve(net, x, Y, threat, SCALES),
+        sanity=sanity,
+        interpretation={"pse/promotion": 0.25, "cam/interpretability": math.nan},
+        seed=0,
+        versions={"torch": "2"},
+        commit="abc",
+    )
+
+
+def test_the_card_says_what_a_closed_form_says(card: dict[str, Any]) -> None:
+    accuracy = card["accuracy"]
+    assert accuracy["clean"] == 1
+    assert accuracy["robust"] == float((DISTANCE > 0.1).float().mean()) == 5 / 8
+    assert [(row["class"], row["n"], row["clean"], row["robust"]) for row in accuracy["by_class"]] == [
+        ("dark", 4, 1.0, 0.5),
+        ("light", 4, 1.0, 0.75),
+    ]
+    expected = [(0.0, 1.0), *((0.1 * s, float((0.1 * s < DISTANCE).float().mean())) for s in SCALES)]
+    assert [(point["eps"], point["robust"]) for point in accuracy["by_eps"]] == pytest.approx(expected)
+    assert card["examples"]["standing"] == (DISTANCE > 0.1).tolist()
+    assert card["examples"]["felled_by"].count("PGD-20") == 3
+    assert card["interpretation"] == {"pse/promotion": 0.25}, "what is no number is left out, not written as null"
+
+
+def test_the_curve_never_rises_and_leaves_the_net_alone() -> None:
+    net, threat = threshold_net().train(), L2(0.1)
+    before = copy.deepcopy(net.state_dict())
+    curve = accuracy_curve(net, images(), Y, threat, (0.1, 1, 3, 100), batch=3)
+    values = [value for _, value in curve]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] == 0
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with pytest.raises(ValueError, match=r"scales: expected increasing numbers above 0, found \(1, 1\)"):
+        accuracy_curve(net, images(), Y, threat, (1, 1))
+
+
+def test_the_file_is_read_back_and_what_is_no_card_is_refused(card: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps(card, allow_nan=False), encoding="utf-8")
+    assert read_card(path) == card
+    with pytest.raises(ValueError, match=r"card: expected a card.json, found none"):
+        read_card(tmp_path / "none.json")
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"card: the whole: .*required property"):
+        read_card(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("accuracy", "robust"), 101),
+        (("threat", "norm"), "L7"),
+        (("sanity", "verdict"), "fine"),
+        (("examples", "standing"), [1, 0]),
+        (("data", "images"), "somewhere"),
+    ],
+)
+def test_the_schema_refuses_what_is_wrong_and_names_the_place(card: dict[str, Any], place, value) -> None:
+    wrong = copy.deepcopy(card)
+    wrong[place[0]][place[1]] = value
+    with pytest.raises(ValueError, match="/".join(place)):
+        check_card(wrong)
+
+
+def test_the_schema_is_one() -> None:
+    import jsonschema
+
+    jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def test_only_cards_about_the_same_question_compare(card: dict[str, Any]) -> None:
+    other = copy.deepcopy(card)
+    assert differences(card, other) == []
+    other["threat"]["eps"], other["data"]["images"] = 0.2, "0" * 16
+    told = "; ".join(differences(card, other))
+    assert "ε 0.1 and 0.2" in told
+    assert "images" in told
+
+
+def test_markdown_holds_the_numbers_and_stays_a_table(card: dict[str, Any]) -> None:
+    text = markdown(card)
+    assert "**62.50 %** robust accuracy against Linf ε = 0.1" in text
+    assert "**trusted**" in text
+    assert "they \\| do" in text
+    for block in text.split("\n\n"):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({line.replace("\\|", "").count("|") for line in rows}) <= 1
