@@ -29,6 +29,7 @@ from lightning_modules.cards import RunCard, check_comparable, read_cards
 from lightning_modules.comparison import SELECTED, runs_table, settings_of
 from lightning_modules.console import clear_errors, console, show
 from lightning_modules.logging import check_wandb_mode, log_tables
+from lightning_modules.result_cards import cards_table, cards_view, is_result_card, read_result_cards
 from lightning_modules.study import Study, cards_of, members_of, planned, read_study, run_members
 
 ROOT = Path(__file__).resolve().parent
@@ -226,9 +227,25 @@ def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard]]:
     return study, cards_of(members, args.out)
 
 
+def compare_result_cards(paths: list[Path], out: Path | None, debug: bool) -> None:
+    """Cards of evaluate.py's suites on one page."""
+    with clear_errors(debug):
+        cards = read_result_cards(paths)
+        out = out or Path("comparisons") / "_".join(cards)[:120]
+        if (out / "index.html").exists():
+            raise ValueError(f"--out: {out} holds a comparison already; choose another folder")
+    view = cards_view(cards)
+    about = {name: f"weights {card['model']['weights']}, commit {card['commit']}" for name, card in cards.items()}
+    page = ReportPage(out, " / ".join(cards), about, key_figures=(), overview=None)
+    page.write_epoch(0, 0, {}, [view])
+    page.finish()
+    show(cards_table(cards))
+    console.print(f"[bold]{view.headline}[/bold]\npage  {page.index}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="run folders or cards; with --study, overrides for every member")
+    parser.add_argument("runs", nargs="*", help="run folders or cards; with --study, overrides of members")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--study", type=Path, default=None, help="a YAML, e.g. of configs/study")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="members trained at a time, a thread each")
@@ -241,6 +258,9 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="stack traces of errors")
     args = parser.parse_args()
     study, folders = None, [Path(path) for path in args.runs if args.study is None]
+    if folders and all(is_result_card(path) for path in folders):
+        compare_result_cards(folders, args.out, args.debug)
+        return
     with clear_errors(args.debug):
         check_wandb_mode(args.wandb)
     if args.study is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+import compare
 from defenses.card import SCHEMA, accuracy_curve, check_card, differences, make_card, markdown, read_card
 from defenses.robustness import evaluate_robustness
 from defenses.sanity import Check, SanityReport
 from defenses.threat import L2, Linf
+from lightning_modules.result_cards import paired_images
 
 SCALES = (0.5, 1.0, 2.0)
 
@@ -68,7 +71,8 @@ def test_the_card_says_what_a_closed_form_says(card: dict[str, Any]) -> None:
         ("light", 4, 1.0, 0.75),
     ]
     expected = [(0.0, 1.0), *((0.1 * s, float((0.1 * s < DISTANCE).float().mean())) for s in SCALES)]
-    assert [(point["eps"], point["robust"]) for point in accuracy["by_eps"]] == pytest.approx(expected)
+    for point, (eps, share) in zip(accuracy["by_eps"], expected, strict=True):
+        assert (point["eps"], point["robust"]) == pytest.approx((eps, share))
     assert card["examples"]["standing"] == (DISTANCE > 0.1).tolist()
     assert card["examples"]["felled_by"].count("PGD-20") == 3
     assert card["interpretation"] == {"pse/promotion": 0.25}, "what is no number is left out, not written as null"
@@ -138,3 +142,35 @@ def test_markdown_holds_the_numbers_and_stays_a_table(card: dict[str, Any]) -> N
     for block in text.split("\n\n"):
         rows = [line for line in block.splitlines() if line.startswith("|")]
         assert len({line.replace("\\|", "").count("|") for line in rows}) <= 1
+
+
+def saved(folder: Path, name: str, card: dict[str, Any], standing: list[bool]) -> Path:
+    """A card of the same images on which other images stand."""
+    other = copy.deepcopy(card)
+    other["model"]["name"], other["examples"]["standing"] = name, standing
+    other["accuracy"]["robust"] = sum(standing) / len(standing)
+    path = folder / name / "card.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(other), encoding="utf-8")
+    return path
+
+
+def test_cards_beside_each_other_are_compared_image_by_image(
+    card: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = saved(tmp_path, "one", card, [True] * 6 + [False] * 2)
+    two = saved(tmp_path, "two", card, [False] * 5 + [True] * 3)
+    lost, won, p = paired_images(read_card(one), read_card(two))
+    assert (lost, won) == (5, 2)
+    assert p == pytest.approx(2 * sum(math.comb(7, k) for k in range(3)) / 2**7)  # the exact binomial, both tails
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(one), str(two), "--out", str(tmp_path / "page")])
+    compare.main()
+    assert "one withstands most: 75.0 %; all verdicts are trusted" in capsys.readouterr().out
+    assert (tmp_path / "page" / "index.html").stat().st_size > 10_000
+    wrong = json.loads(two.read_text())
+    wrong["threat"]["eps"] = 0.3
+    two.write_text(json.dumps(wrong))
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(one), str(two), "--out", str(tmp_path / "other")])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "do not compare: ε 0.1 and 0.3" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def test_weights_are_judged_and_everything_is_written(
     assert found["data"]["selection"].startswith("unknown")
     assert found["interpretation"]["outcome/clean_acc"] >= 0
     assert found["config"]["threat"]["eps"] == 0.06
-    assert "robust accuracy" in capsys.readouterr().out
+    assert "Robust accuracy" in capsys.readouterr().out
     with pytest.raises(SystemExit):  # nothing is overwritten
         command(monkeypatch, evaluate, *NAMED, *asked, f"checkpoint={weights}", f"out={tmp_path / 'out'}")
     assert "holds an evaluation already" in capsys.readouterr().err
