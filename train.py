@@ -36,7 +36,7 @@ from lightning_modules.cards import write_correct
 from lightning_modules.classifier import RobustClassifier
 from lightning_modules.console import accuracy_table, clear_errors, console, require_whole, show
 from lightning_modules.hardware import AUTO, settled
-from lightning_modules.logging import RunLog, check_wandb_mode, wandb_logger
+from lightning_modules.logging import RunLog, check_wandb_mode, survive, wandb_logger
 from lightning_modules.networks.build import make_network
 from lightning_modules.processes import is_leader, launches
 from lightning_modules.run_folder import RunFolder
@@ -207,7 +207,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
             records["undefended"] = judge("undefended", plain.module.net)
         if not is_leader():
             return kept.best_score or 0.0
-        write_correct(folder.path, correct)
+        survive("write correct.json", lambda: write_correct(folder.path, correct))
         table = accuracy_table(f"Accuracy on the test set, {meta['threat']}", records)
         log.results(table, {"threat": meta["threat"], **records})
     show(table)

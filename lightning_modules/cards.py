@@ -233,7 +233,8 @@ def read_cards(paths: Sequence[Path]) -> list[RunCard]:
         else:
             folders.append((len(cards), {}))
             cards.append(card_of(path))
-            folders[-1][1].update(_flat(_without_seeds(portable(_config(path)))))
+            trained = {key: value for key, value in portable(_config(path)).items() if key != "panels"}  # drawn, not trained
+            folders[-1][1].update(_flat(_without_seeds(trained)))
     for i, config in folders:
         others = [other for j, other in folders if cards[j].method == cards[i].method]
         cards[i] = replace(cards[i], setting=_told_apart(config, others))

@@ -52,7 +52,9 @@ def attack_table(found: Evaluation) -> Table:
     """What stood after each attack, in percent, and what it cost."""
     title = f"{found.suite}, {found.threat}, {found.n} images"
     columns = ("", "accuracy so far (%)", "attacked", "felled", "forwards", "backwards", "seconds")
-    rows: list[tuple[str | float, ...]] = [("clean", round(100 * found.clean_accuracy, 2), found.n, "", "", "", "")]
+    rows: list[tuple[str | float, ...]] = [
+        ("clean", round(100 * found.clean_accuracy, 2), found.n, found.felled_by.count("clean"), found.n, 0, 0.0)
+    ]
     for a in found.attacks:
         share = round(100 * a.accuracy, 2)
         rows.append((a.name, share, a.attacked, a.felled, a.forwards, a.backwards, round(a.seconds, 1)))

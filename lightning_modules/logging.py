@@ -57,11 +57,11 @@ class RunLog:
         for view in views:
             scalars = {**scalars, **view.scalars}
         self.history.append({"epoch": epoch, "step": step, **scalars})
-        _survive("write metrics.csv", self._write_csv)
+        survive("write metrics.csv", self._write_csv)
         if self.page is not None:
-            _survive("write the report", lambda: self.page.write_epoch(epoch, step, scalars, views))  # type: ignore[union-attr]
+            survive("write the report", lambda: self.page.write_epoch(epoch, step, scalars, views))  # type: ignore[union-attr]
         if self.wandb_logger is not None:
-            _survive("log an epoch to W&B", lambda: self._log_to_wandb(epoch, step, views))
+            survive("log an epoch to W&B", lambda: self._log_to_wandb(epoch, step, views))
 
     def _log_to_wandb(self, epoch: int, step: int, views: Sequence[View]) -> None:
         assert self.wandb_logger is not None
@@ -82,22 +82,22 @@ class RunLog:
     def reading(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """One look at the run's health: a line of ``health.jsonl``, and W&B's curves ``health/…`` by step."""
         event = {"event": "reading", "epoch": epoch, "step": step, "values": dict(values)}
-        _survive("write health.jsonl", lambda: self._event(event))
+        survive("write health.jsonl", lambda: self._event(event))
         if self.wandb_logger is not None:
             payload = {"epoch": epoch, "trainer/global_step": step, **{f"health/{k}": v for k, v in values.items()}}
-            _survive("log a reading", lambda: self.wandb_logger.experiment.log(payload))  # type: ignore[union-attr]
+            survive("log a reading", lambda: self.wandb_logger.experiment.log(payload))  # type: ignore[union-attr]
 
     def alarm(self, epoch: int, step: int, kind: str, text: str, action: str, values: Mapping[str, float]) -> None:
         """Bad news: ``health.jsonl``, a mark on the page, an alert and the summary of W&B."""
         event = {"event": "alarm", "epoch": epoch, "step": step, "kind": kind, "text": text, "action": action}
-        _survive("write health.jsonl", lambda: self._event({**event, "values": dict(values)}))
+        survive("write health.jsonl", lambda: self._event({**event, "values": dict(values)}))
         if self.page is not None:
-            _survive("write the report", lambda: self.page.add_alarm(epoch, step, text, action))  # type: ignore[union-attr]
+            survive("write the report", lambda: self.page.add_alarm(epoch, step, text, action))  # type: ignore[union-attr]
         if self.wandb_logger is not None:
             run = self.wandb_logger.experiment
             level = "WARN" if action == "warned" else "ERROR"
-            _survive("send an alert", lambda: run.alert(text.split(":")[0], f"step {step}: {text} → {action}", level, 0))
-            _survive("note an alarm", lambda: run.summary.update({f"health/alarm/{kind}": step, "health/last_alarm": text}))
+            survive("send an alert", lambda: run.alert(text.split(":")[0], f"step {step}: {text} → {action}", level, 0))
+            survive("note an alarm", lambda: run.summary.update({f"health/alarm/{kind}": step, "health/last_alarm": text}))
 
     def resume_from_step(self, step: int) -> None:
         """Forget readings and alarms after this step: they will be taken again."""
@@ -119,11 +119,11 @@ class RunLog:
     def results(self, table: Table, records: Mapping[str, Any]) -> None:
         """The final comparison: ``results.json``, on top of the report, and in W&B's summary."""
         text = json.dumps(records, indent=2) + "\n"
-        _survive("write results.json", lambda: write_atomic(self.folder / "results.json", text))
+        survive("write results.json", lambda: write_atomic(self.folder / "results.json", text))
         if self.page is not None:
-            _survive("write the report", lambda: self._finish_page(table))
+            survive("write the report", lambda: self._finish_page(table))
         if self.wandb_logger is not None:
-            _survive("log the results to W&B", lambda: self._results_to_wandb(table))
+            survive("log the results to W&B", lambda: self._results_to_wandb(table))
 
     def _finish_page(self, table: Table) -> None:
         assert self.page is not None
@@ -139,7 +139,7 @@ class RunLog:
     def close(self) -> None:
         """End the W&B run, also after a failure: in a sweep the next run must not go on with it."""
         if self.wandb_logger is not None:
-            _survive("send all to W&B (it is kept on disk; send it later with: wandb sync DIRECTORY)", wandb.finish)
+            survive("send all to W&B (it is kept on disk; send it later with: wandb sync DIRECTORY)", wandb.finish)
 
     def _write_csv(self) -> None:
         columns = list(dict.fromkeys(name for row in self.history for name in row))
@@ -171,11 +171,11 @@ def log_tables(folder: Path, project: str, mode: WandbMode, tables: Mapping[str,
         for name, table in tables.items()
     }
     payload["comparison/page"] = wandb.Html(page, inject=False)
-    _survive("log a comparison", lambda: logger.experiment.log(payload))
-    _survive("finish", wandb.finish)
+    survive("log a comparison", lambda: logger.experiment.log(payload))
+    survive("finish", wandb.finish)
 
 
-def _survive(what: str, call: Callable[[], Any]) -> None:
+def survive(what: str, call: Callable[[], Any]) -> None:
     """Records are guests: where one can't be written, training goes on, and the next one is tried.  Said once each."""
     try:
         call()
@@ -192,10 +192,10 @@ class _PatientWandbLogger(WandbLogger):
     """Lightning's logger, whose failures do not end a run."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        _survive("log metrics to W&B", lambda: super(_PatientWandbLogger, self).log_metrics(metrics, step))
+        survive("log metrics to W&B", lambda: super(_PatientWandbLogger, self).log_metrics(metrics, step))
 
     def log_hyperparams(self, params: Any) -> None:
-        _survive("log the config to W&B", lambda: super(_PatientWandbLogger, self).log_hyperparams(params))
+        survive("log the config to W&B", lambda: super(_PatientWandbLogger, self).log_hyperparams(params))
 
 
 def check_wandb_mode(mode: str) -> None:
@@ -250,7 +250,7 @@ def wandb_logger(
                 return None
             warnings.warn(f"W&B server not reached ({error}); this run is recorded offline", stacklevel=2)
             # Else its service holds the run id of the failed attempt; where that has crashed, there is none to end.
-            _survive("end W&B's service", wandb.teardown)
+            survive("end W&B's service", wandb.teardown)
         else:
             return run_logger
     return None

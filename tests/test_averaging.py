@@ -119,6 +119,8 @@ def test_the_dashboard_shows_the_average_and_the_checkpoint_is_written_after_it(
     order, shown = [], []
 
     class Log:
+        folder = tmp_path
+
         def epoch(self, *_: object) -> None:
             order.append("dashboard")
 

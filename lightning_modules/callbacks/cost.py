@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from interpret.views.page import write_atomic
+from lightning_modules.logging import survive
 
 
 class Cost(pl.Callback):
@@ -55,4 +56,5 @@ class Cost(pl.Callback):
             name: [*before.get(name, [])[:epoch], round(value, 3)]
             for name, value in (("seconds", wall), ("cpu_seconds", cpu))
         }
-        write_atomic(self.path, json.dumps({**record, "passes": self._passes, "steps": steps}) + "\n")
+        text = json.dumps({**record, "passes": self._passes, "steps": steps}) + "\n"
+        survive("write cost.json", lambda: write_atomic(self.path, text))
