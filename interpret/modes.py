@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,10 +127,7 @@ def batch_statistics(net: nn.Module, recorded: dict[nn.Module, tuple[Tensor, Ten
                     "a BatchNorm layer is used twice in one forward, so its batch statistics are ambiguous; "
                     "use passes=joined for this network"
                 )
-            x = inputs[0].float()
-            dims = [d for d in range(x.dim()) if d != 1]
-            variance, mean = torch.var_mean(x, dim=dims, correction=0)
-            recorded[module] = (mean, variance)
+            recorded[module] = channel_statistics(inputs[0])
 
     handles = [m.register_forward_pre_hook(keep) for m in net.modules() if isinstance(m, _BatchNorm)]
     try:
@@ -149,12 +147,12 @@ def normalised_by(recorded: dict[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[
 
     def apply(module: nn.Module, mean: Tensor, variance: Tensor, x: Tensor) -> Tensor:
         assert isinstance(module, _BatchNorm)
-        shape = [1, -1] + [1] * (x.dim() - 2)
         scale = torch.rsqrt(variance + module.eps)
         shift = -mean * scale
         if module.affine:
             scale, shift = scale * module.weight, shift * module.weight + module.bias
-        return torch.addcmul(shift.view(shape), x.float(), scale.view(shape)).to(x.dtype)  # one pass over the maps
+        normalised: Tensor = _Scaled.apply(x, scale, shift)
+        return normalised
 
     for module, (mean, variance) in recorded.items():
         # An instance attribute shadows the class's forward; deleting it brings the original back, hooks untouched.
@@ -166,3 +164,55 @@ def normalised_by(recorded: dict[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[
     finally:
         for module in recorded:
             object.__delattr__(module, "forward")
+
+
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all but the channels of x (N, C, …), (C,) each, in fp32 and in graph.
+
+    Autograd would keep a copy of x in fp32 for the backward; this keeps x itself, which others keep anyway.
+    """
+    mean, variance = _Statistics.apply(x)
+    return mean, variance
+
+
+class _Statistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        variance, mean = torch.var_mean(x.float(), dim=_all_but_channels(x), correction=0)
+        ctx.save_for_backward(x, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, by_mean: Tensor, by_variance: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        count = x.numel() / x.shape[1]
+        slope = 2 * by_variance / count
+        return _affine(x, slope, by_mean / count - slope * mean)
+
+
+class _Scaled(torch.autograd.Function):
+    """x · scale + shift by channel, computed in fp32, in x's own precision; keeps no copy of x, as above."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return _affine(x, scale, shift)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        dims, wide = _all_but_channels(x), gradient.float()
+        by_x = (wide * _by_channel(scale, x)).to(x.dtype)
+        return by_x, (wide * x.float()).sum(dims), wide.sum(dims)
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _by_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.addcmul(_by_channel(shift, x), x.float(), _by_channel(scale, x)).to(x.dtype)  # one pass over the maps

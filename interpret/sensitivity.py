@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from interpret.modes import evaluating
+from interpret.modes import channel_statistics, evaluating
 from interpret.observation import Observation, observe, record
 
 EPS = 1e-6  # a dead unit has standard deviation 0 and moves by 0
@@ -27,10 +27,8 @@ def unit_change(obs: Observation, layer: str) -> Tensor:
 
 def unit_spread(obs: Observation, layer: str) -> Tensor:
     """Standard deviation of each unit over clean samples and positions, (C,), in graph."""
-    clean = obs.clean.acts[layer].float()
-    dims = [d for d in range(clean.dim()) if d != 1]
-    # Inside the square root so that the gradient of a constant unit is finite.
-    return (clean.var(dims, correction=0) + EPS**2).sqrt()
+    _, variance = channel_statistics(obs.clean.acts[layer])
+    return (variance + EPS**2).sqrt()  # inside the square root so that the gradient of a constant unit is finite
 
 
 def unit_sensitivity(obs: Observation, layer: str) -> Tensor:

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from benchmarks import timing
-from benchmarks.extras import Peak
+from benchmarks.extras import BASES, DATA, EXTRAS, Given, Peak
 from benchmarks.throughput import passes
 from benchmarks.timing import line, paired, ratio, rows
+from defenses.defense import Defense
+from lightning_modules.networks.resnet import ResNet
 
 
 def test_a_line_is_found_with_its_fit():
@@ -58,6 +60,22 @@ def test_what_autograd_keeps_counts_as_long_as_it_keeps_it():
         del loss
     assert peak.now == 2 * 4_000  # the weight and its gradient
     assert peak.most >= 4 * 4_000
+
+
+def test_a_shared_clean_pass_stays_within_twice_the_memory():
+    """In low precision, where a copy in fp32 for the backward would weigh twice what it was copied from."""
+    net = ResNet((2, 2), (8, 16), **DATA).train()
+    x, y = torch.rand(32, 3, 16, 16), torch.arange(32) % 10
+    peaks = []
+    for extra in ("bare", "+ PSE, sensitivity"):
+        defense = Defense(Given(x.flip(0)), BASES["PGD-AT"](), EXTRAS[extra]())
+        defense.prepare(net, x[:2], y[:2])
+        with Peak([*net.parameters(), x, y]) as peak:
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                loss = defense(net, x, y).loss
+            loss.backward()
+        peaks.append(peak.most)
+    assert 1.5 < peaks[1] / peaks[0] < 2.4
 
 
 def test_passes_count_the_products_of_a_linear_net():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from interpret.modes import evaluating, frozen, undisturbed
+from interpret.modes import _Scaled, channel_statistics, evaluating, frozen, undisturbed
 from tests.reference.nets import batch, conv_bn, unchanged, untidy
 
 
@@ -103,3 +103,14 @@ def test_nested_and_shared_modules_get_their_own_mode_back():
     shared.eval()
     with unchanged(net), undisturbed(net), evaluating(net), frozen(net):
         net(torch.randn(4, 3))
+
+
+def test_batch_statistics_and_scaling_have_true_first_and_second_gradients(double_precision):
+    x = torch.randn(3, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    scale, shift = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mean, variance = channel_statistics(x)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(variance, x.var((0, 2, 3), correction=0))
+    for function, inputs in ((channel_statistics, (x,)), (_Scaled.apply, (x, scale, shift))):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
