@@ -1,6 +1,6 @@
 """Robust training of a ResNet-18 against the same training driven by other libraries, paired in one process.
 
-    python benchmarks/throughput.py [--what step attack trades] [--batch 64] [--steps 10] [--rounds 3] [--threads 1]
+    python benchmarks/throughput.py [--what step attack trades] [--peers ART …] [--batch 64] [--rounds 3] [--threads 1]
 
 Each library as its users run it, fp32 in torch's own layout, and again in bf16 with channels last (autocast around it).
 Peers are found by import; where one is absent its rows are left out.  They go into a folder of their own:
@@ -234,7 +234,7 @@ def passes(net: nn.Module, x: Tensor) -> tuple[float, float, float]:
     return first, second - first, third - second
 
 
-def compare(what: str, net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> Times:
+def compare(what: str, peers: list[str], net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> Times:
     runs: dict[str, Callable[[], object]] = {}
     train = what == "step"
 
@@ -249,7 +249,8 @@ def compare(what: str, net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds:
             continue
         add("ours", lambda own: ours(own, steps, train), low)
         add("ours unfolded", lambda own: ours(own, steps, train, Unfolded), low)
-        for name, (make, package) in PEERS.items():
+        for name in peers:
+            make, package = PEERS[name]
             if version(package) == "absent":
                 print(f"{name} is not installed: its rows are left out")
                 continue
@@ -260,6 +261,7 @@ def compare(what: str, net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=["step", "attack", "trades"], default=["step", "attack", "trades"])
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
@@ -271,7 +273,7 @@ def main() -> None:
     x, y = torch.rand(args.batch, 3, 32, 32), torch.arange(args.batch) % 10
     print(f"{machine()}; ResNet-18, {args.batch} images of 3×32×32, {args.steps} attack steps, {args.rounds} rounds")
     for what in args.what:
-        times = compare(what, net, x, y, args.steps, args.rounds)
+        times = compare(what, args.peers, net, x, y, args.steps, args.rounds)
         mine, full = "ours, bf16 channels last", "ours, fp32"
         print(f"\n{what}\n\n{rows(times, mine, args.batch)}\n")
         others = [name for name in times if not name.startswith("ours")]
