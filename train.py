@@ -170,7 +170,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
     )
     dashboard.log_to = log = RunLog(folder.path, ReportPage(folder.report, folder.path.name, meta), logger)
     for monitor in health:
-        monitor.log_to, dashboard.lead = log, monitor.views
+        monitor.log_to, monitor.command, dashboard.lead = log, dashboard.command, monitor.views
     kept = Checkpoints(folder.checkpoints, cfg.get("checkpoint_every"))
     if point is not None:
         console.print(f"resume      {point}")

@@ -9,6 +9,10 @@ in steps against the accuracy alarm (gap or fall of 20 points); a gap with a lim
 stands beside them, for a tighter limit alone makes an alarm early.
 
 One JSON a run goes to FOLDER, so that a stopped benchmark goes on where it was.
+
+    python benchmarks/health.py --data FOLDER_OF_NPZ --write-two-classes DIR
+
+leaves the images of these two classes in DIR, for ``python train.py data=arrays data.path=DIR``.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -60,6 +65,16 @@ CASES = {
     "honest: PGD-3, ε 24": Case(lambda threat: PGD(threat, 3), 24),
     "honest: N-FGSM, ε 8": Case(NFGSM, 8),
 }
+
+
+def write_two_classes(data: Path, out: Path) -> None:
+    """``train.npz`` and ``test.npz`` with all images of ``CLASSES``."""
+    train, test, names = Arrays(path=str(data)).load()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", train), ("test", test)):
+        x, y = of_classes(part.images, part.labels)
+        pixels = x.permute(0, 2, 3, 1).contiguous().numpy()
+        np.savez(out / f"{name}.npz", images=pixels, labels=y.numpy(), class_names=np.array([names[c] for c in CLASSES]))
 
 
 def of_classes(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,10 +171,18 @@ def table(known: Mapping[tuple[str, int], list[Reading]], calibration: Sequence[
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with train*.npz and test.npz")
-    parser.add_argument("--out", type=Path, required=True, help="where the runs' JSON files go")
+    parser.add_argument("--out", type=Path, help="where the runs' JSON files go")
+    parser.add_argument(
+        "--write-two-classes", type=Path, metavar="DIR", help="write the images of the two classes, and no more"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--calibration", type=int, nargs="+", default=[100, 101])
     asked = parser.parse_args()
+    if asked.write_two_classes is not None:
+        write_two_classes(asked.data, asked.write_two_classes)
+        parser.exit()
+    if asked.out is None:
+        parser.error("--out: expected a folder for the runs' JSON files")
     if set(asked.seeds) & set(asked.calibration):
         parser.error("--calibration: expected seeds that are not judged")
     torch.set_num_threads(1)

@@ -140,6 +140,28 @@ def _shown(check: Check, value: float) -> str:
     return f"{value:.0f}" if check.kind == "nonfinite" else f"{100 * value:.0f} %"
 
 
+def remedy(kind: str, regularizers: Sequence[str], rate: float) -> tuple[str, str]:
+    """What another run can try against an alarm of this kind: in words, and as words for its command line.
+
+    GradAlign against collapse under one-step attacks (Andriushchenko & Flammarion 2020), where it is on already an ε that
+    climbs; an average of the weights against robust overfitting (Gowal et al. 2020); else half the learning rate.  Masked
+    gradients are no matter of training harder: ("", "").
+
+    Args:
+        regularizers: names of those that are on.
+        rate: the learning rate.
+    """
+    if kind == "masked":
+        return "", ""
+    if kind == "overfitting":
+        return "an average of the weights", "ema=0.999"
+    if kind in ABOUT_ATTACKS and "grad_align" not in regularizers:
+        return "hold input gradients aligned", f"regularizers=[{','.join([*regularizers, 'grad_align'])}]"
+    if kind in ABOUT_ATTACKS:
+        return "let ε climb", "'defense.eps_share={_target_:defenses.terms.Ramp,start:0,end:1,epochs:5}'"
+    return "half the learning rate", f"optimizer.lr={rate / 2:g}"
+
+
 MEASURES: Final = ("noise", "two_steps", "smaller_step", "lower_rate")
 
 

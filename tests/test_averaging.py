@@ -14,9 +14,11 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 
+import lightning_modules.callbacks.health as health_module
 import train
 from interpret.views.view import Probe
 from lightning_modules.callbacks.averaging import Averaging
+from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.callbacks.dashboard import Dashboard
 from tests.composing import SMALL, config
 
@@ -146,6 +148,82 @@ def test_the_dashboard_shows_the_average_and_the_checkpoint_is_written_after_it(
     kept = torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"]
     assert [key for key, value in shown[0].items() if not torch.equal(value, kept[f"net.{key}"])] == []
     assert all(torch.equal(value, parts.module.net.state_dict()[key]) for key, value in shown[0].items())
+
+
+def test_who_sees_which_weights_and_in_which_order(tmp_path: Path, monkeypatch) -> None:
+    """The order of ``train.py``: health reads the training weights, validation and dashboard the average, files hold both.
+
+    At the start, in the middle of the epoch (steps 2 and 3 of 4) and at its end; what was swapped in is swapped out again.
+    """
+    Weights = dict[str, torch.Tensor]
+    seen: list[tuple[int, str, Weights]] = []
+    training: dict[int, Weights] = {}
+    average: dict[int, Weights] = {}
+    trainers: list[pl.Trainer] = []
+
+    def copied(net: torch.nn.Module) -> Weights:
+        return {key: value.clone() for key, value in net.state_dict().items()}
+
+    def see(who: str, weights: Weights) -> None:
+        if trainers:  # not the rehearsals before training
+            seen.append((trainers[0].global_step, who, weights))
+
+    class Watch(Averaging):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            trainers.append(trainer)
+            training[0], average[0] = copied(pl_module.net), copied(self.net_of(pl_module))
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            super().on_train_batch_end(trainer, pl_module, *rest)
+            step = trainer.global_step
+            training[step], average[step] = copied(pl_module.net), copied(self.net_of(pl_module))
+
+    def measure(net: torch.nn.Module, *_: Any, **__: Any) -> dict[str, float]:
+        see("health", copied(net))
+        return {"nonfinite": 0.0}
+
+    validate, look, written = train.RobustClassifier.validation_step, Dashboard.look, Checkpoints.written
+
+    def validated(module: Any, *batch: Any) -> Any:
+        see("validation", copied(module.net))
+        return validate(module, *batch)
+
+    def looked(dashboard: Dashboard, net: torch.nn.Module, *rest: Any, **more: Any) -> Any:
+        see("dashboard", copied(net))
+        return look(dashboard, net, *rest, **more)
+
+    def kept(checkpoints: Checkpoints, trainer: Any, path: Path) -> bool:
+        done = written(checkpoints, trainer, path)
+        saved = torch.load(path, weights_only=True)
+        for part, name in (("state_dict", "average"), ("current_model_state", "training")):
+            net = {key.removeprefix("net."): value for key, value in saved[part].items() if key.startswith("net.")}
+            see(f"{path.stem}, {name}", net)
+        return done
+
+    monkeypatch.setattr(train, "averaging", lambda decay: [Watch(decay)])
+    monkeypatch.setattr(health_module, "measure", measure)
+    monkeypatch.setattr(train.RobustClassifier, "validation_step", validated)
+    monkeypatch.setattr(Dashboard, "look", looked)
+    monkeypatch.setattr(Checkpoints, "written", kept)
+    monkeypatch.setenv("NETRC", os.devnull)
+    command(
+        monkeypatch, *QUICK, "panels=[training]", "trainer.max_epochs=1", "health.every_n_steps=2", "checkpoint_every=2",
+        f"out={tmp_path}", "name=order",
+    )  # fmt: skip
+
+    def files(name: str) -> list[str]:
+        return [f"{name}, average", f"{name}, training"]
+
+    reading = ["health", *files("healthy")]
+    order = {0: reading, 2: reading + files("next"), 3: files("next")}
+    order[4] = [*reading, "validation", *reading, "dashboard", *files("best"), *files("next")]  # next becomes last
+    assert [(step, who) for step, who, _ in seen] == [(step, who) for step in order for who in order[step]]
+    for step, who, weights in seen:
+        shown = training if who == "health" or who.endswith("training") else average
+        different = [key for key, value in shown[step].items() if not torch.equal(value, weights[key])]
+        assert different == [], f"{who} at step {step}"
+    for step in (2, 3, 4):
+        assert not torch.equal(training[step]["head.weight"], average[step]["head.weight"]), "else nothing is tested"
 
 
 @pytest.mark.parametrize("decay", [0, 1, 1.0, -0.1, "0.9", True])

@@ -20,6 +20,7 @@ from torch import nn
 
 import train
 from interpret.observation import observe
+from interpret.views.health import health_view
 from interpret.views.page import ReportPage, packed, read_script
 from interpret.views.profiles import ProfilesPanel
 from interpret.views.versus import versus_view
@@ -219,12 +220,16 @@ def test_the_keyboard_steers(page: Page) -> None:
 
 
 def test_the_first_screen_answers_a_newcomer(page: Page) -> None:
-    """The five questions of docs/reading-the-page.md, all of them before anything else but the key figures."""
+    """The five questions of docs/reading-the-page.md before anything else; the first answer is about the run's health."""
     asked = page.locator(".answers dt").all_inner_texts()
     text = (Path(__file__).parents[1] / "docs" / "reading-the-page.md").read_text()
     assert len(asked) == 5
     assert all(f"## {question}" in text for question in asked)
-    assert page.locator(".answers").bounding_box()["y"] < 600  # type: ignore[index]  # of 1000
+    assert page.locator(".answers").bounding_box()["y"] < 500  # type: ignore[index]  # of 1000
+    above = "document.querySelector('.answers').getBoundingClientRect().bottom <= "
+    assert page.evaluate(f"{above} document.querySelector('.figure-value').getBoundingClientRect().top")
+    verdict = page.locator("#panel-health .headline").inner_text()
+    assert page.locator(".answers dd div").first.inner_text().startswith(verdict)
     changed = page.locator('.answers [data-question="changed"]').inner_text()
     assert "Since epoch 0: robust accuracy" in changed
     assert "Since epoch 1: robust accuracy" in changed
@@ -298,6 +303,28 @@ def test_hostile_names_are_shown_and_not_run(browser: Browser, tmp_path: Path) -
         assert evil in page.locator(".example").first.inner_text()
         assert evil in page.locator(".answers").inner_text()
         assert evil in page.locator(".answers code").first.inner_text()
+        assert complaints == []
+
+
+def test_a_collapsed_run_says_so_first_with_its_alarm_and_a_command(browser: Browser, tmp_path: Path) -> None:
+    report = ReportPage(tmp_path, "run")
+    ill = health_view({"gap": 0.4}, {"gap": 0.2}, "catastrophic overfitting: …", 8, "", "hold <b>", "python train.py x=1")
+    report.write_epoch(0, 8, {"val/robust_acc": 0.9}, [ill])
+    report.add_alarm(0, 8, "catastrophic overfitting: <b>", "rolled back to step 0")
+    report.write_epoch(1, 16, {"val/robust_acc": 0.5}, [health_view({"gap": 0.0}, {"gap": 0.2})])
+    with watched(browser, report.finish().as_uri()) as (page, complaints):
+        assert page.locator(".answers dd div").first.inner_text().startswith("Healthy")
+        assert page.locator(".answers code").count() == 0, "nothing to try"
+        said = page.locator("#alarms").inner_text()  # of the whole run, also at its healthy end
+        assert "epoch 0, step 8" in said
+        assert "catastrophic overfitting: <b>" in said
+        assert "rolled back to step 0" in said
+        assert page.locator("svg .alarm").count() >= 1
+        page.keyboard.press("Home")
+        page.wait_for_selector('body[data-epoch="0"]')
+        first = page.locator(".answers dd div").first
+        assert first.inner_text().startswith("Not healthy: catastrophic overfitting: …. To try: hold <b>.")
+        assert first.locator("code").inner_text() == "python train.py x=1"
         assert complaints == []
 
 

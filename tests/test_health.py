@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from defenses.alarms import CHECKS, KINDS, Limits, indicators, judge, safer
 from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD
 from defenses.free import Free
-from defenses.health import Images, Reading, dead_units, gradients, kinds, measure, total_variation, turning
+from defenses.health import FEW, Images, Reading, dead_units, gradients, kinds, measure, total_variation, turning
 from defenses.objectives import NuclearCE
 from defenses.threat import L2, Linf
 from interpret.observation import observe
 from interpret.pse import KIND_NAMES, unit_effects
 from interpret.views.health import health_view
 from interpret.views.page import ReportPage, read_script
+from interpret.views.view import Answer
 from tests.reference.nets import batch, conv_bn, seeded, unchanged, untidy
 
 LAYERS = ("act1", "act2")
@@ -340,6 +341,10 @@ def test_the_panel_says_whether_the_defense_is_healthy() -> None:
     used = bad.charts[1]
     assert used.values == pytest.approx((0.31 / 0.2, 0.1 / 0.5))
     assert bad.scalars["health/pgd"] == 0.2
+    for view in (well, bad):
+        assert view.answers == (Answer("healthy", view.headline),), "page and panel agree"
+    told = health_view(values, {"gap": 0.2}, "dead units: …", remedy="half the learning rate", command="python train.py …")
+    assert told.answers == (Answer("healthy", f"{told.headline} To try: half the learning rate.", "python train.py …"),)
     assert bad.table is bad.charts[0]
 
 
@@ -357,9 +362,9 @@ def test_the_page_keeps_alarms_and_a_resumed_run_forgets_later_ones(tmp_path) ->
 def test_what_a_reading_costs() -> None:
     """Forwards of a reading, in passes over the images: what the docstring of ``measure`` says."""
     net = conv_bn()
-    images, seen = of(net, n=4), []
+    images, seen = of(net, n=FEW + 4), []
     net.register_forward_pre_hook(lambda _m, inputs: seen.append(len(inputs[0])))
-    for thorough, passes in ((False, 3 + 9), (True, 3 + 9 + 5 * 3 + 6)):
+    for thorough, passes in ((False, 8), (True, 8 + 5 * 3 + 6)):
         seen.clear()
         measure(net, images, BALL, LAYERS, steps=3, thorough=thorough)
-        assert sum(seen) == passes * 4 + 40
+        assert sum(seen) == (3 + 4) * (FEW + 4) + passes * FEW + 40

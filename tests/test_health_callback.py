@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from omegaconf import DictConfig
 
 import lightning_modules.callbacks.health as module_under_test
 import train
+from defenses.alarms import ABOUT_ATTACKS, KINDS, remedy
 from defenses.attacks import NFGSM, PGD
+from defenses.terms import Ramp
 from interpret.views.page import ReportPage, read_script
 from lightning_modules.callbacks.averaging import averaging
 from lightning_modules.callbacks.checkpointing import Checkpoints
@@ -208,15 +211,41 @@ def test_warn_and_stop(tmp_path: Path) -> None:
     assert [(e["kind"], e["action"]) for e in run.events("alarm")] == [("catastrophic", "warned")], "said once"
     assert isinstance(run.module.defense.attack, PGD)
     assert not isinstance(run.module.defense.attack, NFGSM)
+    assert run.health[0].views()[0].answers[0].command == "", "well at the end: nothing to try"
     run = Fit(tmp_path / "stop", "health.actions.catastrophic=stop", script=[WELL, ILL])
     assert run.trainer.global_step == 4
+    (answer,) = run.health[0].views()[0].answers
+    assert answer.text.startswith("Not healthy: catastrophic overfitting")
+    assert answer.command == "python train.py regularizers=[sensitivity,grad_align]"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_proposed_is_a_command_that_changes_what_it_says(kind: str) -> None:
+    said, words = remedy(kind, ("pse",), 0.1)
+    cfg = config("defense=fgsm_rs", *shlex.split(words))
+    if kind == "masked":
+        assert (said, words) == ("", ""), "an evaluation is proposed instead"
+    elif kind == "overfitting":
+        assert cfg.ema == 0.999
+    elif kind in ABOUT_ATTACKS:
+        assert list(cfg.regularizers) == ["pse", "grad_align"]
+        _, words = remedy(kind, ("grad_align",), 0.1)
+        assert isinstance(instantiate(config("defense=fgsm_rs", *shlex.split(words)).defense.eps_share), Ramp)
+    else:
+        assert cfg.optimizer.lr == 0.05
+
+
+@pytest.mark.parametrize("start", [{"nonfinite": 0.0, "dead": 0.9}, ILL])
+def test_an_untrained_net_is_a_place_to_go_back_to(tmp_path: Path, start: dict) -> None:
+    run = Fit(tmp_path / "run", "trainer.max_epochs=2", script=[start, ILL, WELL])
+    assert run.events("alarm")[0]["action"].startswith("rolled back to step 0")
 
 
 @pytest.mark.long
 def test_the_limit_of_rollbacks_and_one_measure_after_the_other(tmp_path: Path) -> None:
     run = Fit(tmp_path / "most", "health.most=1", script=[WELL, WELL, ILL, ILL])
     assert [e["action"].split(":")[0].split(" to")[0] for e in run.events("alarm")] == ["rolled back", "warned"]
-    run = Fit(tmp_path / "twice", script=[ILL, ILL, ILL, WELL])
+    run = Fit(tmp_path / "twice", script=[{"nonfinite": 1.0}, ILL, ILL, WELL])
     assert run.health[0].measures == ["noise", "two_steps"]
     assert "no healthy state to go back to" in run.events("alarm")[0]["action"]
     assert run.module.defense.attack.steps == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from interpret.views.rows import percent
-from interpret.views.view import Bars, Table, Trend, View
+from interpret.views.view import Answer, Bars, Table, Trend, View
 
 LABELS = {
     "gap": "FGSM − PGD accuracy",
@@ -38,6 +38,8 @@ def health_view(
     verdict: str = "",
     step: int = 0,
     measures: str = "",
+    remedy: str = "",
+    command: str = "",
 ) -> View:
     """The panel of one reading.
 
@@ -47,6 +49,7 @@ def health_view(
         verdict: what is wrong, in words; "" where nothing is.
         step: at which was read.
         measures: safety measures in force, in words.
+        remedy, command: what to try against it, in words and as a command line; "" where nothing is wrong.
     """
     shown = [name for name in LABELS if name in values]
     rows = [(LABELS[name], percent(values[name]), *_state(values[name], limits.get(name))) for name in shown]
@@ -75,6 +78,7 @@ def health_view(
         ),
         table=readings,
         scalars={f"health/{name}": value for name, value in values.items()},
+        answers=(Answer("healthy", f"{headline} To try: {remedy}." if remedy else headline, command),),
         how_to_read="Few held-out images, attacked with one step and with several. A net that withstands FGSM and not "
         "PGD has collapsed (catastrophic overfitting); where noise, another loss or more steps beat PGD by much, its "
         "gradients are masked and its accuracies mean nothing. A dashed line with ▼ on a curve marks an alarm.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -10,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from defenses.alarms import ABOUT_ATTACKS, CHECKS, KINDS, MEASURES, Alarm, Limits, indicators, judge, safer
+from defenses.alarms import ABOUT_ATTACKS, CHECKS, KINDS, MEASURES, Alarm, Limits, indicators, judge, remedy, safer
 from defenses.attacks import Attack
 from defenses.health import Images, Reading, measure
 from defenses.threat import Threat
@@ -37,7 +38,7 @@ class Health(pl.Callback):
 
     Args:
         threat: the ball of the attacks that are read with.
-        images: held out, that are read; None: 32, or all where there are fewer.
+        images: held out, that are read; None: 64, or all where there are fewer.
         background: training images that turning layers are measured against.
         every_n_epochs, every_n_steps: when; None: not so.
         steps: of the multi-step attack.
@@ -88,9 +89,12 @@ class Health(pl.Callback):
         self.limits = Limits() if limits is None else limits
         self.actions, self.safer, self.most = dict(actions or {}), tuple(safer), most
         self.log_to: RunLog | None = None
+        self.command = "python train.py"  # what trains this run: for proposed command lines
         self.watched: tuple[str, ...] = KINDS
         self.layers: tuple[str, ...] = ()
         self.known: Images | None = None
+        self.regularizers: tuple[str, ...] = ()
+        self.rate = 0.0
         self.attack: Attack | None = None  # the defense's own, before any safety measure
         self.trouble = ""  # what the module said of a loss that is not finite
         self.history: list[Reading] = []  # of the past that was not rolled back
@@ -112,6 +116,7 @@ class Health(pl.Callback):
         """
         self.threat.check(tuple(images.x.shape[1:]))
         self.layers, self.known, self.attack = feature_layers(module.net, images.x[:2]), images, module.defense.attack
+        self.regularizers = module.defense.regularizer_names
         self.watched = tuple(kind for kind in KINDS if self.attack is not None or kind not in ABOUT_ATTACKS)
         few = Images(images.x[:2], images.y[:2], images.background)
         try:
@@ -139,11 +144,13 @@ class Health(pl.Callback):
         if trainer.world_size == 1:  # else the other processes would wait for a gradient that never comes
             pl_module.rescue = self._note
         self._arm(pl_module)
+        group = trainer.optimizers[0].param_groups[0]
+        self.rate = float(group.get("initial_lr", group["lr"]))
         if self.log_to is not None and trainer.is_global_zero:
             self.log_to.resume_from_step(trainer.global_step)
         if self.healthy_step < 0 and not self.history:  # a place to go back to before the first reading
             reading = self._read(trainer, pl_module, {})
-            if not trainer.strategy.broadcast(judge([reading], self.limits, self.watched)):
+            if not reading.values["nonfinite"]:  # other signs say little of a net that has not been trained
                 self._keep(trainer)
 
     def _note(self, message: str) -> bool:
@@ -297,7 +304,18 @@ class Health(pl.Callback):
         values = indicators([*self.history, self.latest] if self.latest not in self.history else self.history)
         limits = {check.name: self.limits.of(check.name) if check.kind in self.watched else None for check in CHECKS}
         in_force = ", then ".join(_SAYS[name] for name in self.measures)
-        return (health_view(values, limits, self.verdict, self.latest.step, in_force),)
+        return (health_view(values, limits, self.verdict, self.latest.step, in_force, *self._remedy()),)
+
+    def _remedy(self) -> tuple[str, str]:
+        """What to try against the alarms of the last reading, first things first, and the command that does it."""
+        if "masked" in self.present:
+            run = "RUN" if self.log_to is None else str(self.log_to.folder)
+            look = shlex.join(["python", "evaluate.py", f"checkpoint={run}", "suite=fast"])
+            return "see what stronger attacks and the sanity checks find", look
+        for kind in self.present:
+            said, words = remedy(kind, self.regularizers, self.rate)
+            return said, f"{self.command} {words}"
+        return "", ""
 
 
 _SAYS: Final = {
@@ -313,7 +331,7 @@ def watch(health: Health | None, module: Any, data: Any) -> list[Health]:
     """The callbacks that ``health`` asks for, ready: none for health=off."""
     if not isinstance(health, Health):
         return []
-    held_out = data.probe(min(32, len(data.val)) if health.images is None else health.images, key="health.images")
+    held_out = data.probe(min(64, len(data.val)) if health.images is None else health.images, key="health.images")
     health.prepare(module, Images(held_out.x, held_out.y, data.sample_training(health.background)))
     return [health]
 
@@ -335,10 +353,11 @@ def _averages(trainer: Any) -> list[Any]:
 
 def _restore(trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
     """Weights, buffers, running estimates, optimiser and average as saved; the schedule's rate stays."""
-    sums = {key: value for key, value in pl_module.state_dict().items() if key.startswith("train_")}  # of this epoch
-    pl_module.load_state_dict(checkpoint["state_dict"] | sums)
+    sums = {key: value.clone() for key, value in pl_module.state_dict().items() if key.startswith("train_")}  # of this epoch
+    pl_module.load_state_dict(checkpoint["state_dict"])
     for callback in _averages(trainer):
         callback.on_load_checkpoint(trainer, pl_module, checkpoint)  # loads the training weights, too
+    pl_module.load_state_dict(sums, strict=False)
     rates = [
         [(group["lr"], group.get("initial_lr")) for group in optimizer.param_groups] for optimizer in trainer.optimizers
     ]

@@ -155,12 +155,12 @@ const GLASSARMOR = (() => {
     const results = manifest.results && el("div", { class: "cards" }, draw.table(manifest.results, { ...context(after), open: true }));
     if (!entry) return [...parts, results, el("p", { class: "card" }, "No epoch yet. This page shows the first one as soon as it is there.")];
     if (entry.note) parts.push(el("p", { class: "note" }, entry.note));
-    parts.push(health(entry), el("div", { class: "cards" }, manifest.keyFigures.map(keyFigure)));
+    parts.push(answers(entry), el("div", { class: "cards" }, manifest.keyFigures.map(keyFigure)));
     const chart = manifest.overview && draw.trend(manifest.overview, { ...context(after), height: 290 });
     const says = entry.headlines.map((h) => el("li", {}, el("a", { href: `#${anchor(h.name)}` }, h.title), " ", el("span", {}, tidy(h.headline))));
     const heard = el("div", { class: "card" }, el("h3", {}, chart ? `What the panels say at epoch ${entry.epoch}` : "What the panels say"),
       says.length ? el("ul", { class: "says" }, says) : el("p", { class: "muted" }, "No panel was drawn in this epoch."));
-    parts.push(answers(entry), results, el("div", { class: chart ? "two" : "stack" }, chart, heard));
+    parts.push(results, el("div", { class: chart ? "two" : "stack" }, chart, heard));
     return parts.filter(Boolean);
   }
 
@@ -168,22 +168,19 @@ const GLASSARMOR = (() => {
   function answers(entry) {
     const titles = new Map(entry.headlines.map((h) => [h.name, h.title]));
     const rows = manifest.questions.flatMap(([key, question]) => {
-      const given = (entry.answers || []).filter((a) => a.question === key);
-      return given.length ? [el("dt", {}, question), el("dd", { "data-question": key }, given.map((a) => el("div", {}, tidy(a.text), " ",
-        titles.has(a.panel) ? el("a", { href: `#${anchor(a.panel)}` }, titles.get(a.panel)) : null, a.command ? command(a.command) : null)))] : [];
+      const given = (entry.answers || []).filter((a) => a.question === key), rung = key === "healthy" ? alarms(titles) : null;
+      return given.length || rung ? [el("dt", {}, question), el("dd", { "data-question": key }, given.map((a) => el("div", {}, tidy(a.text), " ",
+        titles.has(a.panel) ? el("a", { href: `#${anchor(a.panel)}` }, titles.get(a.panel)) : null, a.command ? command(a.command) : null)), rung)] : [];
     });
     return rows.length ? el("div", { class: "card answers" }, el("h3", {}, single() ? "In short" : `In short, at epoch ${entry.epoch}`), el("dl", {}, rows)) : null;
   }
 
-  /* Is the defense healthy?  The verdict of the epoch shown, and every alarm of the run. */
-  function health(entry) {
-    const says = entry.headlines.find((h) => h.name === "health"), alarms = manifest.alarms || [];
-    if (!says && !alarms.length) return el("span", {});
-    return el("div", { class: "card", id: "health" }, el("h3", {}, "Is the defense healthy?"),
-      says ? el("p", {}, tidy(says.headline)) : null,
-      alarms.length ? el("ul", { class: "says", "aria-label": "Alarms" }, alarms.map((a) => el("li", {},
-        el("b", {}, `⚠ epoch ${a.epoch}, step ${a.step}`), ` ${tidy(a.text)}`, a.action ? el("div", { class: "muted" }, `→ ${tidy(a.action)}`) : null)))
-        : el("p", { class: "muted" }, "No alarm in this run so far."));
+  /* Every alarm of the run, whichever epoch is shown: what was wrong, and what was done. */
+  function alarms(titles) {
+    const rung = manifest.alarms || [];
+    if (!rung.length) return titles.has("health") ? el("div", { class: "muted" }, "No alarm in this run so far.") : null;
+    return el("ul", { class: "says", id: "alarms", "aria-label": "Alarms of the run" }, rung.map((a) => el("li", {},
+      el("b", {}, `⚠ epoch ${a.epoch}, step ${a.step}`), ` ${tidy(a.text)}`, a.action ? el("div", { class: "muted" }, `→ ${tidy(a.action)}`) : null)));
   }
 
   function keyFigure(figure) {

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The case studies of docs/findings.md: standard against robust on one axis, a small net on digits and a ResNet-18 on CIFAR-10.
+#   bash benchmarks/case_studies.sh OUT CIFAR    CIFAR: a folder of .npz shards; without it, digits alone (minutes)
+# What is there is not trained again.  The ResNets take an hour each on one core with bf16.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=$1
+python=.venv/bin/python
+
+train() { # NAME, overrides
+    local name=$1
+    shift
+    [ -f "$out/$name/results.json" ] || $python train.py "$@" regularizers=[] compare_undefended=false \
+        wandb.mode=disabled "out=$out" "name=$name"
+}
+
+compare() { # NAME, robust run, standard run; the undefended net of the last epoch: robust accuracy selects nothing there
+    [ -f "$out/$1/analysis.json" ] || $python evaluate.py "checkpoint=$out/$2" "against=$out/$3/checkpoints/last.ckpt" \
+        "panels=[outcome,failures,profiles,units,sensitivity]" images=200 "out=$out" "name=$1" "${@:4}"
+}
+
+train digits_standard defense=none panels=[]
+train digits_robust defense=trades panels=[]
+compare digits digits_robust digits_standard
+if [ $# -gt 1 ]; then
+    deep=(experiment=cifar10_cpu "data.path=$2" "panels=[training,pse,units,sensitivity,profiles]"
+        trainer.max_epochs=8 trainer.limit_train_batches=100)
+    train resnet18_standard "${deep[@]}" defense=none
+    train resnet18_robust "${deep[@]}" defense=n_fgsm
+    compare resnet18 resnet18_robust resnet18_standard
+fi
