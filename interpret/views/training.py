@@ -66,5 +66,5 @@ def headline(scalars: Mapping[str, float], overfitting: float) -> str:
     text = f"Held-out {', '.join(parts)}."
     gap = scalars.get("train/robust_acc", 0.0) - robust if robust is not None else 0.0
     if gap > overfitting:
-        text += f" Training robust accuracy is {100 * gap:.0f} points higher: overfitting."
+        text += f" Training robust accuracy is {100 * gap:.0f} points higher: part of it does not carry over to new images."
     return text
