@@ -29,7 +29,7 @@ from datamodules.images import ImageDataModule, ProbeBatch
 from defenses.attacks import PGD
 from defenses.card import accuracy_curve, make_card
 from defenses.masking import UnitMask, choose_units, mask_of, masked
-from defenses.robustness import check_images
+from defenses.robustness import Evaluation, check_images
 from defenses.sampling import stratified_rows
 from defenses.suite import SUITES
 from interpret.association import concept_weights
@@ -386,6 +386,8 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         threat = instantiate(cfg.threat)
         images, labels = part.images.float() / 255, part.labels
         check_images(net, images, labels, threat)
+        if threat.eps <= 0:
+            raise ValueError(f"eps: expected a radius above 0, found {threat.eps}")
         terms = instantiate(cfg.regularizers or {}, _convert_="all")
         if cfg.masking.by is not None:
             require_masking(cfg.masking)
@@ -417,9 +419,12 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         def tell(step: str) -> None:
             status.update(f"{folder.name}: {step}")
 
-        few = found.rows[stratified_rows(found.labels, min(SANITY_IMAGES, found.n), cfg.seed)]
-        x, y = images[few].to(device), labels[few].to(device)
-        sanity = trust(net, x, y, threat, twin, cfg.seed, lambda step: tell(f"sanity, {step}"))
+        few = stratified_rows(found.labels, min(SANITY_IMAGES, found.n), cfg.seed)
+        x, y = images[found.rows[few]].to(device), labels[found.rows[few]].to(device)
+        sanity = trust(net, x, y, found.standing[few], threat, twin, cfg.seed, lambda step: tell(f"sanity, {step}"))
+        explained = explaining(found, len(dashboard.ids))
+        dashboard.x, dashboard.y = images[found.rows[explained]], labels[found.rows[explained]]
+        dashboard.ids = tuple(f"{cfg.split}-{row}" for row in found.rows[explained].tolist())
         tell("accuracy against ε")
         curve = accuracy_curve(net, x, y, threat)
         views = dashboard.look(net, device, {}, tell) if dashboard.panels else []
@@ -449,7 +454,8 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         "network": source,
         "suite": f"{cfg.suite}, {threat}",
         "images": f"{found.n} of the {cfg.split} split, hash {found.fingerprint['images']}",
-        "panels": f"{len(dashboard.ids)} images, {type(dashboard.attack).__name__}",
+        "panels": f"{len(explained)} of these images, {int((found.felled[explained] >= 0).sum())} felled by the suite, "
+        f"attacked by {type(dashboard.attack).__name__}",
         "seed": cfg.seed,
         "commit": commit(),
     }
@@ -458,6 +464,14 @@ def judge_by_suite(cfg: DictConfig) -> Path:
     console.print(f"[bold]{lead.headline}[/bold]")
     console.print(f"page      {page.index}\ncard      {folder / 'card.md'} and card.json")
     return folder
+
+
+def explaining(found: Evaluation, most: int) -> Tensor:
+    """Which judged images the panels show, by place: three in four that the suite felled where there are so many."""
+    fell, held = (found.felled >= 0).nonzero().flatten(), found.standing.nonzero().flatten()
+    wrong = (found.felled < -1).nonzero().flatten()
+    fell = fell[: max(most - len(held), most * 3 // 4)]
+    return torch.cat([fell, held, wrong])[:most].sort().values
 
 
 def selection(of: Subject, split: str) -> str:

@@ -57,7 +57,7 @@ def accuracy_curve(
     for scale in scales:
         ball = threat.scaled(scale)
         attack = PGD(ball, steps, objective=Margin(), seed=7)
-        for rows in standing.nonzero().flatten().split(batch):
+        for rows in standing.nonzero().flatten().split(batch) if standing.any() else ():
             a, b = x[rows.to(x.device)].to(device), y[rows.to(y.device)].to(device)
             standing[rows] = (predict(net, attack(net, a, b)).argmax(1) == b).cpu()
         curve.append((float(ball.eps), float(standing.float().mean())))

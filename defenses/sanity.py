@@ -47,6 +47,7 @@ LIMITS: Final[dict[str, tuple[float, float]]] = {  # share of images: above it s
     "gradients beat transfer": (0.01, 0.05),
     "gradients are not zero": (0.01, 0.1),
     "gradient is the slope": (0.05, 0.05),
+    "suite against the checks": (0.01, 0.1),
 }
 CONFIDENCE: Final = 0.99
 LARGE: Final = 16.0
@@ -117,6 +118,13 @@ def share_check(name: str, count: int, n: int, what: str, gravely: int | None = 
     grave = lower_limit(count if gravely is None else gravely, n) > broken
     sentence = f"{count} of {n} images {what} ({100 * count / n:.1f} %, at least {100 * low:.1f} %)"
     return Check(name, low <= allowed, count / n, f"≤ {100 * allowed:g} %, lower 99 % limit", sentence, grave)
+
+
+def suite_check(held: int, report: SanityReport) -> Check:
+    """Whether a suite that ``held`` images of those checked withstand was at least as strong as the attacks of the checks."""
+    found = min(report.accuracy.values(), default=1.0)
+    excess = max(0, held - round(found * report.images))
+    return share_check("suite against the checks", excess, report.images, "withstand the suite and fall in the checks")
 
 
 class ScaledCrossEntropy:
@@ -323,17 +331,15 @@ def _each(function: Callable[[Tensor, Tensor], Tensor], trial: _Trial, rows: Ten
 def _logits_check(logits: Tensor) -> Check:
     values = logits.double()
     sums, normalised = (values.sum(1) - 1).abs().max(), values.logsumexp(1).abs().max()
-    name, expected = "outputs are logits", "neither probabilities nor log-probabilities"
+    name, expected = "outputs are logits", "no probabilities"
     if values.min() >= -1e-6 and sums < 1e-3:
         return Check(name, False, float(sums), expected, "the outputs are probabilities: leave out the softmax", grave=True)
-    if normalised < 1e-3:
-        return Check(
-            name, False, float(normalised), expected, "the outputs are log-probabilities: leave out the log-softmax"
-        )
+    if normalised < 1e-3:  # a shift of all logits, which neither cross-entropy nor differences of logits see
+        return Check(name, True, float(normalised), expected, "the outputs are log-probabilities, which serve as logits")
     if values.min() >= 0 and values.max() <= 1:
         found = "all outputs lie in [0,1], as those of a sigmoid do"
         return Check(name, False, float(values.max()), expected, found)
-    return Check(name, True, float(normalised), expected, "the outputs are neither probabilities nor log-probabilities")
+    return Check(name, True, float(normalised), expected, "the outputs are no probabilities")
 
 
 def _same(name: str, expected: str, what: str, logits: Tensor, others: Iterable[Tensor]) -> Check:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from defenses.card import markdown
 from defenses.robustness import Evaluation, Progress, evaluate_robustness
-from defenses.sanity import Check, SanityReport, sanity_checks
+from defenses.sanity import Check, SanityReport, sanity_checks, suite_check
 from defenses.terms import Term
 from defenses.threat import Threat
 from interpret.views.figures import charts_figure, to_array
 from interpret.views.page import write_atomic
-from interpret.views.view import Bars, Chart, Lines, Table, View
+from interpret.views.view import Answer, Bars, Chart, Lines, Table, View
 from lightning_modules.console import console, show
 
 STATE: Final = "suite_state.json"
@@ -105,11 +105,22 @@ def judge(
 
 
 def trust(
-    net: nn.Module, x: Tensor, y: Tensor, threat: Threat, twin: nn.Module | None, seed: int, tell: Callable[[str], None]
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    held: Tensor,
+    threat: Threat,
+    twin: nn.Module | None,
+    seed: int,
+    tell: Callable[[str], None],
 ) -> SanityReport:
-    """The sanity checks; where there is too little to check, a report that says so."""
+    """The sanity checks, and whether the suite, which ``held`` (N,) bool of these images withstand, was as strong as they.
+
+    Where there is too little to check, a report that says so.
+    """
     try:
-        return sanity_checks(net, x, y, threat, transfer_from=twin, seed=seed, tell=tell)
+        report = sanity_checks(net, x, y, threat, transfer_from=twin, seed=seed, tell=tell)
+        return replace(report, checks=(*report.checks, suite_check(int(held.sum()), report)))
     except ValueError as error:
         too_few = Check("enough to check", False, float(len(x)), "16 images, some of them classified rightly", str(error))
         return SanityReport((too_few,), {}, len(x))
@@ -155,6 +166,7 @@ def card_view(card: Mapping[str, Any], sanity: SanityReport, found: Evaluation) 
         title,
         tuple(charts),
         figure=to_array(charts_figure(drawn, title, columns=2)),
+        answers=(Answer("trust", f"{sanity.verdict.capitalize()}. {title}"),),
         how_to_read="An image counts as robust only if it withstands every attack of the suite. Trusted: every sanity check "
         "passed; suspicious: one failed; invalid: one failed by so much that the number cannot be used.",
     )

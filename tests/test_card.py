@@ -81,10 +81,10 @@ def test_the_card_says_what_a_closed_form_says(card: dict[str, Any]) -> None:
 def test_the_curve_never_rises_and_leaves_the_net_alone() -> None:
     net, threat = threshold_net().train(), L2(0.1)
     before = copy.deepcopy(net.state_dict())
-    curve = accuracy_curve(net, images(), Y, threat, (0.1, 1, 3, 100), batch=3)
+    curve = accuracy_curve(net, images(), Y, threat, (0.1, 1, 3, 100, 200), batch=3)
     values = [value for _, value in curve]
     assert values == sorted(values, reverse=True)
-    assert values[-1] == 0
+    assert values[-1] == 0, "with nothing left to attack, too"
     assert net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     with pytest.raises(ValueError, match=r"scales: expected increasing numbers above 0, found \(1, 1\)"):

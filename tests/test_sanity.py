@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from defenses.attacks import PGD
 from defenses.gradient import gradient_error, watched, zero_gradients
-from defenses.sanity import LIMITS, Check, SanityReport, lower_limit, sanity_checks, share_check
+from defenses.sanity import LIMITS, Check, SanityReport, lower_limit, sanity_checks, share_check, suite_check
 from defenses.threat import L2, Linf
 from tests.planted import DEFENSES, Planted, Saturated, Shattered
 from tests.reference.nets import Linear, batch, conv_bn, seeded, smooth, unchanged, untidy
@@ -269,8 +269,8 @@ def test_outputs_that_are_no_logits():
             return self.net(x).sigmoid()
 
     logs = judged(LogSoftmax(trained()))
-    assert logs.verdict == "suspicious"  # neither cross-entropy nor margin sees the shift
-    assert logs.reasons == ("the outputs are log-probabilities: leave out the log-softmax",)
+    assert logs.verdict == "trusted"  # neither cross-entropy nor margin sees the shift
+    assert "log-probabilities" in outcome(logs, "outputs are logits").sentence
     assert not outcome(judged(Sigmoid(trained()), n=16, steps=2, queries=3), "outputs are logits").passed
 
 
@@ -357,3 +357,14 @@ def test_a_net_that_is_always_wrong_is_refused():
     x, _ = images(32, seed=3)
     with pytest.raises(ValueError, match="classified rightly, found none"):
         sanity_checks(net, x, (net(x).argmax(1) + 1) % 5, Linf(EPS))
+
+
+def test_a_suite_that_is_weaker_than_the_checks_is_not_trusted():
+    report = SanityReport((), {"clean": 0.9, "with noise and Square": 0.5}, 200)
+    assert suite_check(100, report).passed
+    assert suite_check(102, report).passed, "an image or two are chance"
+    weaker = suite_check(130, report)
+    assert not weaker.passed
+    assert weaker.figure == pytest.approx(0.15)
+    assert not weaker.grave
+    assert suite_check(160, report).grave

@@ -52,6 +52,7 @@ KEY_FIGURES: Final = (
     KeyFigure("train/loss", "Training loss", "", False),
 )
 QUESTIONS: Final = (  # what a newcomer wants to know, in this order; panels answer
+    ("trust", "Can this number be trusted?"),  # of an evaluation by a suite
     ("healthy", "Is this defense healthy?"),
     ("where", "Where in the net does the attack win?"),
     ("units", "Which units carry it?"),

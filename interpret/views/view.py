@@ -255,7 +255,7 @@ class Stored:
     limits: Mapping[str, list[float]]
 
 
-Question = Literal["healthy", "where", "units", "changed", "next"]
+Question = Literal["trust", "healthy", "where", "units", "changed", "next"]
 
 
 @dataclass(frozen=True)
