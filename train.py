@@ -30,7 +30,7 @@ from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.callbacks.cost import Cost
 from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.callbacks.health import watch
-from lightning_modules.callbacks.preemption import Preemption
+from lightning_modules.callbacks.preemption import Preemption, Unkept
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.cards import write_correct
 from lightning_modules.classifier import RobustClassifier
@@ -38,7 +38,7 @@ from lightning_modules.console import accuracy_table, clear_errors, console, req
 from lightning_modules.hardware import AUTO, settled
 from lightning_modules.logging import RunLog, check_wandb_mode, survive, wandb_logger
 from lightning_modules.networks.build import make_network
-from lightning_modules.processes import is_leader, launches
+from lightning_modules.processes import check_processes, is_leader, launches
 from lightning_modules.run_folder import RunFolder
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -136,6 +136,8 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
                 f"trainer.devices: a sweep cannot start the {checked.world_size} processes of a member itself; expected "
                 "devices=1, or a launcher that starts each member by itself, e.g. hydra/launcher=submitit_slurm"
             )
+        few = data.probe(2)
+        check_processes(checked, module.net, module.defense, few.x, few.y, len(data.train) // data.batch_size)
         if module.defense.replays > 1 and checked.accumulate_grad_batches > 1:
             raise ValueError("trainer.accumulate_grad_batches: each replay of Free-AT is an optimiser step; expected 1")
         point = folder.resume_point() if folder is not None else None
@@ -200,7 +202,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
         if cfg.compare_undefended:
             console.print("training the same network without defense, for comparison")
             plain = build(undefended(cfg))
-            callbacks = [*averaging(cfg.ema), ProgressBar()]
+            callbacks = [*averaging(cfg.ema), ProgressBar(), Unkept(preemption)]
             instantiate(cfg.trainer, logger=False, callbacks=callbacks, enable_checkpointing=False, limit_val_batches=0).fit(
                 plain.module, datamodule=plain.data
             )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from interpret.views.view import Table
+from lightning_modules.processes import is_echo
 
 console = Console(soft_wrap=True)
 
@@ -20,7 +21,8 @@ console = Console(soft_wrap=True)
 def clear_errors(debug: bool) -> Iterator[None]:
     """While a run is put together: one line instead of a stack trace, and exit code 2.
 
-    The wrapper that Hydra puts around an error in a constructor is taken off.
+    The wrapper that Hydra puts around an error in a constructor is taken off.  Of processes that start together on a
+    machine one speaks.
     """
     try:
         yield
@@ -31,7 +33,8 @@ def clear_errors(debug: bool) -> Iterator[None]:
         while type(root).__module__.startswith("hydra") and root.__cause__ is not None:
             root = root.__cause__
         kind = "" if isinstance(root, (ValueError, OSError)) else f"{type(root).__name__}: "
-        print(f"error: {kind}{' '.join(str(root).split())}\n(debug=true shows the stack trace)", file=sys.stderr)
+        if not is_echo():
+            print(f"error: {kind}{' '.join(str(root).split())}\n(debug=true shows the stack trace)", file=sys.stderr)
         sys.exit(2)
 
 

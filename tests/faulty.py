@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 import train
@@ -109,10 +111,15 @@ def carry_out(plan: Plan) -> None:
     page.ReportPage.write_epoch = before("log", page.ReportPage.write_epoch)  # type: ignore[method-assign]
 
 
-def _job(output: Path, arguments: tuple[str, ...], plan: Plan) -> None:
+def _speak_into(output: Path) -> None:
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+def _job(output: Path | None, arguments: tuple[str, ...], plan: Plan) -> None:
+    if output is not None:
+        _speak_into(output)
     for key in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DATA_DIR"):
         os.environ.pop(key, None)
     os.environ["NETRC"] = os.devnull
@@ -137,6 +144,45 @@ def run(output: Path, *arguments: str, plan: Plan | None = None) -> int:
         process.kill()
         raise AssertionError(f"still running after five minutes: {output.read_text()}")
     return process.exitcode
+
+
+def _member(rank: int, port: int, output: Path, call: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    """One of two processes, told what torchrun tells them."""
+    rank_zero_only.rank = rank  # read from the environment when Lightning was imported, in the server
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "TORCHELASTIC_RUN_ID": "test"}
+    _speak_into(output)
+    torch.set_num_threads(1)
+    call(rank, *arguments)
+
+
+def start_two(outputs: Path, call: Callable[..., object], *arguments: Any) -> list[BaseProcess]:
+    """``call(rank, *arguments)`` in two processes that can find each other; each speaks into a file of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    outputs.mkdir(exist_ok=True)
+    both = [_processes.Process(target=_member, args=(rank, port, outputs / f"{rank}", call, arguments)) for rank in range(2)]
+    for process in both:
+        process.start()
+    return both
+
+
+def wait_for(both: list[BaseProcess], outputs: Path, seconds: float = 300) -> list[int | None]:
+    """The exit codes, or minus the signals that ended them; fails where one hangs."""
+    for process in both:
+        process.join(seconds)
+    codes = [process.exitcode for process in both]
+    for process in both:
+        process.kill()
+    said = [(outputs / f"{rank}").read_text() for rank in range(2)]
+    assert None not in codes, f"still running: {codes}, {said}"
+    return codes
+
+
+def train_here(rank: int, arguments: tuple[str, ...], plans: tuple[Plan, Plan]) -> None:
+    """``python train.py arguments`` in this one of two processes."""
+    _job(None, arguments, plans[rank])
 
 
 def assert_same_weights(one: Path, other: Path) -> None:

@@ -19,6 +19,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from interpret.views.page import write_atomic
+from lightning_modules.processes import Poll, leave_sums_to_leader, summed, together
 from lightning_modules.randomness import generator_states, set_generator_states
 
 COST = 0.01  # share of the training time that checkpoints inside an epoch may take
@@ -76,6 +77,7 @@ class Checkpoints(Checkpoint):
         self._whole = False  # last.ckpt is readable, so worth keeping as the one before
         self._stale = False  # a later one could not be written
         self._stepped = 0
+        self._poll = Poll()
         self._saved_at, self._took = 0.0, 0.1  # seconds; a guess until the first one was written
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -91,6 +93,7 @@ class Checkpoints(Checkpoint):
         self._stepped, self._saved_at = int(trainer.global_step), time.monotonic()
         if self._generators is not None:
             set_generator_states(self._generators)
+            leave_sums_to_leader(pl_module)
             self._generators = None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -114,7 +117,7 @@ class Checkpoints(Checkpoint):
         if self.every_n_steps is not None:
             return int(trainer.global_step) % self.every_n_steps == 0
         due = time.monotonic() - self._saved_at > self._took / COST
-        return bool(trainer.strategy.broadcast(due)) if trainer.world_size > 1 else due
+        return self._poll.any(due and trainer.is_global_zero)
 
     def save_last(self, trainer: Any) -> None:
         """Write ``last.ckpt``; the one before becomes ``previous.ckpt``."""
@@ -133,7 +136,8 @@ class Checkpoints(Checkpoint):
 
     def written(self, trainer: Any, path: Path) -> bool:
         """Save a checkpoint; whether it is on the disk.  To be called on every process."""
-        trainer.save_checkpoint(path)
+        with summed(trainer.lightning_module):
+            trainer.save_checkpoint(path)
         return bool(trainer.strategy.broadcast(not self._files.failed))
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,6 +151,7 @@ class Checkpoints(Checkpoint):
 
         From their files, the last one from memory where its file could not be written.
         """
+        together()  # what the leader did last is on the disk
         kept = self._whole and not self._stale
         files = {"best epoch": self.best, **({"last epoch": self.last} if kept else {})}
         found = {

@@ -6,31 +6,38 @@ import signal
 from types import FrameType
 from typing import Any
 
+import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
 from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.console import console
+from lightning_modules.processes import Poll, is_leader
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, worth starting again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Preempted(SystemExit):
-    """The run was asked to end.  A SystemExit, so that a sweep ends with it."""
+    """The run was asked to end.  A SystemExit, so that a sweep ends with it.
+
+    Of several processes the leader tells: what launched them would kill a leader that still writes, where another failed.
+    """
 
     def __init__(self) -> None:
-        super().__init__(EXIT_CODE)
+        super().__init__(EXIT_CODE if is_leader() else 0)
 
 
 class Preemption(Checkpoint):
     """While a run trains, a signal waits for the end of the step; ``last.ckpt`` is written, then :class:`Preempted` raised.
 
     In validation it raises after the batch, with the step before the last one saved.  Wherever no step is under way it
-    raises at once.  Use it as a context around all of a run, and as a callback of the training.  A ``Checkpoint`` to
-    Lightning, so that it comes after every callback whose state is to be saved.
+    raises at once.  Of several processes it is enough that one is told: all end together, one step later.  Use it as a
+    context around all of a run, and as a callback of the training.  A ``Checkpoint`` to Lightning, so that it comes after
+    every callback whose state is to be saved.
 
-    Lightning's own handlers are not enough here: on SIGTERM it ends a run unsaved, with exit code 0; its SLURM handler
-    saves in the middle of a step and starts the same command again, which would be another run.
+    Lightning's own handlers are replaced: on SIGTERM it ends a run unsaved, with exit code 0, and of several processes
+    one would talk to the others from inside the handler, in the middle of whatever they are at; its SLURM handler saves in
+    the middle of a step and starts the same command again, which would be another run.
 
     Args:
         checkpoints: the run's; listed before this callback.
@@ -41,6 +48,7 @@ class Preemption(Checkpoint):
         self.checkpoints, self.folder = checkpoints, folder
         self.received: signal.Signals | None = None
         self._training = False
+        self._poll = Poll()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Preemption:
@@ -64,12 +72,14 @@ class Preemption(Checkpoint):
         console.print(f"\n{name}: {held}; go on with  python train.py resume={self.folder}  (exit code {EXIT_CODE})")
         return Preempted()
 
-    def _asked(self, trainer: Any) -> bool:
+    def _asked(self) -> bool:
         """On every process, if on one."""
-        return bool(trainer.strategy.reduce_boolean_decision(self.received is not None, all=False))
+        return self._poll.any(self.received is not None)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._training = True
+        for number in SIGNALS:  # Lightning, which puts back ours in the end
+            signal.signal(number, self._receive)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._training = False
@@ -78,15 +88,34 @@ class Preemption(Checkpoint):
         self._training = False
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.checkpoints.resumable and self._asked(trainer):
+        if self.checkpoints.resumable and self._asked():
             if self.checkpoints.saved_step != trainer.global_step:
                 self.checkpoints.save_last(trainer)
             raise self._ended()
 
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
-        if self._asked(trainer):
+        if self._asked():
             raise self._ended()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._asked(trainer):
+        if self._asked():
             raise self._ended()
+
+
+class Unkept(pl.Callback):
+    """For a training beside the run's, of which no checkpoint is kept: a signal ends it, and the run, after its step."""
+
+    def __init__(self, preemption: Preemption) -> None:
+        self.preemption = preemption
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.preemption.on_train_start(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.preemption.on_validation_batch_end(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.preemption.on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.preemption.on_exception(trainer, pl_module, exception)
