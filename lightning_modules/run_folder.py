@@ -134,7 +134,7 @@ class RunFolder:
         record = {
             "what": what,
             "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "wandb_id": hashlib.sha256(f"{path.resolve()}{os.urandom(8).hex()}".encode()).hexdigest()[:10],
+            "wandb_id": _given_id() or hashlib.sha256(f"{path.resolve()}{os.urandom(8).hex()}".encode()).hexdigest()[:10],
             "commit": commit(),
             "versions": versions(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
@@ -181,3 +181,8 @@ def commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _given_id() -> str | None:
+    """The W&B id that a sweep's agent gave this run; W&B takes no other there."""
+    return os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
