@@ -124,7 +124,8 @@ def suite_check(held: int, report: SanityReport) -> Check:
     """Whether a suite that ``held`` images of those checked withstand was at least as strong as the attacks of the checks."""
     found = min(report.accuracy.values(), default=1.0)
     excess = max(0, held - round(found * report.images))
-    return share_check("suite against the checks", excess, report.images, "withstand the suite, not the checks")
+    words = "withstand the suite and fall in the checks"
+    return share_check("suite against the checks", excess, report.images, words)
 
 
 class ScaledCrossEntropy:
