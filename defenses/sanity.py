@@ -121,7 +121,7 @@ def share_check(name: str, count: int, n: int, what: str, gravely: int | None = 
 
 
 def suite_check(held: int, report: SanityReport) -> Check:
-    """Whether a suite that ``held`` images of those checked withstand was at least as strong as the attacks of the checks."""
+    """Whether a suite that ``held`` of the checked images withstand was at least as strong as the attacks of the checks."""
     found = min(report.accuracy.values(), default=1.0)
     excess = max(0, held - round(found * report.images))
     words = "withstand the suite and fall in the checks"
