@@ -40,7 +40,8 @@ def _shown(value: float, unit: str) -> str:
 
 
 def _turns_at(scalars: Mapping[str, float]) -> str:
-    """The layer at which most examples turn, the first of several; "" where none does."""
+    """The layer at which most examples turn; "" where none does, or several hold as many."""
     shares = {key.removeprefix(TURNING): value for key, value in scalars.items() if key.startswith(TURNING)}
     most = max(shares.values(), default=0.0)
-    return next((layer for layer, share in shares.items() if share == most), "") if most > 0 else ""
+    holding = [layer for layer, share in shares.items() if share == most]
+    return holding[0] if most > 0 and len(holding) == 1 else ""

@@ -63,7 +63,9 @@ def health_view(
         reference_label="limit: an alarm beyond",
     )
     readings = Table(f"Readings at step {step}", ("reading", "value", "limit", "verdict"), rows, open=True)
-    headline = f"Not healthy: {verdict}." if verdict else "Healthy: no reading is beyond its limit."
+    headline = f"Not healthy: {verdict}." if verdict else f"Healthy: none of {len(judged)} readings is beyond its limit."
+    if limits.get("noise_wins") is not None and "noise_wins" not in values:
+        headline += " Masked gradients were not looked for this time."
     if measures:
         headline += f" Since a rollback: {measures}."
     return View(

@@ -46,7 +46,7 @@ const Profiles = (() => {
       el("div", { class: "controls" }, el("label", {}, "colour ", el("select", { "aria-label": "Colour of the layers", onchange: (event) => { state.colour = event.target.value; refresh(); } },
         Object.keys(chart.colours).map((name) => el("option", { value: name, selected: name === state.colour }, name))))),
       architecture,
-      el("h4", {}, "Layer View ", el("small", {}, "units of one layer for the chosen example; all maps of a layer share one scale")),
+      el("h4", {}, "Layer View ", el("small", {}, "maps of the chosen example on one scale a layer; numbers are means over all examples")),
       layer);
   }
 
