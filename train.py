@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shlex
 import warnings
 from contextlib import closing
@@ -265,4 +266,8 @@ if __name__ == "__main__":
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its hints are not about this run
     # torch's notice to Lightning 2.6, which a user can do nothing about
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-    main()
+    # A launcher that starts processes sends them this function; they find it by the name of its module.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(CONFIGS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    from train import main as command
+
+    command()
