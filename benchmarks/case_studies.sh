@@ -14,18 +14,18 @@ train() { # NAME, overrides
         wandb.mode=disabled "out=$out" "name=$name"
 }
 
-compare() { # NAME, robust run, standard run; the undefended net of the last epoch: robust accuracy selects nothing there
+compare() { # NAME, robust checkpoint, standard run, images; the undefended net of the last epoch: robust accuracy chooses none
     [ -f "$out/$1/analysis.json" ] || $python evaluate.py "checkpoint=$out/$2" "against=$out/$3/checkpoints/last.ckpt" \
-        "panels=[outcome,failures,profiles,units,sensitivity]" images=200 "out=$out" "name=$1" "${@:4}"
+        "panels=[outcome,profiles,units,sensitivity]" "images=$4" "out=$out" "name=$1"
 }
 
-train digits_standard defense=none panels=[]
-train digits_robust defense=trades panels=[]
-compare digits digits_robust digits_standard
+train digits_none defense=none panels=[] val_attack.steps=10
+train digits_trades defense=trades panels=[] val_attack.steps=10
+compare digits digits_trades digits_none 200
 if [ $# -gt 1 ]; then
     deep=(experiment=cifar10_cpu "data.path=$2" "panels=[training,pse,units,sensitivity,profiles]"
         trainer.max_epochs=8 trainer.limit_train_batches=100)
-    train resnet18_standard "${deep[@]}" defense=none
-    train resnet18_robust "${deep[@]}" defense=n_fgsm
-    compare resnet18 resnet18_robust resnet18_standard
+    train resnet18_none "${deep[@]}" defense=none
+    train resnet18_n_fgsm "${deep[@]}" defense=n_fgsm
+    compare resnet18 resnet18_n_fgsm/checkpoints/last.ckpt resnet18_none 100
 fi
