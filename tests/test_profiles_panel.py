@@ -99,10 +99,10 @@ def test_a_net_of_concatenated_branches_is_drawn() -> None:
     assert np.isfinite(chart.position).all()
 
 
-def test_half_of_the_units_are_those_that_move() -> None:
-    """Four by the margin that they gain, four by how far the attack moves them beyond noise; none twice."""
+def test_a_third_of_the_units_are_those_that_move() -> None:
+    """Four by the margin that they gain, two by how far the attack moves them beyond noise; none twice."""
     gain, movement = np.array([9.0, 8, 7, 6, 0, 0, 0, 0, 0]), np.array([9.0, 0, 0, 0, 1, 2, 3, 4, 0])
-    assert _both(gain, movement, 8).tolist() == [0, 1, 2, 3, 7, 6, 5, 4]
+    assert _both(gain, movement, 6).tolist() == [0, 1, 2, 3, 7, 6]
     assert _both(gain[:3], movement[:3], 8).tolist() == [0, 1, 2]
 
 

@@ -63,7 +63,7 @@ class ProfilesPanel:
         per_class: int = 40,
         neighbours: int = 10,
         points: int = 6,
-        units: int = 8,
+        units: int = 12,
         examples: int = 8,
         active: Mapping[str, Mapping[str, object]] | None = None,
     ) -> None:
@@ -276,8 +276,8 @@ def final_weight(weight: object) -> float:
 
 
 def _both(gain: np.ndarray, movement: np.ndarray, count: int) -> np.ndarray:
-    """Half of ``count`` units by the first, the rest by the second, most first; none twice."""
-    first = np.argsort(-gain, kind="stable")[: -(-count // 2)]
+    """Two thirds of ``count`` units by the first, the rest by the second, most first; none twice."""
+    first = np.argsort(-gain, kind="stable")[: count - count // 3]
     rest = [unit for unit in np.argsort(-movement, kind="stable") if unit not in set(first.tolist())]
     return np.array([*first, *rest[: count - len(first)]], int)
 
