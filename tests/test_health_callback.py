@@ -100,7 +100,9 @@ def test_a_healthy_run_ends_in_the_same_weights_as_one_that_is_not_watched(tmp_p
     assert [event["step"] for event in watched.events("reading")] == [3, 4, 6, 8, 9, 12, 12]
     assert watched.events("alarm") == []
     thorough = ["margin" in event["values"] for event in watched.events("reading")]
-    assert thorough == [True, False, False, False, False, True, False]
+    assert thorough == [True, False, False, False, False, True, True], (
+        "every fifth, and the last one, which stays on the page"
+    )
     healthy = torch.load(tmp_path / "a" / "checkpoints" / "healthy.ckpt", weights_only=True)
     assert healthy["global_step"] == 12
 
@@ -204,6 +206,26 @@ def test_a_loss_that_is_not_finite_is_survived_with_half_the_rate(tmp_path: Path
     # a step's rate is set after the step before: the first after the rollback is halved where it stands
     cosine = [0.5 * (1 + math.cos(math.pi * (step - 1) / 7)) for step in (6, 7)]
     assert spy.rates[6:] == pytest.approx([0.5 * 0.1 * share for share in cosine])
+
+
+def test_a_loss_that_ends_the_run_is_told_as_an_alarm(tmp_path: Path, monkeypatch) -> None:
+    original = train.RobustClassifier.training_step
+
+    def poisoned(module: Any, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return (
+            original(module, (x * float("nan"), y), batch_idx)
+            if module.global_step == 2
+            else original(module, batch, batch_idx)
+        )
+
+    monkeypatch.setattr(train.RobustClassifier, "training_step", poisoned)
+    with pytest.raises(FloatingPointError, match="training diverged at step 2"):
+        Fit(tmp_path / "run", "health.actions.nonfinite=stop", script=[WELL, WELL])
+    (line,) = [json.loads(text) for path in tmp_path.rglob("health.jsonl") for text in path.read_text().splitlines()
+               if '"alarm"' in text]  # fmt: skip
+    assert line["kind"] == "nonfinite"
+    assert "training diverged at step 2" in line["text"]
 
 
 def test_warn_and_stop(tmp_path: Path) -> None:

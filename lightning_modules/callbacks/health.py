@@ -157,6 +157,13 @@ class Health(pl.Callback):
         self.trouble = message
         return self.actions.get("nonfinite") == "rollback" and self.rollbacks < self.most
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """A loss that is not finite and ends the run is told as an alarm, too."""
+        if self.trouble:
+            reading = Reading(trainer.current_epoch, trainer.global_step, {"nonfinite": 1.0})
+            self._judge(trainer, reading, self.trouble)
+            self.trouble = ""
+
     # ---- readings ------------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -180,7 +187,9 @@ class Health(pl.Callback):
         assert self.known is not None, "Health.prepare was never called"
         values: dict[str, float] = {}
         if trainer.is_global_zero:
-            values = dict(more) | self.look(pl_module.net, pl_module.device, self.readings % self.thorough_every == 0)
+            final = trainer.current_epoch + 1 == trainer.max_epochs and trainer.is_last_batch  # what stays on the page
+            thorough = final or self.readings % self.thorough_every == 0
+            values = dict(more) | self.look(pl_module.net, pl_module.device, thorough)
         return Reading(int(trainer.current_epoch), int(trainer.global_step), trainer.strategy.broadcast(values))
 
     def look(self, net: nn.Module, device: torch.device, thorough: bool) -> dict[str, float]:
