@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import json
 import os
 import shutil
 import sys
@@ -235,8 +236,8 @@ def test_the_first_screen_answers_a_newcomer(page: Page) -> None:
     assert "Since epoch 1: robust accuracy" in changed
     command = page.locator('.answers [data-question="next"] code')
     page.locator('.answers [data-question="next"] .chip').first.click()
-    copied = page.evaluate("getSelection().toString()") or page.locator(".answers .chip").first.inner_text()
-    assert copied in (command.first.inner_text(), "copied")
+    chip = "document.querySelector('.answers [data-question=\"next\"] .chip').textContent === 'copied'"
+    page.wait_for_function(f"{chip} || getSelection().toString() === {json.dumps(command.first.inner_text())}")
 
 
 def test_a_narrow_window_never_scrolls_sideways(browser: Browser, report: Path) -> None:
