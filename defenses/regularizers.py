@@ -17,12 +17,14 @@ from interpret.association import Mode, concept_weights
 from interpret.cam import cam_change, class_activation_map
 from interpret.dissection import ConceptData, dissect
 from interpret.metrics import ClassCentroids, RunningSensitivity, TurningCounts
-from interpret.observation import Label, Observation
+from interpret.modes import evaluating
+from interpret.observation import Label, Observation, observe
 from interpret.profiles import evidence_position, pooled, turning_layer
 from interpret.pse import contribution, margin_evidence, sum_positions
-from interpret.sensitivity import EPS, unit_change, unit_spread
+from interpret.sensitivity import EPS, equal_norm_noise, unit_change, unit_spread
 
 CONCEPT_QUANTILE = 0.02  # of positions that count as active, as in the dissection panel
+NOISE_IMAGES = 32  # of each batch that tell what noise moves: an average over an epoch needs no more
 EVIDENCE_FLOOR = 0.1  # logits; keeps the share finite for samples without evidence
 Samples = Literal["all", "held", "flipped"]
 
@@ -186,9 +188,13 @@ class UnitSensitivity(Term):
             first, and ω is multiplied by :func:`interpret.association.concept_weights` of ``mode``.  None: no dissection.
         mode: which units that favours; "protect_detectors" and "suppress_non_detectors" press on the others.
         samples: all, or those whose prediction the attack has not yet ("held") or has ("flipped") flipped.
+        noise_corrected: ω follows what the attack moves a unit beyond random noise of the same L2 norm, image by image
+            (:func:`interpret.sensitivity.equal_norm_noise`), as far as that is above 0: units that merely vary a lot are
+            left alone, and a layer without others too.  Costs a pass a step, in eval mode and without gradients, over
+            the first 32 images of a batch and their noisy twins.
 
     Raises:
-        ValueError: another ``at``, ``mode`` or ``samples``.
+        ValueError: another ``at``, ``mode``, ``samples`` or ``noise_corrected``.
     """
 
     needs_clean = True
@@ -202,8 +208,11 @@ class UnitSensitivity(Term):
         concepts: Callable[..., ConceptData] | None = None,
         mode: Mode = "stabilise_detectors",
         samples: Samples = "all",
+        noise_corrected: bool = False,
     ) -> None:
         super().__init__(weight, layers)
+        if not isinstance(noise_corrected, bool):
+            raise ValueError(f"regularizers.sensitivity.noise_corrected: expected true or false, found {noise_corrected!r}")
         if samples not in get_args(Samples):
             raise ValueError(f"regularizers.sensitivity.samples: expected {', '.join(get_args(Samples))}; found {samples!r}")
         if at not in ("all", "turning"):
@@ -214,6 +223,7 @@ class UnitSensitivity(Term):
         self.concepts, self.mode = concepts, mode
         self.concept_data: ConceptData | None = None
         self.running = nn.ModuleList()
+        self.noise_corrected, self.noise, self.step = noise_corrected, nn.ModuleList(), 0
         self.turning: _Turning | None = None
 
     def prepare(self, obs: Observation, features: tuple[str, ...]) -> None:
@@ -222,7 +232,10 @@ class UnitSensitivity(Term):
         if self.at == "turning":
             self.layers = tuple(name for name in obs.adv.acts if name in self.layers)  # a first layer needs an order
             self.turning = _Turning(obs, self.layers).to(device)
-        self.running = nn.ModuleList(RunningSensitivity(obs.adv.acts[layer].shape[1]) for layer in self.layers).to(device)
+        self.running, self.noise = (
+            nn.ModuleList(RunningSensitivity(obs.adv.acts[layer].shape[1]) for layer in layers).to(device)
+            for layers in (self.layers, self.layers if self.noise_corrected else ())
+        )
         for i, layer in enumerate(self.layers):
             self.register_buffer(f"omega{i}", torch.ones(obs.adv.acts[layer].shape[1], device=device))
         if self.concepts is not None:
@@ -231,11 +244,19 @@ class UnitSensitivity(Term):
             # A buffer, so that a resumed run dissects when an uninterrupted one would.
             self.register_buffer("dissect_next", torch.tensor(False, device=device))
 
+    def reseed(self, step: int) -> None:
+        self.step = step
+
     def end_epoch(self) -> None:
         for i, running in enumerate(self.running):
             assert isinstance(running, RunningSensitivity)
             if running.samples > 0:
                 sensitivity = running.compute()
+                if self.noise_corrected:
+                    noise = self.noise[i]
+                    assert isinstance(noise, RunningSensitivity)
+                    sensitivity = (sensitivity - noise.compute()).relu()
+                    noise.reset()
                 self.get_buffer(f"omega{i}").copy_(sensitivity / (sensitivity.mean() + EPS))
                 running.reset()
                 if self.concept_data is not None:
@@ -249,6 +270,8 @@ class UnitSensitivity(Term):
             self.turning.update(obs, self.layers)
         if self.training and self.concept_data is not None and self.get_buffer("dissect_next"):
             self._weigh_by_concepts(obs, self.concept_data)
+        if self.training and self.noise_corrected:
+            self._feel_noise(obs)
         total = torch.zeros(len(obs.y), device=obs.y.device)
         for i, (layer, running) in enumerate(zip(self.layers, self.running, strict=True)):
             assert isinstance(running, RunningSensitivity)
@@ -258,6 +281,19 @@ class UnitSensitivity(Term):
             part = (omega * unit_change(obs, layer) / (unit_spread(obs, layer) + EPS)).mean(1)
             total = total + (part if self.turning is None else self.turning.share[i] * part)
         return selected(obs, self.samples) * total
+
+    @torch.no_grad()
+    def _feel_noise(self, obs: Observation) -> None:
+        """How far noise moves the units, on the first images of a batch, in eval mode: nothing is learned from it."""
+        assert obs.net is not None
+        assert obs.x is not None
+        x, x_adv, y = (part[:NOISE_IMAGES].detach() for part in (obs.x, obs.adv.x, obs.y))
+        noisy = equal_norm_noise(x, x_adv, torch.Generator().manual_seed(self.step))
+        with evaluating(obs.net):
+            beside = observe(obs.net, x, noisy, y, layers=self.layers, joined=True)
+        for layer, running in zip(self.layers, self.noise, strict=True):
+            assert isinstance(running, RunningSensitivity)
+            running.update(beside, layer)
 
     def _weigh_by_concepts(self, obs: Observation, data: ConceptData) -> None:
         """Multiply ω by the concept weights of the net as it is now; a layer in which they are all 0 keeps its ω."""

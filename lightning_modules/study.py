@@ -4,6 +4,7 @@
     OUT/cards/NAME.json one small card a member, failures included
 
 A member's name ends in the hash of its composed config: what is done is skipped, and a changed config is another member.
+A card is enough to count as done: copied to another machine, the cards carry a study on there.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from lightning_modules.cards import (
     RunCard,
     card_of,
     config_hash,
+    read_card,
     settled,
     write_card,
 )
@@ -295,10 +297,11 @@ def run_members(
     """Train what is left, ``jobs`` at a time; what is done is skipped, what fails is noted and left for the next call.
 
     Raises:
+        ValueError: a file in ``OUT/cards`` that is no card.
         KeyboardInterrupt: after the members that ran were ended; calling again goes on.
     """
     places = {member.name: Place(out / "members" / member.name) for member in members}
-    waiting = [m for m in members if places[m.name].state in ("new", "resumable")]
+    waiting = [m for m in members if places[m.name].state in ("new", "resumable") and not _trained_elsewhere(m, out)]
     skipped = len(members) - len(waiting)
     given_up = sum(places[m.name].state == "failed" for m in members)
     tell(f"{len(members)} members: {skipped - given_up} done, {given_up} failed {TRIES} times, {len(waiting)} to train")
@@ -363,6 +366,8 @@ def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
     for member in members:
         place = Place(out / "members" / member.name)
         if not place.record:
+            if carried := _trained_elsewhere(member, out):
+                cards.append(carried)
             continue
         card = _card(member, place)
         cards.append(card)
@@ -372,6 +377,15 @@ def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
         if path.stem not in names:
             path.unlink()
     return cards
+
+
+def _trained_elsewhere(member: Member, out: Path) -> RunCard | None:
+    """The card of a member that was brought here without its run, if it ended well."""
+    path = out / "cards" / f"{member.name}.json"
+    if Place(out / "members" / member.name).record or not path.is_file():
+        return None
+    card = read_card(path)
+    return None if card.failure else card
 
 
 def _card(member: Member, place: Place) -> RunCard:

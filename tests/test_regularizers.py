@@ -16,7 +16,7 @@ from interpret.cam import cam_change
 from interpret.dissection import dissect
 from interpret.observation import Observation, observe
 from interpret.pse import unit_effects
-from interpret.sensitivity import unit_sensitivity
+from interpret.sensitivity import equal_norm_noise, unit_sensitivity
 from tests.reference import differences
 from tests.reference import losses as reference_losses
 from tests.reference import signals as reference
@@ -241,6 +241,56 @@ def test_sensitivity_equals_the_slow_reference_over_two_epochs():
     assert all(torch.equal(term.get_buffer(f"omega{i}"), before[i]) for i in range(2))
 
 
+def test_noise_corrected_sensitivity_presses_on_what_the_attack_moves_beyond_noise():
+    """ω against the slow reference: relative sensitivity to the attack less that to noise of its norm, above 0, mean 1."""
+    net = conv_bn().eval()
+    term = prepared(UnitSensitivity(noise_corrected=True), observed(net))
+    pairs: dict[str, dict[str, list]] = {layer: {"attack": [], "noise": []} for layer in LAYERS}
+    for step, (seed, n) in enumerate([(0, 40), (1, 7)]):
+        x, x_adv, y = batch(n=n, seed=seed, eps=0.3)
+        noisy = equal_norm_noise(x[:32], x_adv[:32], torch.Generator().manual_seed(step))
+        both = {
+            "attack": observe(net, x, x_adv, y, layers=LAYERS),
+            "noise": observe(net, x[:32], noisy, y[:32], layers=LAYERS),
+        }
+        term.reseed(step)
+        term(both["attack"])
+        for layer in LAYERS:
+            for kind, obs in both.items():
+                pairs[layer][kind].append(acts(obs, layer))
+    term.end_epoch()
+    zero = 0
+    for i, layer in enumerate(LAYERS):
+        attack, noise = (
+            reference.relative_sensitivity(*map(np.concatenate, zip(*pairs[layer][kind], strict=True)))
+            for kind in ("attack", "noise")
+        )
+        excess = np.maximum(attack - noise, 0)
+        close(term.get_buffer(f"omega{i}"), excess / excess.mean(), rtol=2e-3)
+        zero += int((excess == 0).sum())
+    assert zero, "some unit is moved by noise as much as by the attack, so that the correction shows"
+
+
+def test_noise_of_the_correction_follows_the_step_and_leaves_the_net_alone():
+    net = conv_bn().train()
+    buffers = {name: value.clone() for name, value in net.named_buffers()}
+    found = []
+    for step in (3, 3, 4):
+        x, x_adv, y = batch(n=8, eps=0.3)
+        obs = observe(net, x, x_adv, y, layers=LAYERS)
+        net.load_state_dict(buffers, strict=False)
+        term = prepared(UnitSensitivity(noise_corrected=True), obs)
+        term.reseed(step)
+        torch.manual_seed(7)
+        term(obs)
+        assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(7)))
+        assert net.training
+        assert all(torch.equal(value, buffers[name]) for name, value in net.named_buffers())
+        found.append(term.noise[0].change)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
 def test_sensitivity_state_survives_a_checkpoint_in_the_middle_of_an_epoch():
     net = conv_bn()
     terms = [prepared(UnitSensitivity(), observed(net)) for _ in range(2)]
@@ -423,6 +473,11 @@ def test_cam_discrepancy_asks_for_positions():
 @pytest.mark.parametrize(
     ("term", "options", "message"),
     [
+        (
+            UnitSensitivity,
+            {"noise_corrected": 1},
+            "regularizers.sensitivity.noise_corrected: expected true or false, found 1",
+        ),
         (UnitSensitivity, {"at": "some"}, "regularizers.sensitivity.at: expected all or turning, found 'some'"),
         (
             UnitSensitivity,
@@ -491,6 +546,7 @@ TERMS = {
     "pse apart, held": lambda: PSE(1.0, LAYERS, promotion=0.3, suppression=2.0, samples="held"),
     "unit kl": lambda: UnitKL(1.0, LAYERS),
     "sensitivity": lambda: UnitSensitivity(layers=LAYERS),
+    "sensitivity above noise": lambda: UnitSensitivity(layers=LAYERS, noise_corrected=True),
     "sensitivity turning": lambda: UnitSensitivity(layers=LAYERS, at="turning"),
     **{
         f"cam {k} {scale}": lambda k=k, s=scale: CAMDiscrepancy(1.0, LAYERS, k, s) for k, scale in CAM_OPTIONS if k in (1, 9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,20 @@ def test_done_is_skipped_killed_is_resumed_and_failures_stop_nobody(tmp_path: Pa
     assert read_cards([tmp_path / "cards"])[-1].measured == {"pse/promotion": 1.5}
     cards_of([good], tmp_path)  # the YAML has fewer members now
     assert [card.method for card in read_cards([tmp_path / "cards"])] == ["good"]
+
+
+def test_cards_that_were_brought_along_count_as_done(tmp_path: Path, script: Path) -> None:
+    good, bad = fake("good"), fake("diverge")
+    here, there = tmp_path / "here", tmp_path / "there"
+    go([good, bad], here, script)
+    before = cards_of([good, bad], here)
+    shutil.copytree(here / "cards", there / "cards")
+    said = go([good, bad], there, script)
+    assert said[0] == "2 members: 1 done, 0 failed 2 times, 1 to train"
+    assert not (there / "members" / good.name).exists()
+    assert calls(there, bad) == ["start"]  # a failure elsewhere is tried here
+    assert cards_of([good, bad], there)[0] == before[0]
+    assert [card.method for card in read_cards([there / "cards"])] == [card.method for card in read_cards([here / "cards"])]
 
 
 def test_a_checkpoint_that_cannot_be_resumed_is_given_up_for_a_fresh_start(tmp_path: Path, script: Path) -> None:
