@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 from interpret.observation import Observation
 from interpret.pse import KIND_NAMES, PromotionSuppression
-from interpret.sensitivity import EPS, silent_units, unit_change
+from interpret.sensitivity import EPS, clean_statistics, silent_units, unit_change
 
 
 class KindShares(Metric):
@@ -63,13 +63,14 @@ class RunningSensitivity(Metric):
 
     @torch.no_grad()
     def update(self, obs: Observation, layer: str) -> None:
-        clean = obs.clean.acts[layer].detach().double()
-        dims = [d for d in range(clean.dim()) if d != 1]
+        mean, variance = (value.detach().double() for value in clean_statistics(obs, layer))
+        clean = obs.clean.acts[layer]
+        positions = clean.numel() / clean.shape[1]
         self.change += unit_change(obs, layer).detach().double().sum(0)
-        self.total += clean.sum(dims)
-        self.squares += clean.square().sum(dims)
+        self.total += mean * positions
+        self.squares += (variance + mean.square()) * positions
         self.samples += len(clean)
-        self.positions += clean.numel() / clean.shape[1]
+        self.positions += positions
 
     def compute(self) -> Tensor:
         positions, samples = self.positions.clamp_min(1), self.samples.clamp_min(1)  # no data: no sensitivity

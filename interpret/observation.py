@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -152,11 +152,15 @@ class Observation:
 
     def delta(self, layer: str) -> Tensor:
         """ΔA = A(x') − A(x) of a layer, fp32, computed once."""
+        return self.once("delta", layer, lambda: self.adv.acts[layer].float() - self.clean.acts[layer].float())
+
+    def once(self, name: str, layer: str, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` returns about a layer, computed for the first who asks by this name, in graph."""
         self._observed(layer)
-        key = ("delta", layer)
+        key = (name, layer)
         if key not in self._cache:
             with torch.enable_grad():  # a first reader under no_grad must not cut the graph of the next
-                self._cache[key] = self.adv.acts[layer].float() - self.clean.acts[layer].float()
+                self._cache[key] = make()
         return self._cache[key]
 
     def _observed(self, layer: str) -> None:

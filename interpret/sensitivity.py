@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from interpret.modes import channel_statistics, evaluating
 from interpret.observation import Observation, observe, record
@@ -20,14 +21,42 @@ SILENT: Final = 0.01  # a unit whose clean spread is below this part of its laye
 
 
 def unit_change(obs: Observation, layer: str) -> Tensor:
-    """Mean over positions of |ΔA_k| per sample, (N, C).  Absolute first: opposite changes must not cancel."""
-    change = obs.delta(layer).abs()
-    return change.flatten(2).mean(2) if change.dim() > 2 else change
+    """Mean over positions of |ΔA_k| per sample, (N, C), fp32.  Absolute first: opposite changes must not cancel."""
+    return obs.once("change", layer, lambda: _Change.apply(obs.clean.acts[layer], obs.adv.acts[layer]))
+
+
+class _Change(torch.autograd.Function):
+    """Keeps the two activations alone, which others keep anyway; the difference is never written down in fp32.
+
+    Subtracting in the activations' own precision loses less than they themselves were rounded by.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, clean: Tensor, adv: Tensor) -> Tensor:
+        ctx.save_for_backward(clean, adv)
+        change = (adv - clean).abs_()
+        return (change.flatten(2).float().mean(2) if change.dim() > 2 else change.float()).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        clean, adv = ctx.saved_tensors
+        positions = clean[0, 0].numel()
+        slope = (gradient / positions).to(adv.dtype).view(*gradient.shape, *[1] * (adv.dim() - 2))
+        by_adv = (adv - clean).sign_().mul_(slope)
+        return -by_adv, by_adv
+
+
+def clean_statistics(obs: Observation, layer: str) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each unit over clean samples and positions, (C,) each, in graph."""
+    clean = obs.clean.acts[layer]
+    mean, variance = obs.once("statistics", layer, lambda: torch.stack(channel_statistics(clean)))
+    return mean, variance
 
 
 def unit_spread(obs: Observation, layer: str) -> Tensor:
     """Standard deviation of each unit over clean samples and positions, (C,), in graph."""
-    _, variance = channel_statistics(obs.clean.acts[layer])
+    _, variance = clean_statistics(obs, layer)
     return (variance + EPS**2).sqrt()  # inside the square root so that the gradient of a constant unit is finite
 
 
