@@ -1,6 +1,7 @@
 """What interpretation costs: the regularisers beside a bare step, in time and memory, and the dashboards beside an epoch.
 
-    python benchmarks/extras.py [--what step memory epoch] [--network resnet18] [--batch 64] [--steps 10] [--rounds 5]
+    python benchmarks/extras.py [--what step memory epoch profile] [--network resnet18]
+        [--batch 64] [--steps 10] [--rounds 5]
 
 The attack of a step is the same with and without regularisers, so it is timed once, and the rest of the step in pairs.
 Random images and weights: the cost does not depend on them.  Precision and layout are what ``auto`` chooses here.
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import machine, paired, ratio, rows, seconds
+from benchmarks.timing import machine, paired, ratio, rows, seconds, trace
 from defenses.attacks import PGD
 from defenses.defense import Defense
 from defenses.objectives import KLToClean
@@ -41,6 +42,7 @@ from lightning_modules.logging import RunLog
 from lightning_modules.networks.resnet import resnet18
 from lightning_modules.networks.small_cnn import SmallCNN
 
+WHAT = ["step", "memory", "epoch", "profile"]
 ROOT = Path(__file__).resolve().parents[1]
 DATA: dict[str, Any] = {"num_classes": 10, "in_channels": 3, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 NETS: dict[str, Callable[[], nn.Module]] = {"resnet18": lambda: resnet18(**DATA), "small_cnn": lambda: SmallCNN(**DATA)}
@@ -53,6 +55,8 @@ BASES: dict[str, Callable[[], dict[str, Term]]] = {
 EXTRAS: dict[str, Callable[[], dict[str, Term]]] = {
     "bare": dict,
     "+ PSE, sensitivity": lambda: {"pse": PSE(), "sensitivity": UnitSensitivity()},
+    "+ PSE alone": lambda: {"pse": PSE()},
+    "+ sensitivity alone": lambda: {"sensitivity": UnitSensitivity()},
     "+ CAM discrepancy": lambda: {"cam": CAMDiscrepancy()},
     "+ PSE at layer2": lambda: {"pse": PSE(layers=["layer2"])},  # needs gradients inside the net
 }
@@ -162,6 +166,13 @@ def steps(bench: Bench, network: str, attack_steps: int, rounds: int) -> None:
         print()
 
 
+def profiled(bench: Bench) -> None:
+    """Where the time of a step goes, its attack left out, bare and with PSE and sensitivity."""
+    for base in BASES:
+        runs = {name: bench.step(Given(bench.x_adv), base, name)[0] for name in ("bare", "+ PSE, sensitivity")}
+        print(f"\n{base}, a step without its attack\n\n{trace(runs)}")
+
+
 def memory(bench: Bench, network: str) -> None:
     print("\n| | peak of tensors, MB | ÷ bare |\n|---|---|---|")
     for base in BASES:
@@ -231,7 +242,7 @@ def epoch(bench: Bench, attack_steps: int, rounds: int, images: int = 50_000) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", choices=["step", "memory", "epoch"], default=["step", "memory", "epoch"])
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT[:3])
     parser.add_argument("--network", choices=list(NETS), default="resnet18")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
@@ -247,6 +258,8 @@ def main() -> None:
         memory(bench, args.network)
     if "epoch" in args.what:
         epoch(bench, args.steps, args.rounds)
+    if "profile" in args.what:
+        profiled(bench)
 
 
 if __name__ == "__main__":

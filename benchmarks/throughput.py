@@ -1,6 +1,7 @@
 """Robust training of a ResNet-18 against the same training driven by other libraries, paired in one process.
 
-    python benchmarks/throughput.py [--what step attack trades] [--peers ART …] [--batch 64] [--rounds 3] [--threads 1]
+    python benchmarks/throughput.py [--what step attack trades profile] [--peers ART …]
+        [--batch 64] [--rounds 3] [--threads 1]
 
 Each library as its users run it, fp32 in torch's own layout, and again in bf16 with channels last (autocast around it).
 Peers are found by import; where one is absent its rows are left out.  They go into a folder of their own:
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import Times, machine, matmul_rate, paired, ratio, rows, version
+from benchmarks.timing import Times, machine, matmul_rate, paired, ratio, rows, trace, version
 from defenses.attacks import PGD
 from defenses.defense import Defense
 from defenses.objectives import KLToClean
@@ -37,6 +38,7 @@ from defenses.terms import AdversarialCE, CleanCE, TradesKL
 from defenses.threat import Linf
 from lightning_modules.networks.resnet import resnet18
 
+WHAT = ["step", "attack", "trades", "profile"]
 EPS, STEP = 8 / 255, 2 / 255
 Run = Callable[[Tensor, Tensor], object]
 
@@ -260,7 +262,7 @@ def compare(what: str, peers: list[str], net: nn.Module, x: Tensor, y: Tensor, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", choices=["step", "attack", "trades"], default=["step", "attack", "trades"])
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT[:3])
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
@@ -272,7 +274,14 @@ def main() -> None:
     net = resnet18(num_classes=10, in_channels=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     x, y = torch.rand(args.batch, 3, 32, 32), torch.arange(args.batch) % 10
     print(f"{machine()}; ResNet-18, {args.batch} images of 3×32×32, {args.steps} attack steps, {args.rounds} rounds")
-    for what in args.what:
+    if "profile" in args.what:
+        attacks = {"as it is": Unfolded, "folded": PGD}
+        runs = {
+            name: bound(lambda own, kind=kind: ours(own, args.steps, False, kind), net, True, x, y)
+            for name, kind in attacks.items()
+        }
+        print(f"\nattack alone, bf16 channels last\n\n{trace(runs, repeats=1)}")
+    for what in [what for what in args.what if what != "profile"]:
         times = compare(what, args.peers, net, x, y, args.steps, args.rounds)
         mine, full = "ours, bf16 channels last", "ours, fp32"
         print(f"\n{what}\n\n{rows(times, mine, args.batch)}\n")

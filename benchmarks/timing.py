@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Times = dict[str, list[float]]  # by name, seconds of each round
 
@@ -54,6 +56,26 @@ def rows(times: Times, reference: str, work: float = 0.0, unit: str = "images/s"
             f"| {name} | {median(found):.3f} | {min(found):.3f}–{max(found):.3f} | {rate}"
             f"{median(ratios):.2f} | {min(ratios):.2f}–{max(ratios):.2f} |"
         )
+    return "\n".join(lines)
+
+
+def trace(runs: Mapping[str, Callable[[], object]], repeats: int = 3, top: int = 12) -> str:
+    """A Markdown table of where the time goes: milliseconds a run in each operator itself, by torch's profiler."""
+    spent: dict[str, dict[str, float]] = {}
+    for name, run in runs.items():
+        with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU]) as found:
+            warnings.simplefilter("ignore")
+            for _ in range(repeats):
+                run()
+        spent[name] = {event.key: event.self_cpu_time_total / 1e3 / repeats for event in found.key_averages()}
+    keys = sorted(
+        {key for times in spent.values() for key in times}, key=lambda k: -max(t.get(k, 0) for t in spent.values())
+    )
+    lines = ["| ms in | " + " | ".join(spent) + " |", "|---" * (len(spent) + 1) + "|"]
+    groups = {**{key: [key] for key in keys[:top]}, "all others": keys[top:], "sum": keys}
+    for name, members in groups.items():
+        values = (sum(times.get(key, 0) for key in members) for times in spent.values())
+        lines.append(f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |")
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from interpret.metrics import ClassCentroids, RunningSensitivity, TurningCounts
 from interpret.modes import evaluating
 from interpret.observation import Label, Observation, observe
 from interpret.profiles import evidence_position, pooled, turning_layer
-from interpret.pse import contribution, margin_evidence, sum_positions
+from interpret.pse import contribution, margin_evidence, mean_slope, sum_positions
 from interpret.sensitivity import EPS, equal_norm_noise, unit_change, unit_spread
 
 CONCEPT_QUANTILE = 0.02  # of positions that count as active, as in the dissection panel
@@ -119,8 +119,9 @@ class PSE(Term):
                 return values.flatten(1)
             return sum_positions(values) if part == "units" else values.sum(1).flatten(1)
 
-        promoted, suppressed = contribution(obs, layer, "target"), -contribution(obs, layer, "true")
-        gained = parts(self.promotion * promoted + self.suppression * suppressed).relu()
+        # One product with ΔA for both logits.
+        slopes = self.promotion * mean_slope(obs, layer, "target") - self.suppression * mean_slope(obs, layer, "true")
+        gained = parts(slopes * obs.delta(layer)).relu()
         if self.top < 1:
             gained = gained.topk(max(1, round(self.top * gained.shape[1])), dim=1).values
         if self.scale == "share":

@@ -245,8 +245,12 @@ def observe(
         adv = _run(net, x_adv, layers)
     elif joined:
         both = _run(net, torch.cat([x, x_adv]), layers)
-        clean_pass = Forward(x, both.logits[: len(x)], {name: act[: len(x)] for name, act in both.acts.items()})
-        adv = Forward(x_adv, both.logits[len(x) :], {name: act[len(x) :] for name, act in both.acts.items()})
+        # The backward of a slice fills a map of zeros, in another memory layout, for each half; that of a split joins them.
+        halves = {name: act.split(len(x)) for name, act in both.acts.items()}
+        clean_pass, adv = (
+            Forward(images, both.logits.split(len(x))[i], {name: half[i] for name, half in halves.items()})
+            for i, images in enumerate((x, x_adv))
+        )
     elif separate:
         clean_pass = _run(net, x, layers)
         adv = _run(net, x_adv, layers)

@@ -155,8 +155,12 @@ def contribution(obs: Observation, layer: str, label: Label) -> Tensor:
     logit is linear in the layer, as below global average pooling and a linear head: there it costs no further pass, and
     the contributions sum to the logit change.
     """
-    slope = 0.5 * (obs.layer_gradient(layer, "clean", label) + obs.layer_gradient(layer, "adv", label))
-    return slope * obs.delta(layer)
+    return mean_slope(obs, layer, label) * obs.delta(layer)
+
+
+def mean_slope(obs: Observation, layer: str, label: Label) -> Tensor:
+    """½(∂Z_c/∂A at x + ∂Z_c/∂A at x'), the layer's shape."""
+    return 0.5 * (obs.layer_gradient(layer, "clean", label) + obs.layer_gradient(layer, "adv", label))
 
 
 def sum_positions(values: Tensor) -> Tensor:
