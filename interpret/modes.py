@@ -178,10 +178,13 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        # In two passes: on a CPU torch.var_mean over these dimensions takes eight times as long.
-        dims, wide = _all_but_channels(x), x.float()
-        mean = wide.mean(dims)
-        variance = (wide - _by_channel(mean, x)).square_().mean(dims)
+        if (
+            x.device.type == "cpu"
+        ):  # what BatchNorm itself asks: torch.var_mean over these dimensions takes fifteen times as long
+            own = torch.zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+            mean, variance = torch.batch_norm_update_stats(x, own, own, 0.0)  # what it updates is thrown away
+        else:
+            variance, mean = torch.var_mean(x.float(), dim=_all_but_channels(x), correction=0)
         ctx.save_for_backward(x, mean)
         return mean, variance
 
