@@ -28,8 +28,9 @@ from datamodules.concepts import procedural_concepts
 from datamodules.images import ImageDataModule, ProbeBatch
 from defenses.attacks import PGD
 from defenses.card import accuracy_curve, make_card
+from defenses.fallen import Fallen, Recalled
 from defenses.masking import UnitMask, choose_units, mask_of, masked
-from defenses.robustness import Evaluation, check_images
+from defenses.robustness import Evaluation, check_images, full_precision
 from defenses.sampling import stratified_rows
 from defenses.suite import SUITES
 from interpret.association import concept_weights
@@ -400,6 +401,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         folder = new_folder(cfg, f"{of.name}_{cfg.suite}{through}", "card.json", "evaluation")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, twin = net.to(device), None if twin is None else twin.to(device)
+    fallen = Fallen(len(dashboard.ids), folder / "fallen.npz")
     found = judge(
         net,
         images,
@@ -413,6 +415,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         terms=terms,
         twin=twin,
         corruptions=cfg.corruptions,
+        fallen=fallen,
     )
     with console.status("sanity checks") as status:
 
@@ -422,12 +425,14 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         few = stratified_rows(found.labels, min(SANITY_IMAGES, found.n), cfg.seed)
         x, y = images[found.rows[few]].to(device), labels[found.rows[few]].to(device)
         sanity = trust(net, x, y, found.standing[few], threat, twin, cfg.seed, lambda step: tell(f"sanity, {step}"))
-        explained = explaining(found, len(dashboard.ids))
+        explained = explaining(found, fallen.places, len(dashboard.ids))
         dashboard.x, dashboard.y = images[found.rows[explained]], labels[found.rows[explained]]
-        dashboard.ids = tuple(f"{cfg.split}-{row}" for row in found.rows[explained].tolist())
+        dashboard.ids = tuple(called(cfg.split, found, place) for place in explained.tolist())
+        dashboard.attack = Recalled(fallen, explained, dashboard.attack)
         tell("accuracy against ε")
         curve = accuracy_curve(net, x, y, threat)
-        views = dashboard.look(net, device, {}, tell) if dashboard.panels else []
+        with full_precision(device):  # some attacks stop just over the boundary
+            views = dashboard.look(net, device, {}, tell) if dashboard.panels else []
     source = "as the callable returns it" if of.weights is None else str(of.weights)
     if cfg.masking.by is not None:
         source += f", units masked by {cfg.masking.by}"
@@ -454,8 +459,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         "network": source,
         "suite": f"{cfg.suite}, {threat}",
         "images": f"{found.n} of the {cfg.split} split, hash {found.fingerprint['images']}",
-        "panels": f"{len(explained)} of these images, {int((found.felled[explained] >= 0).sum())} felled by the suite, "
-        f"attacked by {type(dashboard.attack).__name__}",
+        "panels": shown(found, explained, dashboard.attack),
         "seed": cfg.seed,
         "commit": commit(),
     }
@@ -466,12 +470,35 @@ def judge_by_suite(cfg: DictConfig) -> Path:
     return folder
 
 
-def explaining(found: Evaluation, most: int) -> Tensor:
-    """Which judged images the panels show, by place: three in four that the suite felled where there are so many."""
-    fell, held = (found.felled >= 0).nonzero().flatten(), found.standing.nonzero().flatten()
-    wrong = (found.felled < -1).nonzero().flatten()
+def explaining(found: Evaluation, kept: Tensor, most: int) -> Tensor:
+    """Which judged images the panels show, by place: three in four that the suite felled where there are so many.
+
+    First those whose adversarial image was ``kept`` (k,), as the sample orders them; the others as chance has it.
+    """
+    chance = torch.randperm(found.n, generator=torch.Generator().manual_seed(0))
+    chance = torch.cat([kept, chance[~torch.isin(chance, kept)]])
+    fell, held, wrong = (chance[each[chance]] for each in (found.felled >= 0, found.standing, found.felled < -1))
     fell = fell[: max(most - len(held), most * 3 // 4)]
-    return torch.cat([fell, held, wrong])[:most].sort().values
+    return torch.cat([fell, held, wrong])[:most]
+
+
+def called(split: str, found: Evaluation, place: int) -> str:
+    """A judged image by its row, and the attack that felled it."""
+    attack = int(found.felled[place])
+    return f"{split}-{int(found.rows[place])}" + (f", felled by {found.attacks[attack].name}" if attack >= 0 else "")
+
+
+def shown(found: Evaluation, explained: Tensor, attack: Recalled) -> str:
+    """Which images the panels show, and by which adversarial images."""
+    felled = found.felled[explained]
+    by = [(a.name, int((felled[attack.known] == place).sum())) for place, a in enumerate(found.attacks)]
+    told = ", ".join(f"{count} by {name}" for name, count in by if count)
+    own = type(attack.attack).__name__
+    kinds = {"stood": felled == -1, "were wrong without any attack": felled < -1, "fell": (felled >= 0) & ~attack.known}
+    others = ", ".join(f"{int(which.sum())} that {words}" for words, which in kinds.items() if which.any())
+    text = f"{len(explained)} of these images"
+    text += f"; as the suite felled them: {told}" if told else ""
+    return text + (f"; attacked by {own} for the page: {others}" if others else "")
 
 
 def selection(of: Subject, split: str) -> str:

@@ -5,6 +5,7 @@ from defenses.apgd import APGD, APGDT
 from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD, Attack
 from defenses.defense import Defense, StepOutput
 from defenses.evaluation import accuracy_under
+from defenses.fallen import Fallen, Recalled
 from defenses.free import Free
 from defenses.local import GradAlign, GradientNorm, LocalLinearity
 from defenses.masking import UnitMask, choose_units, fine_tune, masked, unit_scores
@@ -63,6 +64,7 @@ __all__ = [
     "Defense",
     "ElasticNet",
     "Evaluation",
+    "Fallen",
     "FeatureConsistency",
     "Free",
     "GradAlign",
@@ -79,6 +81,7 @@ __all__ = [
     "NuclearNorm",
     "Objective",
     "Ramp",
+    "Recalled",
     "SanityReport",
     "Square",
     "StepOutput",

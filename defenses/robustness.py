@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.corruptions import corrupted_accuracy
+from defenses.fallen import Fallen
 from defenses.identity import described, net_hash, tensors_hash
 from defenses.sampling import stratified_rows, wilson
 from defenses.suite import Suite, SuiteName, make_suite
@@ -270,6 +271,7 @@ def evaluate_robustness(
     state: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     corruptions: bool = False,
+    fallen: Fallen | None = None,
 ) -> Evaluation:
     """Worst case per example over the attacks of a suite; only examples that still stand are attacked again.
 
@@ -288,6 +290,7 @@ def evaluate_robustness(
         state: file that keeps the work done; left in place at the end.
         progress: told after each batch.
         corruptions: accuracy under common corruptions too, on the same images.
+        fallen: collects the adversarial images that felled examples.
 
     Raises:
         ValueError: see :func:`check_images`; also a subset or a batch size out of range, or an unknown suite.
@@ -313,6 +316,8 @@ def evaluate_robustness(
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     now = _State.resumed(path, fingerprint) if path is not None else None
+    if fallen is not None:
+        fallen.begin(len(rows), fingerprint, resumed=now is not None)
     device = device_of(net)
     with full_precision(device):
         if now is None:
@@ -320,7 +325,7 @@ def evaluate_robustness(
             right = torch.cat([predict(net, x.to(device)).argmax(1).cpu() == y for x, y in parts])
             felled = torch.where(right, STANDS, WRONG)
             now = _State(fingerprint, felled.tolist(), 0, 0, [[0.0, 0.0, 0.0] for _ in chosen.steps])
-        for reached in _attacked(net, device, images, labels, threat, chosen, batch_size, now, progress):
+        for reached in _attacked(net, device, images, labels, threat, chosen, batch_size, now, progress, fallen):
             now = reached
             if path is not None:
                 now.save(path)
@@ -358,6 +363,7 @@ def _attacked(
     batch_size: int,
     now: _State,
     progress: Callable[[Progress], None] | None,
+    fallen: Fallen | None,
 ) -> Iterator[_State]:
     """The state after each batch, from where it stands on; once at least."""
     felled = torch.tensor(now.felled)
@@ -375,6 +381,8 @@ def _attacked(
             fell = fooled(net, threat, x, x_adv, y).cpu()
             spent = (passes.forwards, passes.backwards, time.perf_counter() - begin)
             felled[rows[fell]] = now.place
+            if fallen is not None:
+                fallen.add(now.place, rows[fell], x_adv[fell.to(device)])
             counts = [list(count) for count in now.counts]
             counts[now.place] = [old + new for old, new in zip(counts[now.place], spent, strict=True)]
             now = replace(now, felled=felled.tolist(), batch=now.batch + 1, counts=counts)

@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from defenses.card import markdown
+from defenses.fallen import Fallen
 from defenses.robustness import Evaluation, Progress, evaluate_robustness
 from defenses.sanity import Check, SanityReport, sanity_checks, suite_check
 from defenses.terms import Term
@@ -75,6 +76,7 @@ def judge(
     terms: Mapping[str, Term] | None = None,
     twin: nn.Module | None = None,
     corruptions: bool = False,
+    fallen: Fallen | None = None,
 ) -> Evaluation:
     """Run a suite and show what it found.
 
@@ -97,6 +99,7 @@ def judge(
             state=folder / STATE,
             progress=bar,
             corruptions=corruptions,
+            fallen=fallen,
         )
     for words in dict.fromkeys([*(str(each.message) for each in told), *found.notes]):
         console.print(f"[yellow]note[/yellow]  {words}")

@@ -15,6 +15,7 @@ from torch import nn
 import evaluate
 from defenses.card import read_card
 from lightning_modules import judging
+from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.networks.build import load_weights
 from lightning_modules.networks.small_cnn import SmallCNN
 from tests.test_evaluate import command
@@ -56,6 +57,38 @@ def test_weights_are_judged_and_everything_is_written(
     with pytest.raises(SystemExit):  # nothing is overwritten
         command(monkeypatch, evaluate, *NAMED, *asked, f"checkpoint={weights}", f"out={tmp_path / 'out'}")
     assert "holds an evaluation already" in capsys.readouterr().err
+
+
+def test_the_panels_explain_the_images_by_which_the_suite_felled_them(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's own attack is made one that changes nothing: what it shows as fallen can only be the suite's."""
+    probes = []
+    original = Dashboard.probe
+
+    def kept(self, *args):
+        probes.append(original(self, *args))
+        return probes[-1]
+
+    monkeypatch.setattr(Dashboard, "probe", kept)
+    asked = ("suite=fast", "images=40", "attack.steps=1", "attack.step_size=1e-9", "attack.start=none")
+    command(monkeypatch, evaluate, *NAMED, *asked, f"checkpoint={weights}", f"out={tmp_path / 'out'}")
+    found, obs = judged(tmp_path / "out" / "net_fast"), probes[-1].obs
+    saved = np.load(tmp_path / "out" / "net_fast" / "fallen.npz")
+    by = {found["examples"]["rows"][i]: image for i, image in zip(saved["places"], saved["images"], strict=True)}
+    names = dict(zip(*(found["examples"][key] for key in ("rows", "felled_by")), strict=True))
+    fell = 0
+    for name, x, x_adv, logits, y in zip(probes[-1].ids, obs.clean.x, obs.adv.x, obs.adv.logits, obs.y, strict=True):
+        row, _, told = name.removeprefix("test-").partition(", felled by ")
+        assert told == {None: "", "clean": ""}.get(names[int(row)], names[int(row)])
+        if told:
+            fell += 1
+            assert np.array_equal(x_adv.numpy(), by[int(row)])
+            assert logits.argmax() != y
+        else:
+            torch.testing.assert_close(x_adv, x)
+    assert fell == sum(name not in (None, "clean") for name in names.values()) > 0
+    assert f"as the suite felled them: {fell} by APGD-CE" in (tmp_path / "out" / "net_fast" / "index.html").read_text()
 
 
 def test_a_masked_net_is_judged_through_its_mask(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
