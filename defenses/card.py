@@ -21,6 +21,7 @@ from defenses.objectives import Margin
 from defenses.robustness import Evaluation, device_of, predict
 from defenses.sanity import SanityReport
 from defenses.threat import Threat
+from interpret.signals import summarised
 
 SCHEMA: Final = Path(__file__).with_name("card.schema.json")
 VERSION: Final = "glassarmor-card/1"
@@ -211,7 +212,11 @@ def markdown(card: Mapping[str, Any]) -> str:
         [(c["name"], "passed" if c["passed"] else "**failed**", c["expected"], c["sentence"]) for c in sanity["checks"]],
     )
     if card["interpretation"]:
-        lines += _rows(("signal", "value"), [(k, f"{v:.4g}") for k, v in sorted(card["interpretation"].items())])
+        sentences, tables = summarised(card["interpretation"])
+        lines += ["## Why it fails", "", *(f"- {sentence}" for sentence in sentences), ""]
+        for head, rows in tables:
+            lines += _rows(head, rows)
+        lines += ["## About this card", ""]
     lines += [f"- {note}" for note in card["notes"]]
     about = {
         "weights": f"{card['model']['weights']} ({card['model']['source']}, {card['model']['parameters']:,} parameters)",
