@@ -90,13 +90,14 @@ def summarised(values: Mapping[str, float]) -> tuple[list[str], list[Rows]]:
         inactive, *kinds = found
         suppression, promotion, both = (told(kind / max(1 - inactive, 1e-12), "%") for kind in kinds)
         sentences.append(
-            f"Kinds of regions: of those that the attack moves, {suppression} are dominated by suppression of the true class, "
-            f"{promotion} by promotion of the target, {both} by both; {told(inactive, '%')} of all are inactive."
+            f"Kinds of regions: of those that the attack moves, {suppression} are dominated by suppression of the true "
+            f"class, {promotion} by promotion of the target, {both} by both; {told(inactive, '%')} of all are inactive."
         )
     if found := left.take("pse/promotion", "pse/suppression", "pse/gap"):
         promotion, suppression, gap = (told(value, "logits") for value in found)
         sentences.append(
-            f"Evidence moved, mean of an image: promotion {promotion}, suppression {suppression}; the parts miss the whole by {gap}."
+            f"Evidence moved, mean of an image: promotion {promotion}, suppression {suppression}; the parts miss the whole "
+            f"by {gap}."
         )
     if found := left.take("restoration/effect", "restoration/norm", "restoration/chance"):
         effect, norm, chance = map(told, found)
@@ -110,15 +111,13 @@ def summarised(values: Mapping[str, float]) -> tuple[list[str], list[Rows]]:
         most = max(turning, key=lambda layer: turning[layer], default="")
         where = f", most often at {most} ({told(turning[most], '%')} of all)" if turning and turning[most] else ""
         sentences.append(
-            f"Turning layer: {told(found[0], '%')} of the images cross over to the target's side{where}; the background covers "
-            f"{told(found[1], '%')} of them at least."
+            f"Turning layer: {told(found[0], '%')} of the images cross over to the target's side{where}; the background "
+            f"covers {told(found[1], '%')} of them at least."
         )
     left.below("units/sensitivity")  # the same as sensitivity/attack
     units = left.by_layer(UNITS)
     if units is not None:
-        sentences.append(
-            "Sensitive units: 1 σ is as far as clean images vary a unit; means over a layer's units stand below."
-        )
+        sentences.append("Sensitive units: below are means over a layer's units; 1 σ is as far as clean images vary a unit.")
     if detectors := left.below("dissection/detectors"):
         counts = sorted(detectors.items(), key=lambda item: -item[1])
         listed = ", ".join(f"{category} {told(count)}" for category, count in counts)
