@@ -29,7 +29,7 @@ from lightning_modules.cards import RunCard, check_comparable, read_cards
 from lightning_modules.comparison import SELECTED, runs_table, settings_of
 from lightning_modules.console import clear_errors, console, show
 from lightning_modules.logging import check_wandb_mode, log_tables
-from lightning_modules.result_cards import cards_table, cards_view, is_result_card, read_result_cards
+from lightning_modules.result_cards import cards_tables, cards_view, is_result_card, read_result_cards
 from lightning_modules.study import Study, cards_of, members_of, planned, read_study, run_members
 
 ROOT = Path(__file__).resolve().parent
@@ -239,7 +239,8 @@ def compare_result_cards(paths: list[Path], out: Path | None, debug: bool) -> No
     page = ReportPage(out, " / ".join(cards), about, key_figures=(), overview=None)
     page.write_epoch(0, 0, {}, [view])
     page.finish()
-    show(cards_table(cards))
+    for table in cards_tables(cards):
+        show(table)
     console.print(f"[bold]{view.headline}[/bold]\npage  {page.index}")
 
 

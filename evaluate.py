@@ -432,7 +432,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         tell("accuracy against ε")
         curve = accuracy_curve(net, x, y, threat)
         with full_precision(device):  # some attacks stop just over the boundary
-            views = dashboard.look(net, device, {}, tell) if dashboard.panels else []
+            views = [of_a_sample(v) for v in dashboard.look(net, device, {}, tell)] if dashboard.panels else []
     source = "as the callable returns it" if of.weights is None else str(of.weights)
     if cfg.masking.by is not None:
         source += f", units masked by {cfg.masking.by}"
@@ -480,6 +480,13 @@ def explaining(found: Evaluation, kept: Tensor, most: int) -> Tensor:
     fell, held, wrong = (chance[each[chance]] for each in (found.felled >= 0, found.standing, found.felled < -1))
     fell = fell[: max(most - len(held), most * 3 // 4)]
     return torch.cat([fell, held, wrong])[:most]
+
+
+def of_a_sample(view: View) -> View:
+    """The accuracies of the images that a suite's page shows are no estimate: the images were chosen because they fell."""
+    if view.name != "outcome":
+        return view
+    return replace(view, headline=f"Among the images chosen for this page: {view.headline}", answers=())
 
 
 def called(split: str, found: Evaluation, place: int) -> str:

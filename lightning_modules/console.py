@@ -59,7 +59,7 @@ def show(table: Table) -> None:
     """Print a table."""
     shown = RichTable(title=table.title)
     for i, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if i else "left")
+        shown.add_column(column, justify="right" if i else "left", overflow="fold")  # names cut short look alike
     for row in table.rows:
         shown.add_row(*[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row])
     console.print(shown)

@@ -18,7 +18,8 @@ from defenses.card import SCHEMA, accuracy_curve, check_card, differences, make_
 from defenses.robustness import evaluate_robustness
 from defenses.sanity import Check, SanityReport
 from defenses.threat import L2, Linf
-from lightning_modules.result_cards import paired_images
+from interpret.views.view import Lines
+from lightning_modules.result_cards import cards_tables, cards_view, headline, level_with_the_best, paired_images
 
 SCALES = (0.5, 1.0, 2.0)
 
@@ -155,6 +156,66 @@ def saved(folder: Path, name: str, card: dict[str, Any], standing: list[bool]) -
     return path
 
 
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed, as one line."""
+    return " ".join(capsys.readouterr().out.split())
+
+
+def standing_card(card: dict[str, Any], standing: list[bool], verdict: str = "trusted") -> dict[str, Any]:
+    other = copy.deepcopy(card)
+    other["examples"]["standing"], other["accuracy"]["robust"] = standing, sum(standing) / len(standing)
+    other["sanity"] |= {"verdict": verdict, "reasons": [] if verdict == "trusted" else ["gradients are zero"]}
+    return other
+
+
+def test_only_networks_that_the_images_tell_apart_are_ranked(card: dict[str, Any]) -> None:
+    """McNemar's exact p: 2/2^10 for ten images all won, 1 for as many won as lost; ×3 by Holm where three are compared."""
+    some = standing_card(card, [True] * 10 + [False] * 10)
+    other = standing_card(card, [False] * 10 + [True] * 10)
+    least = standing_card(card, [False] * 20)
+    assert headline({"a": some, "b": least}) == "a (50.0 %) withstands most; behind it b (0.0 %)."
+    assert headline({"b": least, "a": some}) == "a (50.0 %) withstands most; behind it b (0.0 %)."
+    tied = headline({"a": some, "b": other, "c": least})
+    assert tied.startswith("No network withstands most: these images do not tell a (50.0 %), b (50.0 %) apart (p ≥ 1.00)")
+    assert tied.endswith("; behind them c (0.0 %).")
+    assert "No network withstands most" in headline({"a": some, "b": some}), "equal everywhere"
+    # Six images won give p = 2/2^6 = 0.031: enough for a pair, not for the best of three.
+    six = standing_card(card, [True] * 6 + [False] * 14)
+    assert headline({"a": six, "c": least}).startswith("a (30.0 %) withstands most")
+    three = level_with_the_best({"a": six, "b": least, "c": least})
+    assert three == {"a": 1.0, "b": pytest.approx(3 * 2 / 2**6), "c": pytest.approx(3 * 2 / 2**6)}
+
+
+def test_what_is_not_trusted_is_listed_apart_with_its_reason(card: dict[str, Any]) -> None:
+    best = standing_card(card, [True] * 20, "invalid")
+    some, least = standing_card(card, [True] * 10 + [False] * 10), standing_card(card, [False] * 20)
+    found = headline({"masked": best, "a": some, "b": least})
+    assert found.startswith("a (50.0 %) withstands most; behind it b (0.0 %). Not ranked")
+    assert found.endswith("not to be believed yet: masked (100.0 %): invalid.")
+    ranked, apart = cards_tables({"masked": best, "a": some, "b": least})
+    assert [row[0] for row in ranked.rows] == ["a", "b"]
+    assert ranked.rows[1][4:7] == (0, 10, "0.002"), "differences are to the first trusted card, not to the first"
+    assert [tuple(row[:3]) for row in apart.rows] == [("masked", "invalid", "gradients are zero")]
+    assert headline({"masked": best, "a": some}).startswith("Only a (50.0 %) is trusted. Not ranked")
+    assert headline({"masked": best, "other": best}).startswith("No card is trusted, so that nothing is ranked.")
+    view = cards_view({"masked": best, "a": some})
+    lines = next(chart for chart in view.charts if isinstance(chart, Lines))
+    assert lines.labels == ("masked (invalid)", "a")
+
+
+def test_long_names_stay_apart_in_the_terminal(
+    card: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"{'-'.join(['pgd_at_with_a_long_name'] * 3)}-seed-{seed}" for seed in (0, 1)]
+    cards = [saved(tmp_path, name, card, [True] * 6 + [False] * 2) for name in names]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, cards), "--out", str(tmp_path / "page")])
+    compare.main()
+    out = capsys.readouterr().out
+    column = "".join(line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│"))
+    assert column == "".join(names)
+    assert "…" not in out
+
+
 def test_cards_beside_each_other_are_compared_image_by_image(
     card: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +226,7 @@ def test_cards_beside_each_other_are_compared_image_by_image(
     assert p == pytest.approx(2 * sum(math.comb(7, k) for k in range(3)) / 2**7)  # the exact binomial, both tails
     monkeypatch.setattr(sys, "argv", ["compare.py", str(one), str(two), "--out", str(tmp_path / "page")])
     compare.main()
-    assert "one withstands most: 75.0 %; all verdicts are trusted" in capsys.readouterr().out
+    assert "these images do not tell one (75.0 %), two (37.5 %) apart (p ≥ 0.45)" in told(capsys)
     assert (tmp_path / "page" / "index.html").stat().st_size > 10_000
     wrong = json.loads(two.read_text())
     wrong["threat"]["eps"] = 0.3
