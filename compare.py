@@ -235,7 +235,10 @@ def compare_result_cards(paths: list[Path], out: Path | None, debug: bool) -> No
         if (out / "index.html").exists():
             raise ValueError(f"--out: {out} holds a comparison already; choose another folder")
     view = cards_view(cards)
-    about = {name: f"weights {card['model']['weights']}, commit {card['commit']}" for name, card in cards.items()}
+    about = {
+        name: f"weights {card['model']['weights']}, commit {card['commit']}; selection: {card['data']['selection']}"
+        for name, card in cards.items()
+    }
     page = ReportPage(out, " / ".join(cards), about, key_figures=(), overview=None)
     page.write_epoch(0, 0, {}, [view])
     page.finish()

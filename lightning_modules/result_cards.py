@@ -86,14 +86,13 @@ def trusted_table(cards: Mapping[str, Card]) -> Table:
                 round(100 * accuracy["clean"], 2),
                 round(100 * accuracy["robust"], 2),
                 f"{100 * low:.1f} to {100 * high:.1f}",
-                *(("–", "–", "–") if card is first else (won, lost, told_p(p))),
-                card["data"]["selection"],
+                *(("–", "–", "–") if card is first else (str(won), str(lost), told_p(p))),
             )
         )
     shown = (
         f"{first['threat']['norm']} ε = {first['threat']['eps']:.5g}, {first['suite']['name']}, {first['data']['n']} images"
     )
-    columns = ("network", "clean (%)", "robust (%)", "95 % interval", "images won", "lost", "p", "selection")
+    columns = ("network", "clean (%)", "robust (%)", "95 % interval", "images won", "lost", "p")
     return Table(f"Result cards, {shown}", columns, rows, open=True)
 
 

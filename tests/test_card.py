@@ -194,7 +194,7 @@ def test_what_is_not_trusted_is_listed_apart_with_its_reason(card: dict[str, Any
     assert found.endswith("not to be believed yet: masked (100.0 %): invalid.")
     ranked, apart = cards_tables({"masked": best, "a": some, "b": least})
     assert [row[0] for row in ranked.rows] == ["a", "b"]
-    assert ranked.rows[1][4:7] == (0, 10, "0.002"), "differences are to the first trusted card, not to the first"
+    assert ranked.rows[1][4:7] == ("0", "10", "0.002"), "differences are to the first trusted card, not to the first"
     assert [tuple(row[:3]) for row in apart.rows] == [("masked", "invalid", "gradients are zero")]
     assert headline({"masked": best, "a": some}).startswith("Only a (50.0 %) is trusted. Not ranked")
     assert headline({"masked": best, "other": best}).startswith("No card is trusted, so that nothing is ranked.")
