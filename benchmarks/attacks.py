@@ -146,7 +146,7 @@ def compare(run: str, args: argparse.Namespace) -> None:
     cfg = OmegaConf.load(config)
     data = instantiate(cfg.data, _convert_="all")
     data.setup("fit")
-    net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last"))).eval()
+    net = make_network(instantiate(cfg.network), data, False).eval()  # torchattacks' PGD in L2 wants contiguous gradients
     load_weights(net, weights)
     net.requires_grad_(False)  # for the packages that leave that to their callers
     threat: Threat = Linf(cfg.budget.linf) if args.norm == "linf" else L2(cfg.budget.l2)
@@ -154,7 +154,7 @@ def compare(run: str, args: argparse.Namespace) -> None:
     clean = Found()
     for seed in range(args.seeds):
         rows = stratified_rows(data.test.labels, min(args.images, len(data.test)), seed)
-        x, y = data.test.images[rows].float() / 255, data.test.labels[rows]
+        x, y = (data.test.images[rows].float() / 255).contiguous(), data.test.labels[rows]
         right = net(x).argmax(1) == y
         clean.standing.append(right)
         for attack, by, made in bounded(net, threat, args.steps, seed):

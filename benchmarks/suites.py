@@ -72,7 +72,8 @@ def main() -> None:
         times = f"{fast.seconds:.0f} s | {standard.seconds:.0f} s | {100 * fast.seconds / standard.seconds:.1f} %"
         passes = (fast.forwards + fast.backwards) / (standard.forwards + standard.backwards)
         times += f" | {100 * passes:.1f} %"
-        print(f"| {Path(run).name} | {fast.n} | {' | '.join(cells)} | {times} |", flush=True)
+        name = "/".join(Path(run).parts[-3:]) if Path(run).is_file() else Path(run).name
+        print(f"| {name} | {fast.n} | {' | '.join(cells)} | {times} |", flush=True)
 
 
 if __name__ == "__main__":

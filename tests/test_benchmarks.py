@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks import timing
+from benchmarks.attacks import Found
 from benchmarks.extras import BASES, DATA, Given, Peak
 from benchmarks.throughput import passes
 from benchmarks.timing import line, paired, ratio, rows
@@ -82,3 +83,13 @@ def test_passes_count_the_products_of_a_linear_net():
     net = nn.Linear(30, 20, bias=False)
     forward, inputs, weights = passes(net, torch.rand(8, 30))
     assert forward == inputs == weights == 2 * 8 * 30 * 20
+
+
+def test_agreement_and_who_alone_fells_are_counted_over_all_seeds():
+    """Of four images: both fell one, one stands against both, and each fells one that the other leaves."""
+    ours = Found([torch.tensor([False, True]), torch.tensor([False, True])], [], 2.0)
+    theirs = Found([torch.tensor([False, True]), torch.tensor([True, False])], [], 3.0)
+    assert theirs.row(ours) == "50.00 % | 50.0, 50.0 | 50.0 % | 1 | 1 | 3.0"
+    assert ours.row(ours) == "50.00 % | 50.0, 50.0 |  |  |  | 2.0"
+    near, far = (Found([torch.ones(3).bool()], [torch.tensor(lengths)]) for lengths in ([1.0, 2, 3], [2.0, 2, 9]))
+    assert far.row(near).startswith("100.00 %, median L2 2.0000 | 100.0 | 100.0 %; ours shorter on 67 %")
