@@ -26,13 +26,16 @@ from torch import Tensor, nn
 
 from datamodules.concepts import procedural_concepts
 from datamodules.images import ImageDataModule, ProbeBatch
-from defenses.attacks import PGD
-from defenses.card import accuracy_curve, make_card
+from defenses.attacks import PGD, Attack
+from defenses.card import accuracy_curve, make_card, margin_pgd
 from defenses.fallen import Fallen, Recalled
+from defenses.gradient import has_gradient
 from defenses.masking import UnitMask, choose_units, mask_of, masked
-from defenses.robustness import Evaluation, check_images, full_precision
+from defenses.robustness import ASKED, Evaluation, check_images, full_precision
 from defenses.sampling import stratified_rows
+from defenses.square import Square
 from defenses.suite import SUITES
+from defenses.threat import Threat
 from interpret.association import concept_weights
 from interpret.dissection import dissect
 from interpret.observation import feature_layers
@@ -242,7 +245,7 @@ def subject(cfg: DictConfig) -> Subject:
         torch.set_num_threads(cfg.threads)
     data = instantiate(cfg.data, _convert_="all")
     data.setup("fit")
-    net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")))
+    net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")), differentiable=cfg.suite is None)
     if weights is not None:
         load_weights(net, weights)
     return Subject(cfg, data, net.eval(), weights, run)
@@ -390,13 +393,18 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         if threat.eps <= 0:
             raise ValueError(f"eps: expected a radius above 0, found {threat.eps}")
         terms = instantiate(cfg.regularizers or {}, _convert_="all")
+        if not has_gradient(net, images[:ASKED]):
+            if cfg.masking.by is not None:
+                raise ValueError("masking: units are chosen by gradients, and none reaches the images of this net")
+            cfg.panels = {}
+            console.print("[yellow]note[/yellow]  no gradient reaches the images: panels, which follow it, are left out")
         if cfg.masking.by is not None:
             require_masking(cfg.masking)
             choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
             x_adv = PGD(threat, steps=20, seed=cfg.seed)(net, choosers.x, choosers.y)
             layers = feature_layers(net, choosers.x[:2])
             net = masked(net, choose(cfg.masking, net, choosers.x, x_adv, choosers.y, layers)[0]).eval()
-        dashboard, _ = dashboard_of(replace(of, net=net), min(128, cfg.images or len(part)))
+        dashboard, _ = dashboard_of(replace(of, cfg=cfg, net=net), min(128, cfg.images or len(part)))
         through = f"_masked_by_{cfg.masking.by}" if cfg.masking.by is not None else ""
         folder = new_folder(cfg, f"{of.name}_{cfg.suite}{through}", "card.json", "evaluation")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -424,13 +432,14 @@ def judge_by_suite(cfg: DictConfig) -> Path:
 
         few = stratified_rows(found.labels, min(SANITY_IMAGES, found.n), cfg.seed)
         x, y = images[found.rows[few]].to(device), labels[found.rows[few]].to(device)
-        sanity = trust(net, x, y, found.standing[few], threat, twin, cfg.seed, lambda step: tell(f"sanity, {step}"))
+        held = found.standing[few]
+        sanity = trust(net, x, y, held, threat, twin, cfg.seed, found.gradient, lambda step: tell(f"sanity, {step}"))
         explained = explaining(found, fallen.places, len(dashboard.ids))
         dashboard.x, dashboard.y = images[found.rows[explained]], labels[found.rows[explained]]
         dashboard.ids = tuple(called(cfg.split, found, place) for place in explained.tolist())
         dashboard.attack = Recalled(fallen, explained, dashboard.attack)
         tell("accuracy against ε")
-        curve = accuracy_curve(net, x, y, threat)
+        curve = accuracy_curve(net, x, y, threat, attack=margin_pgd if found.gradient else few_queries)
         with full_precision(device):  # some attacks stop just over the boundary
             views = [of_a_sample(v) for v in dashboard.look(net, device, {}, tell)] if dashboard.panels else []
     source = "as the callable returns it" if of.weights is None else str(of.weights)
@@ -459,7 +468,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         "network": source,
         "suite": f"{cfg.suite}, {threat}",
         "images": f"{found.n} of the {cfg.split} split, hash {found.fingerprint['images']}",
-        "panels": shown(found, explained, dashboard.attack),
+        "panels": shown(found, explained, dashboard.attack) if views else "none",
         "seed": cfg.seed,
         "commit": commit(),
     }
@@ -468,6 +477,11 @@ def judge_by_suite(cfg: DictConfig) -> Path:
     console.print(f"[bold]{lead.headline}[/bold]")
     console.print(f"page      {page.index}\ncard      {folder / 'card.md'} and card.json")
     return folder
+
+
+def few_queries(threat: Threat) -> Attack:
+    """What draws the accuracy against ε of a net without gradients."""
+    return Square(threat, queries=300, seed=7)
 
 
 def explaining(found: Evaluation, kept: Tensor, most: int) -> Tensor:

@@ -6,7 +6,7 @@ A card is plain JSON that follows ``card.schema.json``; :func:`markdown` shows i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ import jsonschema
 import torch
 from torch import Tensor, nn
 
-from defenses.attacks import PGD
+from defenses.attacks import PGD, Attack
 from defenses.objectives import Margin
 from defenses.robustness import Evaluation, device_of, predict
 from defenses.sanity import SanityReport
@@ -34,16 +34,28 @@ MUST_AGREE: Final = {  # what makes the accuracies of two cards comparable, and 
 }
 
 
+def margin_pgd(threat: Threat) -> Attack:
+    """PGD-20 on the margin."""
+    return PGD(threat, 20, objective=Margin(), seed=7)
+
+
 def accuracy_curve(
-    net: nn.Module, x: Tensor, y: Tensor, threat: Threat, scales: Sequence[float] = SCALES, steps: int = 20, batch: int = 256
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    scales: Sequence[float] = SCALES,
+    attack: Callable[[Threat], Attack] = margin_pgd,
+    batch: int = 256,
 ) -> tuple[tuple[float, float], ...]:
     """Accuracy against ε: pairs of (ε, share that stands), from ε = 0 on, never rising (ours).
 
-    PGD on the margin at each radius, of what still stands: an image that fell in a smaller ball falls in a larger one.
+    An attack at each radius, on what still stands: an image that fell in a smaller ball falls in a larger one.
 
     Args:
         x, y: images (N, C, H, W) in [0,1] and labels (N,).
         scales: radii over that of ``threat``, increasing.
+        attack: for a ball; one that needs no gradient for a net that has none.
 
     Raises:
         ValueError: scales that do not increase from above 0.
@@ -57,10 +69,10 @@ def accuracy_curve(
     curve = [(0.0, float(standing.float().mean()))]
     for scale in scales:
         ball = threat.scaled(scale)
-        attack = PGD(ball, steps, objective=Margin(), seed=7)
+        search = attack(ball)
         for rows in standing.nonzero().flatten().split(batch) if standing.any() else ():
             a, b = x[rows.to(x.device)].to(device), y[rows.to(y.device)].to(device)
-            standing[rows] = (predict(net, attack(net, a, b)).argmax(1) == b).cpu()
+            standing[rows] = (predict(net, search(net, a, b)).argmax(1) == b).cpu()
         curve.append((float(ball.eps), float(standing.float().mean())))
     return tuple(curve)
 

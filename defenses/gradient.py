@@ -19,7 +19,7 @@ STEP: Final = {torch.float64: 1e-5, torch.float32: 1e-3}  # of every pixel: far 
 
 
 class Reachable(nn.Module):
-    """``net``, with a gradient for every input: zero where it has none, or none that is finite.
+    """``net``, with a gradient for every input: zero where it has none, or none that is finite; and scores in floats.
 
     So that an attack on a net that cuts its gradients runs, and fails, instead of raising.
     """
@@ -31,10 +31,30 @@ class Reachable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not x.requires_grad:
             logits: Tensor = self.net(x)
-            return logits
+            return logits if logits.is_floating_point() else logits.float()
         inside = x * 1  # not the leaf itself: it takes the hook, and a net may change its input in place
         inside.register_hook(torch.nan_to_num)
-        return self.net(inside) + 0 * x.flatten(1).sum(1, keepdim=True)
+        try:
+            logits = self.net(inside)
+        except RuntimeError as error:
+            if "requires grad" not in str(error):
+                raise
+            logits = self.net(x.detach())  # numpy takes no tensor that asks for a gradient
+        return logits + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def has_gradient(net: nn.Module, x: Tensor) -> bool:
+    """Whether a gradient other than zero comes from the logits of any of these images (N, C, H, W) to a pixel of it.
+
+    Of the logits mixed at random, so that a loss that saturates hides nothing.  False for a forward that leaves autograd
+    (no_grad, detach, numpy, whole numbers) and for one of steps alone (sign, argmax, round).
+    """
+    with undisturbed(net):
+        images = x.detach().clone().requires_grad_()
+        logits = Reachable(net)(images)
+        mixture = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits)
+        (gradient,) = torch.autograd.grad((logits @ mixture).sum(), images)
+    return bool((gradient != 0).any())
 
 
 def zero_gradients(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -120,7 +140,7 @@ class _Watch(TorchFunctionMode):
         if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
                 self.cuts.add("data")
-            elif name in ("detach", "detach_"):
+            elif name in ("detach", "detach_", "numpy"):
                 self.cuts.add(name)
             elif not torch.is_grad_enabled() and not name.startswith("__"):
                 self.cuts.add("no_grad")
@@ -134,5 +154,5 @@ def watched(net: nn.Module, x: Tensor) -> tuple[list[str], list[str]]:
     with undisturbed(net):
         images = x.detach().clone().requires_grad_() * 1
         with _Watch() as watch:
-            net(images)
+            Reachable(net)(images)
     return sorted(watch.calls), sorted(watch.cuts)

@@ -26,15 +26,17 @@ from torch import Tensor, nn
 
 from defenses.corruptions import corrupted_accuracy
 from defenses.fallen import Fallen
+from defenses.gradient import Reachable, has_gradient
 from defenses.identity import described, net_hash, tensors_hash
 from defenses.sampling import stratified_rows, wilson
-from defenses.suite import Suite, SuiteName, make_suite
+from defenses.suite import Suite, SuiteName, make_suite, without_gradient
 from defenses.terms import Term
 from defenses.threat import Threat
 from interpret.modes import undisturbed
 
 STANDS: Final = -1  # in ``felled``: no attack felled it
 WRONG: Final = -2  # misclassified without any attack
+ASKED: Final = 16  # images of which one has to have a gradient
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Evaluation:
     interval: Wilson's, 95 %, for the accuracy on images drawn as these were.
     fingerprint: of weights, images, labels, settings.  notes: what a reader must know beside the numbers.
     corruptions: accuracy by corruption at its five severities, where asked for.
+    gradient: whether any reaches the images; without, Square was the attack and the accuracy is only an upper limit.
     """
 
     suite: str
@@ -81,6 +84,7 @@ class Evaluation:
     fingerprint: Mapping[str, str]
     notes: tuple[str, ...] = ()
     corruptions: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    gradient: bool = True
 
     @property
     def n(self) -> int:
@@ -135,7 +139,8 @@ def check_images(net: nn.Module, images: Tensor, labels: Tensor, threat: Threat)
 
     Raises:
         ValueError: images that are no float (N, C, H, W) in [0,1], labels of another length or type or outside the classes,
-            a ball that holds everything, weights that are not fp32, or a net that returns no finite logits for these images.
+            a ball that holds everything, weights that are not fp32, or a net that cannot run on these images or returns no
+            finite scores, one a class.
     """
     if images.dim() != 4 or not images.is_floating_point() or images.numel() == 0:
         raise ValueError(
@@ -157,10 +162,21 @@ def check_images(net: nn.Module, images: Tensor, labels: Tensor, threat: Threat)
         raise ValueError(
             f"net: an evaluation runs in fp32, found weights in {sorted(map(str, kinds))}; net.float() casts them"
         )
-    logits = predict(net, images[:2].to(device_of(net)))
+    try:
+        logits = predict(net, images[:2].to(device_of(net)))
+    except Exception as error:  # whatever a foreign net raises here
+        shape = ", ".join(map(str, images.shape[1:]))
+        raise ValueError(
+            f"net: expected one that runs in eval mode on images (N, {shape}), found {type(error).__name__}: {error}"
+        ) from error
+    expected = "net: expected finite logits (N, classes)"
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{expected}, found a {type(logits).__name__}; wrap the net so that it returns the logits alone")
+    if logits.dim() == 1 and not logits.is_floating_point():
+        raise ValueError(f"{expected}, found class numbers (N,), which tell no attack anything: return a score a class")
     if logits.dim() != 2 or len(logits) != len(images[:2]) or logits.shape[1] < 2 or not logits.isfinite().all():
         finite = bool(logits.isfinite().all())
-        raise ValueError(f"net: expected finite logits (N, classes), found shape {tuple(logits.shape)}, finite: {finite}")
+        raise ValueError(f"{expected}, found shape {tuple(logits.shape)}, finite: {finite}")
     classes = logits.shape[1]
     first, last = int(labels.min()), int(labels.max())
     if first < 0 or last >= classes:
@@ -278,6 +294,9 @@ def evaluate_robustness(
     The net and the global random generators are left as found.  A run that was stopped goes on at the batch where it was and
     ends with the same numbers: state, images, weights and settings are compared by hash.
 
+    A net that no gradient reaches (see :func:`defenses.gradient.has_gradient`) is attacked by Square in the place of the
+    suites that have names, which a note says; a suite of your own runs as it is.
+
     Args:
         net: images in [0,1] to logits; fp32.
         images: (N, C, H, W) in [0,1], on any device; labels: (N,) int64.
@@ -305,10 +324,15 @@ def evaluate_robustness(
         subset = min(len(images), chosen.subset or len(images))
     rows = stratified_rows(labels, subset, seed)
     images, labels = images[rows.to(images.device)], labels[rows.to(labels.device)].cpu()
+    device = device_of(net)
+    weights, gradient = net_hash(net), has_gradient(net, images[:ASKED].to(device))
+    if not gradient:
+        net = Reachable(net)
+        chosen = without_gradient(chosen, threat, seed) if not isinstance(suite, Suite) else chosen
     settings = [{"name": step.name, **described(step.attack)} for step in chosen.steps]
     asked = json.dumps([settings, repr(threat), threat.eps, batch_size], sort_keys=True)
     fingerprint = {
-        "weights": net_hash(net),
+        "weights": weights,
         "images": tensors_hash(images, labels),
         "settings": hashlib.sha256(asked.encode()).hexdigest()[:16],
     }
@@ -318,7 +342,6 @@ def evaluate_robustness(
     now = _State.resumed(path, fingerprint) if path is not None else None
     if fallen is not None:
         fallen.begin(len(rows), fingerprint, resumed=now is not None)
-    device = device_of(net)
     with full_precision(device):
         if now is None:
             parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
@@ -332,8 +355,10 @@ def evaluate_robustness(
         corrupted = corrupted_accuracy(net, images, labels, batch_size, seed) if corruptions else {}
     felled = torch.tensor(now.felled)
     right, standing = felled != WRONG, felled == STANDS
-    notes = []
-    if classes < 4:
+    notes = list(chosen.notes)
+    if not gradient and isinstance(suite, Suite):
+        notes.append("no gradient reaches the images: attacks of this suite that follow one find next to nothing")
+    if classes < 4 and gradient:
         notes.append(f"with {classes} classes there is no targeted DLR loss: APGD-T goes by the margin")
     return Evaluation(
         suite=chosen.name,
@@ -350,6 +375,7 @@ def evaluate_robustness(
         fingerprint=fingerprint,
         notes=tuple(notes),
         corruptions=corrupted,
+        gradient=gradient,
     )
 
 

@@ -313,7 +313,7 @@ def _gradient_checks(net: nn.Module, trial: _Trial, right: Tensor, seed: int) ->
     what = f"have a gradient that misses more than {100 * SLOPE[0]:g} % of the slope{by}"
     some, much = (int((missed > limit).sum()) for limit in SLOPE)
     return [
-        share_check("gradients are not zero", int(zero.sum()), int(right.sum()), "have no gradient"),
+        share_check("gradients are not zero", int(zero.sum()), int(right.sum()), f"have no gradient{by}"),
         share_check("gradient is the slope", some, len(few), what, much),
         Check(
             "no autograd inside forward",

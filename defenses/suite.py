@@ -7,7 +7,7 @@ A suite is an ordered list (:class:`Suite`); :func:`make_suite` makes the four t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from defenses.apgd import APGD, APGDT
 from defenses.attacks import PGD, Attack
 from defenses.autoattack import TARGETS, AutoAttackPart
 from defenses.objectives import CrossEntropy, Margin
+from defenses.square import Square
 from defenses.terms import Term
 from defenses.threat import Threat
 
@@ -41,6 +42,7 @@ class Suite:
     """Attacks in the order in which they run.
 
     subset: images that are judged, where there are more and no other number was asked for; None: all.
+    notes: what a reader must know of it, e.g. what was left out.
 
     Raises:
         ValueError: no attack, or two of one name.
@@ -49,6 +51,7 @@ class Suite:
     name: str
     steps: tuple[Step, ...]
     subset: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [step.name for step in self.steps]
@@ -135,5 +138,28 @@ def make_suite(
             steps.append(Step("transfer, CE", Transfer(twin, APGD(threat, 100, seed=seed)), 2))
             steps.append(Step("transfer, margin", Transfer(twin, PGD(threat, 100, objective=Margin(), seed=seed)), 2))
         steps.append(Step("Square", AutoAttackPart(threat, "square", queries=2000, seed=seed), 2000))
-        return Suite(name, tuple(steps), subset=1000)
+        left_out = []
+        if not terms:
+            left_out.append(
+                "no attack knew the regularisers of the defense, for none were given: regularizers=... names them "
+                "(terms= in Python); a run folder brings its own"
+            )
+        if twin is None:
+            left_out.append("no transfer attack, for no twin was given: twin=RUN names an undefended net (twin= in Python)")
+        return Suite(name, tuple(steps), subset=1000, notes=tuple(f"adaptive: {words}" for words in left_out))
     raise ValueError(f"suite: expected {', '.join(SUITES)}; found {name!r}")
+
+
+def without_gradient(suite: Suite, threat: Threat, seed: int = 0) -> Suite:
+    """What a suite that has a name becomes for a net whose gradient is zero: Square, and the transfers of the suite.
+
+    Square takes 1000 queries in probe and fast, and the 5000 of AutoAttack in the others.
+    """
+    queries = 1000 if suite.name in ("probe", "fast") else 5000
+    transfers = tuple(step for step in suite.steps if isinstance(step.attack, Transfer))
+    square = Step("Square", Square(threat, queries, seed=seed), queries)
+    words = (
+        f"no gradient reaches the images, so that Square, {queries} queries, took the place of all attacks that follow one: "
+        "the number is an upper limit, and not to be trusted"
+    )
+    return replace(suite, steps=(square, *transfers), notes=(words, *(note for note in suite.notes if "transfer" in note)))

@@ -115,18 +115,20 @@ def trust(
     threat: Threat,
     twin: nn.Module | None,
     seed: int,
+    gradient: bool,
     tell: Callable[[str], None],
 ) -> SanityReport:
     """The sanity checks, and whether the suite, which ``held`` (N,) bool of these images withstand, was as strong as they.
 
-    Where there is too little to check, a report that says so.
+    Where there is too little to check, a report that says so; ``gradient``: of the evaluation, said there too.
     """
     try:
         report = sanity_checks(net, x, y, threat, transfer_from=twin, seed=seed, tell=tell)
         return replace(report, checks=(*report.checks, suite_check(int(held.sum()), report)))
     except ValueError as error:
         too_few = Check("enough to check", False, float(len(x)), "16 images, some of them classified rightly", str(error))
-        return SanityReport((too_few,), {}, len(x))
+        none = Check("gradients are not zero", False, 1.0, "some", "no gradient reaches the images", grave=True)
+        return SanityReport((too_few,) if gradient else (none, too_few), {}, len(x))
 
 
 def card_view(card: Mapping[str, Any], sanity: SanityReport, found: Evaluation) -> View:
@@ -155,9 +157,10 @@ def card_view(card: Mapping[str, Any], sanity: SanityReport, found: Evaluation) 
         replace(attack_table(found), open=True),
         sanity.table(),
     ]
+    attacks = "1 attack" if len(found.attacks) == 1 else f"{len(found.attacks)} attacks"
     title = (
         f"Robust accuracy {100 * found.accuracy:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %), "
-        f"{100 * found.clean_accuracy:.1f} % clean, worst case of {len(found.attacks)} attacks on {found.n} images. "
+        f"{100 * found.clean_accuracy:.1f} % clean, worst case of {attacks} on {found.n} images. "
         f"Verdict: {sanity.verdict}{why}."
     )
     if found.corruptions:

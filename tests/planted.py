@@ -95,6 +95,37 @@ class Probabilities(Planted):
         return self.net(x).softmax(1)
 
 
+class Cut(Planted):
+    """The net's function, and no gradient: ``how`` it leaves autograd."""
+
+    def __init__(self, net: nn.Module, how: str) -> None:
+        super().__init__(net)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.how:
+            case "no_grad":
+                with torch.no_grad():
+                    return self.net(x)
+            case "inference_mode":
+                with torch.inference_mode():
+                    return self.net(x)
+            case "detach":
+                return self.net(x).detach()
+            case "numpy":
+                return self.net(torch.from_numpy(x.numpy()))  # which refuses what asks for a gradient
+            case "whole numbers":
+                return (self.net(x) * 1e6).round().long()
+            case "argmax":
+                return F.one_hot(self.net(x).argmax(1), 5)
+            case _:
+                return self.net((x - 0.5).sign() / 2 + 0.5)
+
+
+SAME = ("no_grad", "inference_mode", "detach", "numpy", "whole numbers")  # to rounding, the net's own function
+CUTS = (*SAME, "argmax", "sign")
+
+
 class Shattered(Planted):
     """A smooth ripple on the input: the gradient is right, and says nothing beyond a few thousandths of a grey level."""
 

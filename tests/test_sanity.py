@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defenses.attacks import PGD
-from defenses.gradient import gradient_error, watched, zero_gradients
+from defenses.gradient import gradient_error, has_gradient, watched, zero_gradients
 from defenses.sanity import LIMITS, Check, SanityReport, lower_limit, sanity_checks, share_check, suite_check
 from defenses.threat import L2, Linf
-from tests.planted import DEFENSES, Planted, Saturated, Shattered
+from tests.planted import CUTS, DEFENSES, Cut, Planted, Saturated, Shattered
 from tests.reference.nets import Linear, batch, conv_bn, seeded, smooth, unchanged, untidy
 from tests.reference.trained import images
 
@@ -225,6 +225,25 @@ def test_planted_defenses_are_called_out(name, robust):
     assert report.verdict == "invalid"
     assert outcome(report, CALLED_BY[name]).grave
     assert outcome(report, CALLED_BY[name]).sentence in report.reasons
+
+
+@pytest.mark.parametrize("how", CUTS)
+def test_no_gradient_is_a_reason_of_its_own(how):
+    net = Cut(trained(), how)
+    x, y = images(32, seed=50)
+    y = torch.where(torch.arange(32) % 2 == 0, net(x).argmax(1), y)  # some are right, whatever is left of the net
+    assert not has_gradient(net, x)
+    report = sanity_checks(net, x, y, Linf(EPS))
+    assert report.verdict == "invalid"
+    assert outcome(report, "gradients are not zero").grave
+    assert any("images have no gradient" in reason for reason in report.reasons)
+
+
+def test_a_gradient_that_saturates_is_one():
+    x, _ = images(8, seed=50)
+    assert has_gradient(trained(), x)
+    assert has_gradient(Saturated(trained()), x)
+    assert has_gradient(Shattered(trained()), x)
 
 
 def test_transfer_finds_what_gradients_hide():

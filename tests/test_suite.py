@@ -22,7 +22,9 @@ from defenses.masking import UnitMask, masked
 from defenses.regularizers import PSE
 from defenses.robustness import STANDS, WRONG, Progress
 from defenses.sampling import stratified_rows, wilson
+from defenses.square import Square
 from defenses.suite import Step, Suite, Transfer
+from tests.planted import CUTS, SAME, Cut
 from tests.reference.nets import Linear, conv_bn, seeded, unchanged, untidy
 from tests.test_apgd import mlp
 
@@ -220,6 +222,77 @@ class Rounded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net((x * 64).round() / 64)
+
+
+@pytest.mark.parametrize("how", CUTS)
+def test_a_net_without_gradient_is_judged_by_square(how: str) -> None:
+    net, threat = mlp(5), Linf(0.05)
+    x = torch.rand(20, 1, 6, 6, generator=seeded(4)) * 0.8 + 0.1
+    hidden = Cut(net, how)
+    y = hidden(x).argmax(1)
+    with unchanged(hidden):
+        found = evaluate_robustness(hidden, x, y, threat, "probe")
+    assert [a.name for a in found.attacks] == ["Square"]
+    assert (found.gradient, found.clean_accuracy, found.backwards) == (False, 1.0, 0)
+    assert "no gradient reaches the images" in found.notes[0]
+    if how in SAME:  # what Square finds on the net as it is, image by image
+        bare = evaluate_robustness(net, x, y, threat, Suite("square", (Step("Square", Square(threat, 1000)),)))
+        assert bare.gradient
+        assert torch.equal(found.felled, bare.felled)
+        assert 0 < found.accuracy < 1
+    else:
+        assert found.accuracy < 1
+    assert found.fingerprint["weights"] == net_hash(hidden)
+
+
+def test_a_net_without_gradient_keeps_transfers_and_a_suite_of_ones_own() -> None:
+    net, threat = mlp(5), Linf(0.05)
+    x = torch.rand(8, 1, 6, 6, generator=seeded(4)) * 0.8 + 0.1
+    hidden = Cut(net, "no_grad")
+    y = net(x).argmax(1)
+    found = evaluate_robustness(hidden, x, y, threat, "adaptive", twin=net)
+    assert [a.name for a in found.attacks] == ["Square", "transfer, CE", "transfer, margin"]
+    own = evaluate_robustness(hidden, x, y, threat, Suite("own", (Step("pgd", PGD(threat, 2)),)))
+    assert [a.name for a in own.attacks] == ["pgd"]
+    assert "attacks of this suite that follow one find next to nothing" in own.notes[0]
+
+
+class Numbers(Threshold):
+    """The class itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(1)
+
+
+class Pair(Threshold):
+    """Logits and something else."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x
+
+
+class Training(Threshold):
+    """Runs in training mode alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            raise RuntimeError("no eval mode here")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Numbers(), r"found class numbers \(N,\), which tell no attack anything: return a score a class"),
+        (Pair(), "found a tuple; wrap the net so that it returns the logits alone"),
+        (Training(), r"runs in eval mode on images \(N, 1, 1, 2\), found RuntimeError: no eval mode here"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), "runs in eval mode on images .*found RuntimeError: mat1 and mat2"),
+    ],
+    ids=["class numbers", "tuple", "training only", "other images"],
+)
+def test_what_no_attack_can_ask_is_refused_with_the_reason(net: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness(net, *named(), Linf(0.1), "probe")
 
 
 def test_the_adaptive_suite_tries_what_the_others_cannot() -> None:

@@ -137,6 +137,14 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
         "def make(classes=2):\n"
         "    body = nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()\n"
         "    return nn.Sequential(*body, nn.Linear(4, classes))\n"
+        "def hidden():\n"
+        "    return Hidden()\n"
+        "class Hidden(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.net = make()\n"
+        "    def forward(self, x):\n"
+        "        return self.net(x.detach())\n"
         "def wrong():\n"
         "    return make(7)\n"
     )
@@ -170,14 +178,24 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
     assert one["data"]["n"] == two["data"]["n"] == 40
     assert one["accuracy"]["clean"] == two["accuracy"]["clean"]
     assert [row["class"] for row in one["accuracy"]["by_class"]] == ["ants", "bees"]
+    # Anyone's classifier that no gradient passes is judged without one, and its number is not to be used.
+    without = ("threat.eps=0.1", "images=8", "out=out", "name=hidden", "model=their_models:hidden", "weights=null")
+    command(monkeypatch, evaluate, *common, *folder, *without)
+    cut = judged(tmp_path / "out" / "hidden")
+    assert (cut["suite"]["name"], [a["name"] for a in cut["suite"]["attacks"]]) == ("probe", ["Square"])
+    assert cut["sanity"]["verdict"] == "invalid"
+    assert cut["sanity"]["reasons"][0] == "no gradient reaches the images"  # 8 images are too few for the checks
+    assert cut["accuracy"]["by_eps"][-1]["robust"] <= cut["accuracy"]["clean"]
+    assert "no gradient reaches the images, so that Square" in capsys.readouterr().out
     for change, message in (
+        ("model=their_models:hidden weights=null masking.by=margin", "masking: units are chosen by gradients"),
         ("model=their_models:wrong", "it must return logits, one floating-point tensor (N, num_classes) = (2, 2)"),
         ("weights=nowhere.pt", "checkpoint: expected a run folder or a file of weights"),
         ("model=their_models:missing", "must name a callable"),
         ("network=small_cnn", "model: takes the place of network="),
     ):
         with pytest.raises(SystemExit):
-            command(monkeypatch, evaluate, *common, *folder, "out=out", "name=other", change)
+            command(monkeypatch, evaluate, *common, *folder, "out=out", "name=other", *change.split())
         assert message in capsys.readouterr().err
     shutil.rmtree(tmp_path / "folder")
     (tmp_path / "folder").mkdir()
@@ -192,7 +210,7 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
         with pytest.raises(SystemExit):
             command(monkeypatch, evaluate, *common, "data=arrays", "data.path=arrays", "out=out", "name=other")
         assert message in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["arrays", "folder"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["arrays", "folder", "hidden"]
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,16 @@ class ImageData(Protocol):
     def image_shape(self) -> tuple[int, int, int]: ...
 
 
-def make_network(factory: Callable[..., nn.Module], data: ImageData, channels_last: bool = False) -> nn.Module:
-    """The network for the classes, channels and statistics of ``data``, checked.
+def make_network(
+    factory: Callable[..., nn.Module], data: ImageData, channels_last: bool = False, differentiable: bool = True
+) -> nn.Module:
+    """The network for the classes, channels and statistics of ``data``, checked; as one to train, if ``differentiable``.
 
     Raises:
         ValueError: see :func:`lightning_modules.networks.check.check_network`.
     """
     net = factory(num_classes=data.num_classes, in_channels=data.image_shape[0], mean=data.mean, std=data.std)
-    check_network(net, data.image_shape, data.num_classes)
+    check_network(net, data.image_shape, data.num_classes, differentiable)
     if channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net

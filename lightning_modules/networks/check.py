@@ -22,9 +22,10 @@ def without_inplace(net: Network) -> Network:
     return net
 
 
-def check_network(net: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
+def check_network(net: nn.Module, image_shape: tuple[int, int, int], num_classes: int, differentiable: bool = True) -> None:
     """Raise unless ``net`` maps images (N, C, H, W) in [0,1] to logits (N, num_classes) that gradients can pass.
 
+    ``differentiable=False`` asks only for finite scores (N, num_classes): enough for a net that is judged, not trained.
     Two random images of ``image_shape`` = (C, H, W) run in eval mode; modes, buffers, gradients and the global random
     generators are left as found.
 
@@ -38,7 +39,7 @@ def check_network(net: nn.Module, image_shape: tuple[int, int, int], num_classes
             f"  Got: inplace=True in {', '.join(inplace)}"
         )
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(2, *image_shape, generator=generator).to(_device(net)).requires_grad_()
+    images = torch.rand(2, *image_shape, generator=generator).to(_device(net)).requires_grad_(differentiable)
     modes = [(module, module.training) for module in net.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -47,9 +48,9 @@ def check_network(net: nn.Module, image_shape: tuple[int, int, int], num_classes
         if buffer is not None
     ]
     try:
-        with torch.enable_grad(), torch.random.fork_rng():
+        with torch.set_grad_enabled(differentiable), torch.random.fork_rng():
             net.eval()
-            _check_logits(_run(net, images), images, num_classes)
+            _check_logits(_run(net, images), images, num_classes, differentiable)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -68,15 +69,17 @@ def _run(net: nn.Module, images: Tensor) -> object:
         ) from error
 
 
-def _check_logits(logits: object, images: Tensor, num_classes: int) -> None:
+def _check_logits(logits: object, images: Tensor, num_classes: int, differentiable: bool) -> None:
     expected = f"network: it must return logits, one floating-point tensor (N, num_classes) = ({len(images)}, {num_classes})"
     if not isinstance(logits, Tensor):
         raise ValueError(f"{expected}  Got: {type(logits).__name__}")
-    if logits.shape != (len(images), num_classes) or not logits.is_floating_point():
+    if logits.shape != (len(images), num_classes) or (differentiable and not logits.is_floating_point()):
         raise ValueError(f"{expected}  Got: {logits.dtype} of shape {tuple(logits.shape)}")
     values = logits.detach().double()
     if not values.isfinite().all():
         raise ValueError(f"{expected}, all finite  Got: NaN or infinite values")
+    if not differentiable:
+        return
     # Log-probabilities pass: they are logits, shifted by a constant that no loss or margin sees.
     if (values >= 0).all() and (values.sum(dim=1) - 1).abs().max() < 1e-3:
         raise ValueError(
