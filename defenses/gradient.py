@@ -1,4 +1,4 @@
-"""Is the gradient that a network hands an attacker the slope of what it computes?  (ours)"""
+"""Is the gradient that a network hands an attacker the slope of what it computes, and does that not jump?  (ours)"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from defenses.losses import cross_entropy
 from interpret.modes import undisturbed
 
 INTERIOR: Final = 0.005  # distance kept from 0 and 1, where a net that clamps its input has a kink
+PARTS, HALVINGS = 16, 12  # of a segment, in the search for jumps
 STEP: Final = {torch.float64: 1e-5, torch.float32: 1e-3}  # of every pixel: far above rounding, far below most kinks
 
 
@@ -101,6 +102,38 @@ def gradient_error(net: nn.Module, x: Tensor, y: Tensor, directions: int = 4, se
         random = [torch.randint(2, x.shape, generator=generator, device=x.device) * 2 - 1 for _ in range(directions)]
         along = _missed([slopes(gradient.sign())])
         return torch.maximum(along, _missed([slopes(signs.to(dtype)) for signs in random])).float()
+
+
+def largest_jump(net: nn.Module, x: Tensor, ends: Tensor) -> Tensor:
+    """The largest jump of a logit on the way from x to ``ends``, (N,), in the logits' units; next to 0 for a continuous net.
+
+    Each way is cut into 16 parts.  Of each part the half whose ends differ more is kept, 12 times: what then still differs,
+    over 1/65536 of the way, is a jump, which no gradient tells of (as in k-winners-take-all, Xiao et al. 2020,
+    1905.10510).  In float64 where the net can be copied so.
+
+    Args:
+        x, ends: images in [0,1], (N, C, H, W).
+    """
+    net, dtype = _sharp(net, x)
+    start, way = x.detach().to(dtype), (ends - x).detach().to(dtype)
+    net = Reachable(net)
+    with undisturbed(net), torch.no_grad():
+
+        def logits(t: Tensor) -> Tensor:
+            """At the fractions t (P, N) of the way, (P, N, K)."""
+            return torch.stack([net(start + part.view(-1, 1, 1, 1) * way) for part in t])
+
+        grid = torch.linspace(0, 1, PARTS + 1, dtype=dtype, device=x.device)[:, None].expand(-1, len(x))
+        left, right = grid[:-1], grid[1:]
+        values = logits(grid)
+        low, high = values[:-1], values[1:]
+        for _ in range(HALVINGS):
+            middle = (left + right) / 2
+            value = logits(middle)
+            first = (value - low).abs().amax(2) > (high - value).abs().amax(2)
+            left, right = torch.where(first, left, middle), torch.where(first, middle, right)
+            low, high = torch.where(first[..., None], low, value), torch.where(first[..., None], value, high)
+    return (high - low).abs().amax((0, 2)).float()
 
 
 def _missed(slopes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

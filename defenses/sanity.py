@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from defenses import losses
 from defenses.attacks import FGSM, PGD, Attack
-from defenses.gradient import Reachable, gradient_error, watched, zero_gradients
+from defenses.gradient import Reachable, gradient_error, largest_jump, watched, zero_gradients
 from defenses.objectives import CrossEntropy, Margin, Objective
 from defenses.square import Square
 from defenses.threat import Threat
@@ -47,6 +47,7 @@ LIMITS: Final[dict[str, tuple[float, float]]] = {  # share of images: above it s
     "gradients beat transfer": (0.01, 0.05),
     "gradients are not zero": (0.01, 0.1),
     "gradient is the slope": (0.05, 0.05),
+    "outputs do not jump": (0.05, 1.0),  # never grave: the number may still be right
     "suite against the checks": (0.01, 0.1),
 }
 CONFIDENCE: Final = 0.99
@@ -54,6 +55,9 @@ LARGE: Final = 16.0
 SAME: Final = 0.01  # difference of two passes, in standard deviations of the logits: TF32 alone makes a thousandth
 SLOPE: Final = (0.01, 0.1)  # of the slope's energy that a gradient may miss; that makes it a wrong gradient
 ALONE: Final = 8  # images run one by one
+JUMP: Final = 0.01  # in standard deviations of the logits; what a continuous net shows is a hundred-thousandth
+JUMPS: Final = 16  # images whose way into the ball is searched for jumps
+SUREST: Final = 8  # images that a softmax has to answer in the same way when it is surest
 SLOPES: Final = 32  # images whose gradient is compared with finite differences
 LONG: Final = 128  # images that get more steps and more starts
 
@@ -76,11 +80,15 @@ class Check:
 
 @dataclass(frozen=True)
 class SanityReport:
-    """All checks, what follows from them, and the accuracies on the way, in [0,1]; clean alone if nothing was attacked."""
+    """All checks, what follows from them, and the accuracies on the way, in [0,1]; clean alone if nothing was attacked.
+
+    standing: by image, whether it is rightly classified and withstands every attack of the checks.
+    """
 
     checks: tuple[Check, ...]
     accuracy: dict[str, float] = field(default_factory=dict)
     images: int = 0
+    standing: tuple[bool, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -120,12 +128,14 @@ def share_check(name: str, count: int, n: int, what: str, gravely: int | None = 
     return Check(name, low <= allowed, count / n, f"≤ {100 * allowed:g} %, lower 99 % limit", sentence, grave)
 
 
-def suite_check(held: int, report: SanityReport) -> Check:
-    """Whether a suite that ``held`` of the checked images withstand was at least as strong as the attacks of the checks."""
-    found = min(report.accuracy.values(), default=1.0)
-    excess = max(0, held - round(found * report.images))
+def suite_check(held: Tensor, report: SanityReport) -> Check:
+    """Whether a suite was at least as strong as the attacks of the checks: image by image, not by how many fell to each.
+
+    held: which of the images of the report withstand the suite, (N,) bool.
+    """
+    fallen = int((held.cpu() & ~torch.tensor(report.standing)).sum())
     words = "withstand the suite and fall in the checks"
-    return share_check("suite against the checks", excess, report.images, words)
+    return share_check("suite against the checks", fallen, report.images, words)
 
 
 class ScaledCrossEntropy:
@@ -137,6 +147,15 @@ class ScaledCrossEntropy:
         top = logits.detach().float().topk(2, 1).values
         gap = (top[:, :1] - top[:, 1:]).clamp_min(1e-12)
         return losses.cross_entropy(logits.float() / gap, y)
+
+
+class Sureness:
+    """Z_y − max_{c≠y} Z_c: what makes a net surer of its answer."""
+
+    needs_clean: ClassVar[bool] = False
+
+    def __call__(self, logits: Tensor, y: Tensor, clean: Tensor | None) -> Tensor:
+        return -losses.margin(logits, y)
 
 
 class Noise:
@@ -238,17 +257,20 @@ def sanity_checks(
         right = logits.argmax(1) == y
         if not right.any():
             raise ValueError(f"sanity: expected some of the {len(x)} images to be classified rightly, found none")
-        checks = [_logits_check(logits), _repeats(trial, logits), _alone(trial, logits)]
-        checks += _gradient_checks(net, trial, right, seed)
-        if any(check.grave for check in checks) and not thorough:
-            return SanityReport(tuple(checks), {"clean": float(right.double().mean())}, len(x))
-        found, accuracy = _attack_checks(trial, right, threat, transfer_from, steps, queries, seed)
-        return SanityReport((*checks, *found), accuracy, len(x))
+        checks = [_logits_check(trial, logits, threat), _repeats(trial, logits), _alone(trial, logits)]
+        checks += [*_gradient_checks(net, trial, right, seed), _jumps(net, trial, right, threat, float(logits.std()), seed)]
+        stand = {"clean": right}
+        if thorough or not any(check.grave for check in checks):
+            found, after = _attack_checks(trial, right, threat, transfer_from, steps, queries, seed)
+            checks, stand = [*checks, *found], stand | after
+        accuracy = {name: float(left.double().mean()) for name, left in stand.items()}
+        return SanityReport(tuple(checks), accuracy, len(x), tuple([*stand.values()][-1].tolist()))
 
 
 def _attack_checks(
     trial: _Trial, right: Tensor, threat: Threat, twin: nn.Module | None, steps: int, queries: int, seed: int
-) -> tuple[list[Check], dict[str, float]]:
+) -> tuple[list[Check], dict[str, Tensor]]:
+    """The checks, and what stands after more and more attacks, (N,) bool each; the last after all."""
     n = len(right)
 
     def pgd(objective: Objective, scale: float = 1, longer: int = 1, restarts: int = 1) -> PGD:
@@ -298,8 +320,7 @@ def _attack_checks(
             )
         )
         fallen["with transfer"] = searched | moved
-    accuracy = {"clean": right, **{name: right & ~turned for name, turned in fallen.items()}}
-    return checks, {name: float(stands.double().mean()) for name, stands in accuracy.items()}
+    return checks, {name: right & ~turned for name, turned in fallen.items()}
 
 
 def _gradient_checks(net: nn.Module, trial: _Trial, right: Tensor, seed: int) -> list[Check]:
@@ -325,11 +346,23 @@ def _gradient_checks(net: nn.Module, trial: _Trial, right: Tensor, seed: int) ->
     ]
 
 
+def _jumps(net: nn.Module, trial: _Trial, right: Tensor, threat: Threat, scale: float, seed: int) -> Check:
+    trial.tell("jumps")
+    few = right.nonzero().flatten()[:JUMPS]
+    generator = torch.Generator(trial.x.device).manual_seed(seed)
+    x = trial.x[few]
+    ends = threat.project(x, x + threat.eps * threat.ascent(threat.noise(x, generator)))
+    parts = zip(x.split(trial.chunk), ends.split(trial.chunk), strict=True)
+    jumps = torch.cat([largest_jump(net, a, b) for a, b in parts]) / max(scale, 1e-12)
+    what = f"meet jumps of the logits inside the ball, the largest of {float(jumps.max()):.2g} of their standard deviation"
+    return share_check("outputs do not jump", int((jumps > JUMP).sum()), len(few), what)
+
+
 def _each(function: Callable[[Tensor, Tensor], Tensor], trial: _Trial, rows: Tensor) -> Tensor:
     return torch.cat([function(trial.x[part], trial.y[part]) for part in rows.split(trial.chunk)])
 
 
-def _logits_check(logits: Tensor) -> Check:
+def _logits_check(trial: _Trial, logits: Tensor, threat: Threat) -> Check:
     values = logits.double()
     sums, normalised = (values.sum(1) - 1).abs().max(), values.logsumexp(1).abs().max()
     name, expected = "outputs are logits", "no probabilities"
@@ -337,10 +370,42 @@ def _logits_check(logits: Tensor) -> Check:
         return Check(name, False, float(sums), expected, "the outputs are probabilities: leave out the softmax", grave=True)
     if normalised < 1e-3:  # a shift of all logits, which neither cross-entropy nor differences of logits see
         return Check(name, True, float(normalised), expected, "the outputs are log-probabilities, which serve as logits")
+    affine = _affine_softmax(trial, values, threat)
+    if affine is not None:
+        scale, shift = affine
+        rounded = round(shift / scale, 2) * scale
+        found = f"the outputs are {scale:.2g} · probabilities {rounded:+.2g}: leave out the softmax"
+        return Check(name, False, scale, expected, found, grave=True)
     if values.min() >= 0 and values.max() <= 1:
         found = "all outputs lie in [0,1], as those of a sigmoid do"
         return Check(name, False, float(values.max()), expected, found)
     return Check(name, True, float(normalised), expected, "the outputs are no probabilities")
+
+
+def _affine_softmax(trial: _Trial, values: Tensor, threat: Threat) -> tuple[float, float] | None:
+    """a and b of outputs a · softmax + b; None where they are none.
+
+    Two signs: every row has the same sum, as that of centred logits has too; and where the net is surest, one class is at a
+    ceiling and all others at one floor, which logits never reach.  For the second, images are moved far towards the class
+    they have (not with two classes, where every row is a ceiling and a floor).
+    """
+    sums = values.sum(1)
+    if sums.max() - sums.min() > 1e-4 * values.abs().max():
+        return None
+    if values.shape[1] > 2:
+        x, y = trial.x[:SLOPES], values[:SLOPES].argmax(1)
+        attack = PGD(threat.scaled(LARGE), steps=20, objective=Sureness())
+        surer = [
+            trial.logits(attack(trial.net, *part)) for part in zip(x.split(trial.chunk), y.split(trial.chunk), strict=True)
+        ]
+        values = torch.cat([values, *(part.double() for part in surer)])
+    ordered = values.sort(1, descending=True).values
+    floor = ordered[:, 1:].mean(1)
+    height, rows = (ordered[:, 0] - floor).topk(SUREST)
+    apart = (ordered[rows, 1] - ordered[rows, -1]).max()
+    if max(apart, height.max() - height.min()) > 0.01 * height.max():
+        return None
+    return float(height.max()), float(floor[rows].mean())
 
 
 def _same(name: str, expected: str, what: str, logits: Tensor, others: Iterable[Tensor]) -> Check:

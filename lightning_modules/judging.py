@@ -124,7 +124,7 @@ def trust(
     """
     try:
         report = sanity_checks(net, x, y, threat, transfer_from=twin, seed=seed, tell=tell)
-        return replace(report, checks=(*report.checks, suite_check(int(held.sum()), report)))
+        return replace(report, checks=(*report.checks, suite_check(held, report)))
     except ValueError as error:
         too_few = Check("enough to check", False, float(len(x)), "16 images, some of them classified rightly", str(error))
         none = Check("gradients are not zero", False, 1.0, "some", "no gradient reaches the images", grave=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -133,6 +134,24 @@ class Shattered(Planted):
         return self.net(x + 0.02 * (400 * x).sin())
 
 
+class Winners(nn.Module):
+    """Keeps the largest half of each layer's units where they were rectified (k-WTA, Xiao et al. 2020, 1905.10510)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        least = x.flatten(1).topk(x[0].numel() // 2, 1).values[:, -1]
+        return x * (x >= least.view(-1, *[1] * (x.dim() - 1)))
+
+
+def winners(net: nn.Module) -> nn.Module:
+    """A copy of a net of rectified units, whose units compete instead; no training, so that it is as accurate as it is."""
+    net = copy.deepcopy(net)
+    for module in [*net.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, Winners())
+    return net
+
+
 DEFENSES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "quantised input": Quantised,
     "saturated logits": Saturated,
@@ -143,4 +162,5 @@ DEFENSES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "detached gate": Gated,
     "probabilities": Probabilities,
     "shattered gradients": Shattered,
+    "winners take all": winners,
 }
