@@ -47,7 +47,7 @@ from interpret.views.profiles import ProfilesPanel
 from interpret.views.versus import versus_view
 from interpret.views.view import Bars, Lines, Table, View
 from lightning_modules.callbacks.dashboard import Dashboard, Nudge
-from lightning_modules.console import clear_errors, console, require_whole
+from lightning_modules.console import clear_errors, console, require_whole, steps
 from lightning_modules.judging import card_view, judge, trust, write_card
 from lightning_modules.networks.build import load_weights, make_network
 from lightning_modules.run_folder import commit, versions
@@ -320,17 +320,16 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
             choose(cfg.masking, net, few, rehearsed, choosers.y[:2], dashboard.layers)
         other = None if cfg.against is None else against(cfg, data)
         folder = new_folder(cfg, f"{of.name}_{attack_name}", "analysis.json", "analysis")
-        name = folder.name
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = net.to(device)
-    with console.status("starting") as status:
-        views = dashboard.look(net, device, {}, lambda step: status.update(f"{name}: {step}"))
+    with steps(folder.name) as tell:
+        views = dashboard.look(net, device, {}, tell)
         if cfg.masking.by is not None:
-            status.update(f"{name}: masking")
+            tell("masking")
             views.append(compare_masked(cfg.masking, net, dashboard, choosers, device))
         if other is not None:
-            status.update(f"{name}: {other.name}")
+            tell(other.name)
             views.insert(0, compare_networks(of.name, net, other, dashboard, device))
     meta = {
         "checkpoint": str(of.weights),
@@ -425,11 +424,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         corruptions=cfg.corruptions,
         fallen=fallen,
     )
-    with console.status("sanity checks") as status:
-
-        def tell(step: str) -> None:
-            status.update(f"{folder.name}: {step}")
-
+    with steps(folder.name) as tell:
         few = stratified_rows(found.labels, min(SANITY_IMAGES, found.n), cfg.seed)
         x, y = images[found.rows[few]].to(device), labels[found.rows[few]].to(device)
         held = found.standing[few]

@@ -7,7 +7,10 @@ interpreter in place of whichever is there (a debugger's, a coverage tool's).
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from defenses.threat import L2, Linf, Threat
 from interpret.modes import undisturbed
 
 Part = Literal["apgd-ce", "apgd-t", "fab-t", "square"]
+LOGGER: Final = "auto-attack"  # the package's
 TARGETS = 9  # of the two targeted attacks, where there are as many wrong classes
 
 
@@ -56,7 +60,7 @@ class AutoAttackPart:
         seed = (self.seed * 1_000_003 + self.calls) % 2**63
         self.calls += 1
         devices = [] if x.device.type == "cpu" else [x.device]
-        with undisturbed(net), torch.no_grad(), torch.random.fork_rng(devices, device_type=x.device.type):
+        with undisturbed(net), quiet(), torch.no_grad(), torch.random.fork_rng(devices, device_type=x.device.type):
             x, y = x.detach().clone(), y.clone()
             attack = self._attack(net, x.device, seed, classes=net(x[:1]).shape[1])
             found: Tensor = attack.perturb(x, y)
@@ -80,3 +84,15 @@ class AutoAttackPart:
             return package.fab
         package.square.n_queries = self.queries
         return package.square
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What the package says of its settings at every call is not said; its warnings are."""
+    logger = logging.getLogger(LOGGER)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

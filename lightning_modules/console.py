@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from time import monotonic
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -14,7 +15,32 @@ from rich.table import Table as RichTable
 from interpret.views.view import Table
 from lightning_modules.processes import is_echo
 
+EVERY: Final = 15.0  # seconds from one line of progress to the next, where there is no terminal for a bar
 console = Console(soft_wrap=True)
+
+
+def now_and_then() -> Callable[[str], None]:
+    """Prints what it is told, and nothing for ``EVERY`` seconds after that or after now."""
+    last = monotonic()
+
+    def tell(words: str) -> None:
+        nonlocal last
+        if monotonic() - last >= EVERY:
+            last = monotonic()
+            console.print(words)
+
+    return tell
+
+
+@contextmanager
+def steps(title: str) -> Iterator[Callable[[str], None]]:
+    """Says what is being done: beside a spinner in a terminal, in a line now and then elsewhere."""
+    if not console.is_terminal:
+        tell = now_and_then()
+        yield lambda step: tell(f"{title}: {step}")
+        return
+    with console.status(title) as status:
+        yield lambda step: status.update(f"{title}: {step}")
 
 
 @contextmanager

@@ -24,29 +24,41 @@ from defenses.threat import Threat
 from interpret.views.figures import charts_figure, to_array
 from interpret.views.page import write_atomic
 from interpret.views.view import Answer, Bars, Chart, Lines, Table, View
-from lightning_modules.console import console, show
+from lightning_modules.console import console, now_and_then, show
 
 STATE: Final = "suite_state.json"
 
 
 @contextmanager
 def suite_bar() -> Iterator[Callable[[Progress], None]]:
-    """A bar over the batches of the attack in progress, with the accuracy so far and the time left."""
+    """A bar over the batches of the attack in progress, with the accuracy so far and the time left.
+
+    Without a terminal, a line of the same now and then.
+    """
+    if not console.is_terminal:
+        tell = now_and_then()
+        yield lambda now: tell(f"{now.place + 1}/{now.attacks} {now.attack}, {now.batch} of {now.batches}: {so_far(now)}")
+        return
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn()
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=1, told="")
 
         def told(now: Progress) -> None:
-            left = "" if now.left is None else f", at most {datetime.timedelta(seconds=round(now.left))} left"
             bar.update(
                 task,
                 description=f"{now.place + 1}/{now.attacks} {now.attack}",
                 total=now.batches,
                 completed=now.batch,
-                told=f"robust {100 * now.accuracy:.1f} %{left}",
+                told=so_far(now),
             )
 
         yield told
+
+
+def so_far(now: Progress) -> str:
+    """What stands, and the time left."""
+    left = "" if now.left is None else f", at most {datetime.timedelta(seconds=round(now.left))} left"
+    return f"robust {100 * now.accuracy:.1f} %{left}"
 
 
 def attack_table(found: Evaluation) -> Table:

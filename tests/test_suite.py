@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,6 +214,16 @@ def test_suites_with_few_classes(name: str, classes: int) -> None:
         AutoAttackPart(Linf(0.05), "apgd-t")(net, x, y)
 
 
+def test_the_package_says_nothing_of_its_settings(caplog: pytest.LogCaptureFixture) -> None:
+    net = mlp(4)
+    x = torch.rand(4, 1, 6, 6, generator=seeded(2))
+    with caplog.at_level(logging.DEBUG):
+        AutoAttackPart(Linf(0.05), "apgd-ce")(net, x, net(x).argmax(1))
+        assert caplog.records == []
+        logging.getLogger("auto-attack").info("of someone else")
+    assert [record.message for record in caplog.records] == ["of someone else"]
+
+
 class Rounded(nn.Module):
     """A net behind a step function: no gradient comes through."""
 
@@ -320,8 +331,14 @@ def test_the_adaptive_suite_tries_what_the_others_cannot() -> None:
         "transfer, margin",
         "Square",
     ]
-    bare = [step.name for step in make_suite("adaptive", threat, 5).steps]
-    assert bare == [name for name in names if not name.startswith(("adaptive", "transfer"))]
+    bare = make_suite("adaptive", threat, 5)
+    assert [step.name for step in bare.steps] == [n for n in names if not n.startswith(("adaptive", "transfer"))]
+    assert make_suite("adaptive", threat, 5, terms={"pse": PSE()}, twin=net).notes == ()
+    knew, moved = bare.notes
+    assert "regularizers=" in knew
+    assert "twin=" in moved
+    assert make_suite("adaptive", threat, 5, twin=net).notes == (knew,)
+    assert make_suite("fast", threat, 5).notes == ()
 
 
 def test_the_whole_adaptive_suite_runs_and_is_the_worst_case() -> None:

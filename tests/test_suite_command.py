@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import evaluate
 from defenses.card import read_card
-from lightning_modules import judging
+from defenses.robustness import Progress
+from lightning_modules import console, judging
 from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.networks.build import load_weights
 from lightning_modules.networks.small_cnn import SmallCNN
@@ -100,6 +103,41 @@ def test_a_masked_net_is_judged_through_its_mask(weights: Path, tmp_path: Path, 
     assert whole["data"]["images"] == masked["data"]["images"]
     assert whole["model"]["weights"] != masked["model"]["weights"]
     assert whole["examples"]["felled_by"] != masked["examples"]["felled_by"]
+
+
+def test_adaptive_says_what_it_left_out(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("suite=adaptive", "images=2", "panels=[]", f"checkpoint={weights}", f"out={tmp_path / 'out'}", "threat.eps=0.5")
+    command(monkeypatch, evaluate, *NAMED[:-1], *asked)
+    notes = judged(tmp_path / "out" / "net_adaptive")["notes"]
+    assert [note for note in notes if "regularizers=" in note or "twin=" in note] == notes
+    said = capsys.readouterr().out
+    assert len(notes) == 2
+    assert all(note in said and note in (tmp_path / "out" / "net_adaptive" / "card.md").read_text() for note in notes)
+    command(monkeypatch, evaluate, *NAMED[:-1], *asked, f"twin={weights}", "name=twin")
+    assert [note for note in notes if "regularizers=" in note] == judged(tmp_path / "out" / "twin")["notes"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_told_with_a_terminal_and_without(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = io.StringIO()
+    monkeypatch.setattr(judging, "console", Console(file=seen, force_terminal=terminal, width=120))
+    monkeypatch.setattr(console, "console", judging.console)
+    clock = iter([0.0, 1.0, 16.0, 16.0, 17.0, 40.0, 40.0])
+    monkeypatch.setattr(console, "monotonic", lambda: next(clock))
+    with judging.suite_bar() as told:
+        for batch, standing, left in ((1, 90, 75.0), (2, 61, 61.0), (3, 50, None), (4, 44, 3.0)):
+            told(Progress("APGD-T", 1, 4, batch, 8, standing, 100, 30.0, left))
+    words = seen.getvalue()
+    if terminal:
+        assert "APGD-T" in words
+        assert "robust 44.0 %, at most 0:00:03 left" in words
+    else:  # no line sooner than 15 seconds after the last
+        assert words.splitlines() == [
+            "2/4 APGD-T, 2 of 8: robust 61.0 %, at most 0:01:01 left",
+            "2/4 APGD-T, 4 of 8: robust 44.0 %, at most 0:00:03 left",
+        ]
 
 
 def test_a_stopped_command_goes_on(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
