@@ -15,7 +15,7 @@ from defenses.losses import cross_entropy
 from interpret.modes import undisturbed
 
 INTERIOR: Final = 0.005  # distance kept from 0 and 1, where a net that clamps its input has a kink
-PARTS, HALVINGS = 16, 12  # of a segment, in the search for jumps
+PARTS, HALVINGS = 8, 12  # of a way, in the search for jumps
 STEP: Final = {torch.float64: 1e-5, torch.float32: 1e-3}  # of every pixel: far above rounding, far below most kinks
 
 
@@ -107,8 +107,8 @@ def gradient_error(net: nn.Module, x: Tensor, y: Tensor, directions: int = 4, se
 def largest_jump(net: nn.Module, x: Tensor, ends: Tensor) -> Tensor:
     """The largest jump of a logit on the way from x to ``ends``, (N,), in the logits' units; next to 0 for a continuous net.
 
-    Each way is cut into 16 parts.  Of each part the half whose ends differ more is kept, 12 times: what then still differs,
-    over 1/65536 of the way, is a jump, which no gradient tells of (as in k-winners-take-all, Xiao et al. 2020,
+    Each way is cut into 8 parts.  Of each part the half whose ends differ more is kept, 12 times: what then still differs,
+    over 1/32768 of the way, is a jump, which no gradient tells of (as in k-winners-take-all, Xiao et al. 2020,
     1905.10510).  In float64 where the net can be copied so.
 
     Args:

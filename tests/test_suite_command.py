@@ -15,8 +15,10 @@ from rich.console import Console
 from torch import nn
 
 import evaluate
+from datamodules.digits import Digits
 from defenses.card import read_card
 from defenses.robustness import Progress
+from defenses.sanity import LIMITS
 from lightning_modules import console, judging
 from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.networks.build import load_weights
@@ -92,6 +94,53 @@ def test_the_panels_explain_the_images_by_which_the_suite_felled_them(
             torch.testing.assert_close(x_adv, x)
     assert fell == sum(name not in (None, "clean") for name in names.values()) > 0
     assert f"as the suite felled them: {fell} by APGD-CE" in (tmp_path / "out" / "net_fast" / "index.html").read_text()
+
+
+def test_an_evaluation_in_l2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a trained net to the card; every attack, the checks and the curve in the ball of the claim."""
+    data = Digits(batch_size=128)
+    data.setup("fit")
+    x, y = data.train.images.float() / 255, data.train.labels
+    torch.manual_seed(0)
+    net = SmallCNN(num_classes=10, in_channels=1, mean=data.mean, std=data.std, width=0.25)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for rows in torch.randint(len(x), (60, 64), generator=torch.Generator().manual_seed(0)):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net.train()(x[rows]), y[rows]).backward()
+        optimizer.step()
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    named = ("data=digits", "network=small_cnn", "network.width=0.25", "threads=1", "panels=[outcome]")
+    asked = ("threat=l2", "threat.eps=0.1", "suite=fast", "images=48", f"checkpoint={tmp_path / 'net.pt'}")
+    command(monkeypatch, evaluate, *named, *asked, f"out={tmp_path / 'out'}")
+    card = judged(tmp_path / "out" / "net_fast")
+    accuracy, curve = card["accuracy"], card["accuracy"]["by_eps"]
+    assert card["threat"] == {"norm": "L2", "eps": 0.1}
+    assert all(attack["settings"]["threat"] == {"class": "L2", "eps": 0.1} for attack in card["suite"]["attacks"])
+    assert 0.1 < accuracy["robust"] < accuracy["clean"] - 0.1
+    assert [point["eps"] for point in curve] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4, 0.8])
+    heights = [point["robust"] for point in curve]
+    assert heights == sorted(heights, reverse=True)
+    assert (heights[0], heights[-1]) == pytest.approx((accuracy["clean"], 0))
+    assert card["sanity"]["verdict"] == "trusted"
+    assert {check["name"] for check in card["sanity"]["checks"]} == set(LIMITS) - {"gradients beat transfer"} | {
+        "outputs are logits",
+        "deterministic",
+        "independent of the batch",
+        "no autograd inside forward",
+    }
+    # By a simple attack of another hand at that radius: an image that falls to it fell to the suite.
+    rows = torch.tensor(card["examples"]["rows"])
+    x, y = data.test.images[rows].float() / 255, data.test.labels[rows]
+    x_adv = x.clone()
+    for _ in range(20):
+        x_adv.requires_grad_()
+        (slope,) = torch.autograd.grad(nn.functional.cross_entropy(net.eval()(x_adv), y, reduction="sum"), x_adv)
+        change = x_adv.detach() + 0.025 * slope / slope.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1) - x
+        x_adv = (x + change * (0.1 / change.flatten(1).norm(dim=1).clamp_min(0.1)).view(-1, 1, 1, 1)).clamp(0, 1)
+    fell = net(x_adv).argmax(1) != y
+    standing = torch.tensor(card["examples"]["standing"])
+    assert fell.any()
+    assert int((fell & standing).sum()) == 0
 
 
 def test_a_masked_net_is_judged_through_its_mask(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
