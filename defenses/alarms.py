@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Final
+from typing import Final, Literal
 
 from defenses.attacks import NFGSM, PGD, Attack, Scalable
 from defenses.health import Reading
@@ -16,28 +16,35 @@ class Check:
 
     kind: str
     name: str
-    says: str  # of the value, in percent points
+    says: str  # of the value
+    unit: Literal["%", "points", "number", "count"] = "%"
 
 
 CHECKS: Final = (
-    Check("nonfinite", "nonfinite", "weights or losses that are not finite: {value}"),
-    Check("catastrophic", "gap", "FGSM accuracy is {value} above PGD accuracy: one-step attacks alone are answered"),
-    Check("catastrophic", "fall", "PGD accuracy fell by {value} since the reading before"),
+    Check("nonfinite", "nonfinite", "{value}", "count"),
+    Check("catastrophic", "gap", "FGSM accuracy is {value} above PGD accuracy: one-step attacks alone are answered", "points"),
+    Check("catastrophic", "fall", "PGD accuracy fell by {value} since the reading before", "points"),
+    Check("guessing", "guess", "a lucky guesser reaches {value} of its clean accuracy"),
+    Check("guessing", "one_class", "{value} of the images of other classes get one and the same answer"),
     Check("masked", "zero_gradient", "{value} of the images have an input gradient of exactly zero"),
     Check("masked", "noise_wins", "plain noise turns {value} of the images that PGD leaves right"),
-    Check("masked", "margin_gain", "PGD on the margin loss is {value} stronger than on the cross-entropy"),
-    Check("masked", "step_gain", "four times the steps make PGD {value} stronger"),
-    Check("alignment", "misalignment", "input gradients at an image and at noise beside it are {value} misaligned"),
-    Check("drift", "kind_drift", "one-step and multi-step attacks promote and suppress units unlike: distance {value}"),
-    Check("drift", "turning_drift", "one-step and multi-step attacks turn at other layers: distance {value}"),
+    Check("masked", "margin_gain", "PGD on the margin loss is {value} stronger than on the cross-entropy", "points"),
+    Check("masked", "step_gain", "four times the steps make PGD {value} stronger", "points"),
+    Check("alignment", "misalignment", "input gradients at an image and at noise beside it: 1 − cos is {value}", "number"),
+    Check("drift", "kind_drift", "one-step and multi-step attacks promote and suppress units unlike: distance {value}", "number"),
+    Check("drift", "turning_drift", "one-step and multi-step attacks turn at other layers: distance {value}", "number"),
     Check("dead", "dead", "{value} of a layer's units never change"),
-    Check("overfitting", "behind", "held-out robust accuracy is {value} below its best, and training further above it"),
+    Check("overfitting", "behind", "held-out robust accuracy is {value} below its best, and training further above it", "points"),
 )
+GUESSING: Final = ("guess", "one_class")
+KNOWS: Final = 2 / 3  # ``guess`` of a net that surely knew something: a net at the edge does not fall back at each reading
+PATIENCE: Final = 3  # readings in a row
 KINDS: Final = tuple(dict.fromkeys(check.kind for check in CHECKS))
 ABOUT_ATTACKS: Final = frozenset({"catastrophic", "alignment", "drift", "overfitting"})  # else meaningless
 TITLES: Final = {
     "nonfinite": "not finite",
     "catastrophic": "catastrophic overfitting",
+    "guessing": "no better than guessing",
     "masked": "masked gradients",
     "alignment": "misaligned gradients",
     "drift": "signals drift",
@@ -50,7 +57,7 @@ TITLES: Final = {
 class Limits:
     """Largest value of each indicator that is no alarm, shares in [0,1]; None: never judged.
 
-    ``gap`` and ``fall`` are the field's usual 20 points; the others are ours, far above what honest runs showed
+    ``gap`` and ``fall`` are the field's usual 20 points; ``guess`` is :data:`defenses.health.LUCK`'s; the others are ours, far above what honest runs showed
     (``docs/findings.md``).  None of the interpretation signals is judged by default: they were not shown to warn earlier.
 
     Raises:
@@ -59,6 +66,8 @@ class Limits:
 
     gap: float | None = 0.2
     fall: float | None = 0.2
+    guess: float | None = 1.0
+    one_class: float | None = 0.9
     zero_gradient: float | None = 0.2
     noise_wins: float | None = 0.1
     margin_gain: float | None = 0.2
@@ -93,8 +102,12 @@ class Alarm:
     values: Mapping[str, float]
 
 
-def indicators(history: Sequence[Reading]) -> dict[str, float]:
+def indicators(history: Sequence[Reading], grace: int = 0) -> dict[str, float]:
     """What the checks look at: the last reading's values, with ``fall`` and ``behind``, which need those before.
+
+    ``guess`` and ``one_class`` are left out where they are no news, for every net begins there: they stay if an earlier
+    reading was clearly better (:data:`KNOWS`), or if the last :data:`PATIENCE` readings found nothing better, after
+    ``grace`` steps.
 
     ``behind``: best − latest held-out robust accuracy (``robust``), but at most by how much training robust accuracy
     (``train_robust``) is above the latest: a run in which both fall is not overfitting.
@@ -102,7 +115,7 @@ def indicators(history: Sequence[Reading]) -> dict[str, float]:
     if not history:
         return {}
     last = history[-1].values
-    found = dict(last)
+    found = {name: value for name, value in last.items() if name not in GUESSING} | _guessing(history, grace)
     if len(history) > 1 and "pgd" in last and "pgd" in history[-2].values:
         found["fall"] = history[-2].values["pgd"] - last["pgd"]
     if "robust" in last and "train_robust" in last:
@@ -111,14 +124,35 @@ def indicators(history: Sequence[Reading]) -> dict[str, float]:
     return found
 
 
-def judge(history: Sequence[Reading], limits: Limits, watch: Collection[str] = KINDS) -> tuple[Alarm, ...]:
+def _guessing(history: Sequence[Reading], grace: int) -> dict[str, float]:
+    """``guess`` and ``one_class`` where they are news, the best of the readings that were waited for."""
+    read = [found for r in history if (found := {name: r.values[name] for name in GUESSING if name in r.values})]
+    if not read or not history[-1].values.keys() & read[-1].keys():
+        return {}
+    knew = any(found.get("guess", float("inf")) <= KNOWS for found in read[:-1])
+    recent = read[-1:] if knew else read[-PATIENCE:]
+    if not knew and (len(recent) < PATIENCE or history[-1].step < grace):
+        return {}
+    return {name: min(found[name] for found in recent if name in found) for name in read[-1]}
+
+
+def guesses(values: Mapping[str, float], limits: Limits) -> bool:
+    """Is the net of this reading no better than guessing, be that news or not?  Then it is nothing to go back to."""
+    known = {name: values[name] for name in GUESSING if name in values}
+    return any((limit := limits.of(name)) is not None and not value <= limit for name, value in known.items())
+
+
+def judge(
+    history: Sequence[Reading], limits: Limits, watch: Collection[str] = KINDS, grace: int = 0
+) -> tuple[Alarm, ...]:
     """The alarms of the last reading, one a kind; a value that is no number counts as not finite.
 
     Args:
         history: readings in order, those of a past that was rolled back left out.
         watch: the kinds that are judged.
+        grace: steps before a net that never knew anything is ill.
     """
-    found = indicators(history)
+    found = indicators(history, grace)
     sentences: dict[str, list[Check]] = {}
     for check in CHECKS:
         value, limit = found.get(check.name), limits.of(check.name)
@@ -129,15 +163,18 @@ def judge(history: Sequence[Reading], limits: Limits, watch: Collection[str] = K
             kind,
             history[-1].epoch,
             history[-1].step,
-            f"{TITLES[kind]}: " + "; ".join(check.says.format(value=_shown(check, found[check.name])) for check in checks),
+            f"{TITLES[kind]}: " + "; ".join(check.says.format(value=_shown(check, found)) for check in checks),
             {check.name: found[check.name] for check in checks},
         )
         for kind, checks in sentences.items()
     )
 
 
-def _shown(check: Check, value: float) -> str:
-    return f"{value:.0f}" if check.kind == "nonfinite" else f"{100 * value:.0f} %"
+def _shown(check: Check, found: Mapping[str, float]) -> str:
+    value = found[check.name]
+    if check.unit == "count":
+        return next((f"{value:,.0f} of {found[of]:,.0f} {of}" for of in ("weights", "logits") if of in found), "the loss")
+    return f"{value:.2f}" if check.unit == "number" else f"{100 * value:.0f} {check.unit}"
 
 
 def remedy(kind: str, regularizers: Sequence[str], rate: float) -> tuple[str, str]:

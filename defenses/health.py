@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from scipy.stats import binom
 from torch import Tensor, nn
 
 from defenses.attacks import FGSM, PGD
@@ -24,6 +25,7 @@ from interpret.pse import KIND_NAMES, unit_effects
 
 NOISES: Final = 4  # draws of noise that a thorough look compares with the attack
 LONGER: Final = 4  # times as many steps
+LUCK: Final = 0.01  # one guesser in a hundred is as lucky
 FEW: Final = 32  # images that all but the accuracies are read from, which would cost more and say less by more images
 
 
@@ -64,8 +66,10 @@ def measure(
     """All measures of the network as it is now, in eval mode and fp32; the net is left as it was.
 
     ======================  ============================================================================================
-    ``nonfinite``           weights, else logits that are not finite; where there are any, nothing else is measured
+    ``nonfinite``           weights, else logits that are not finite, of ``weights`` or ``logits`` in all; where there are
+                            any, nothing else is measured
     ``clean fgsm pgd``      accuracies; PGD with ``steps`` steps from a random start
+    ``guess one_class``     is it better than guessing (:func:`guessing`)?
     ``gap``                 ``fgsm − pgd``: above 0.2 the net answers one-step attacks and no others (METHODS: Wong 2020)
     ``misalignment``        mean 1 − cos of the input gradients at x and at noise (Andriushchenko & Flammarion 2020)
     ``zero_gradient``       share of images whose input gradient is exactly zero
@@ -87,9 +91,9 @@ def measure(
     Args:
         layers: observed, in execution order; PSE is read at the last of them, by unit.
     """
-    broken = sum(int((~p.isfinite()).sum()) for p in (*net.parameters(), *net.buffers()) if p.is_floating_point())
+    broken, weights = count_nonfinite(net)
     if broken:
-        return {"nonfinite": float(broken)}
+        return {"nonfinite": float(broken), "weights": float(weights)}
     x, y = images.x, images.y
     one, many = FGSM(threat)(net, x, y), PGD(threat, steps, seed=seed)(net, x, y)
     few, labels = x[:FEW], y[:FEW]
@@ -98,7 +102,7 @@ def measure(
             logits = net(torch.cat([x, one, many]))
         broken = int((~logits.isfinite()).sum())
         if broken:
-            return {"nonfinite": float(broken)}
+            return {"nonfinite": float(broken), "logits": float(logits.numel())}
         clean, fgsm, pgd = (logits.argmax(1) == y.repeat(3)).chunk(3)
         attacked = torch.cat([one[:FEW], many[:FEW]])
         obs = observe(net, few.repeat(2, 1, 1, 1), attacked, labels.repeat(2), layers=layers)
@@ -107,6 +111,7 @@ def measure(
             "clean": share(clean),
             "fgsm": share(fgsm),
             "pgd": share(pgd),
+            **guessing(logits[: len(y)].argmax(1), y, logits.shape[1]),
             **gradients(net, few, labels, threat, seed),
             **dead_units(obs),
             **kinds(obs, layers[-1]),
@@ -116,6 +121,28 @@ def measure(
     if thorough:
         found |= other_attacks(net, few, labels, threat, steps, pgd[:FEW], seed)
     return found
+
+
+def count_nonfinite(net: nn.Module) -> tuple[int, int]:
+    """How many weights and running statistics are not finite, and of how many."""
+    held = [p for p in (*net.parameters(), *net.buffers()) if p.is_floating_point()]
+    return sum(int((~p.isfinite()).sum()) for p in held), sum(p.numel() for p in held)
+
+
+def guessing(answers: Tensor, y: Tensor, classes: int) -> dict[str, float]:
+    """Does the net know anything?  From its answers (N,) to clean images and their labels (N,); ours.
+
+    ``guess``: the accuracy from which on luck is ruled out (by answers as frequent as these that do not depend on the
+    image, and by 1/``classes``, it is reached with probability ``LUCK`` at most), as a multiple of the net's own.  Above 1
+    the net is not told from a guesser.  Left out where so few images rule out nothing.
+    ``one_class``: share of the images of other classes that get the commonest answer; left out where there are none.
+    """
+    labels, given = (torch.bincount(v, minlength=classes) for v in (y, answers))
+    agreement = float((labels * given).sum()) / len(y) ** 2
+    needed = int(binom.isf(LUCK, len(y), max(agreement, 1 / classes))) + 1
+    right, other = int((answers == y).sum()), y != given.argmax()
+    found = {"guess": needed / max(right, 1)} if needed <= len(y) else {}
+    return found | ({"one_class": share(answers[other] == given.argmax())} if other.any() else {})
 
 
 def share(flags: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import fields, replace
 
@@ -11,15 +12,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from defenses.alarms import CHECKS, KINDS, Limits, indicators, judge, safer
+from defenses.alarms import CHECKS, KINDS, Limits, guesses, indicators, judge, safer
 from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD
 from defenses.free import Free
-from defenses.health import FEW, Images, Reading, dead_units, gradients, kinds, measure, total_variation, turning
+from defenses.health import (
+    FEW,
+    LUCK,
+    Images,
+    Reading,
+    count_nonfinite,
+    dead_units,
+    gradients,
+    guessing,
+    kinds,
+    measure,
+    total_variation,
+    turning,
+)
 from defenses.objectives import NuclearCE
 from defenses.threat import L2, Linf
 from interpret.observation import observe
 from interpret.pse import KIND_NAMES, unit_effects
-from interpret.views.health import health_view
+from interpret.views.health import POINTS, health_view
 from interpret.views.page import ReportPage, read_script
 from interpret.views.view import Answer
 from tests.reference.nets import batch, conv_bn, seeded, unchanged, untidy
@@ -110,7 +124,12 @@ def test_weights_that_are_not_finite_are_counted_and_nothing_else_is_read() -> N
     with torch.no_grad():
         net.head.weight[1, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
         net.bn1.running_mean[0] = float("nan")
-    assert measure(net, images, BALL, LAYERS) == {"nonfinite": 4.0}
+    held = sum(value.numel() for value in net.state_dict().values() if value.is_floating_point())
+    found = measure(net, images, BALL, LAYERS)
+    assert found == {"nonfinite": 4.0, "weights": held}
+    assert count_nonfinite(net) == (4, held)
+    (alarm,) = judge([Reading(0, 1, found)], Limits())
+    assert alarm.text == f"not finite: 4 of {held:,} weights"
 
 
 def test_logits_that_overflow_are_counted_too() -> None:
@@ -119,8 +138,70 @@ def test_logits_that_overflow_are_counted_too() -> None:
     with torch.no_grad():
         net.head.weight[0] = 3e38
     found = measure(net, images, BALL, LAYERS)
-    assert found.keys() == {"nonfinite"}
+    assert found.keys() == {"nonfinite", "logits"}
     assert found["nonfinite"] >= len(images.y)
+    assert found["logits"] == 3 * 5 * len(images.y)
+    (alarm,) = judge([Reading(0, 1, found)], Limits())
+    assert alarm.text.endswith(f"of {found['logits']:.0f} logits")
+
+
+def test_guessing_by_hand() -> None:
+    """Of 60 images of 10 classes a guesser is right for 13 or more with probability 0.8 %, for 12 or more with 2 %."""
+    tail = lambda k: sum(math.comb(60, i) * 0.1**i * 0.9 ** (60 - i) for i in range(k, 61))  # noqa: E731
+    assert tail(13) < LUCK < tail(12)
+    y = torch.arange(60) % 10
+
+    def at(right: int) -> dict[str, float]:  # the wrong answers are the next class, so that all classes are as frequent
+        return guessing(torch.where(torch.arange(60) < right, y, (y + 1) % 10), y, 10)
+
+    assert [at(right)["guess"] for right in (0, 6, 13, 26, 60)] == pytest.approx([13, 13 / 6, 1, 1 / 2, 13 / 60])
+    assert at(60)["one_class"] == 0
+    constant = guessing(torch.zeros_like(y), y, 10)
+    assert constant["guess"] > 1
+    assert constant["one_class"] == 1
+
+
+def test_one_answer_for_all_is_guessing_where_classes_are_uneven_too() -> None:
+    y = torch.tensor([0] * 48 + [1] * 16)
+    constant = guessing(torch.zeros_like(y), y, 2)  # right for 75 %, as anybody would be who always says so
+    assert constant["guess"] == pytest.approx(57 / 48)  # P(B(64, ¾) ≥ 57) = 0.4 %, ≥ 56 = 1.1 %
+    assert constant["one_class"] == 1
+    good = guessing(y, y, 2)
+    assert good["guess"] < 1
+    assert good["one_class"] == 0
+    absent = guessing(torch.full((64,), 2), torch.arange(64) % 2, 10)  # an answer that is never right
+    assert absent["guess"] > 1
+
+
+def test_few_images_rule_out_nothing() -> None:
+    y = torch.tensor([0, 1, 0, 1])
+    assert "guess" not in guessing(y, y, 2)  # 4 of 4 by luck: 1/16
+    assert guessing(y[:1], y[:1], 2) == {}
+
+
+@given(st.integers(2, 12), st.integers(20, 300), st.integers(0, 2**31 - 1))
+def test_a_guesser_is_rarely_taken_for_a_net_and_more_right_answers_never_look_worse(classes, n, seed) -> None:
+    generator = seeded(seed)
+    y = torch.arange(n) % classes
+    draws = torch.randint(classes, (200, n), generator=generator)
+    taken = sum(guessing(draw, y, classes).get("guess", 2.0) <= 1 for draw in draws)
+    assert taken <= 12, "one in a hundred, and what 200 draws scatter"
+    better = torch.where(torch.arange(n) < n // 2, y, draws[0])
+    assert guessing(better, y, classes).get("one_class", 0.0) <= 1
+    assert guessing(y, y, classes).get("guess", 0.0) <= 1
+
+
+def test_a_net_that_says_one_class_is_read_as_guessing() -> None:
+    net = conv_bn()
+    images = of(net, n=24)
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.head.bias.copy_(torch.tensor([0.0, 1, 0, 0, 0]))
+    found = measure(net, Images(images.x, torch.arange(24) % 5, images.background), BALL, LAYERS)
+    assert found["one_class"] == 1
+    assert found["guess"] > 1
+    assert guesses(found, Limits())
+    assert not guesses(found, Limits(guess=None, one_class=None))
 
 
 def test_misalignment_is_one_minus_the_cosine() -> None:
@@ -251,8 +332,43 @@ def test_catastrophic_overfitting_is_a_gap_or_a_fall() -> None:
     (alarm,) = judge(history(HONEST, {**HONEST, "gap": 0.6, "pgd": 0.0}), Limits())
     assert set(alarm.values) == {"gap", "fall"}
     assert (alarm.epoch, alarm.step) == (1, 10)
-    assert "60 %" in alarm.text
-    assert "45 %" in alarm.text
+    assert "60 points above" in alarm.text
+    assert "fell by 45 points" in alarm.text
+
+
+LOST = {**HONEST, "guess": 1.3, "one_class": 1.0}
+KNEW = {**HONEST, "guess": 0.3, "one_class": 0.2}
+EDGE = {**HONEST, "guess": 0.9, "one_class": 0.5}
+
+
+def test_a_net_that_falls_back_to_guessing_rings_at_once() -> None:
+    assert found(KNEW, KNEW) == set()
+    assert found(KNEW, LOST) == {"guessing"}
+    assert found(KNEW, {**KNEW, "one_class": 0.95}) == {"guessing"}
+    (alarm,) = judge(history(KNEW, LOST), Limits())
+    assert "no better than guessing: a lucky guesser reaches 130 % of its clean accuracy" in alarm.text
+    assert "100 % of the images of other classes get one and the same answer" in alarm.text
+    assert found(EDGE, LOST) == set(), "that net had hardly learned anything: it is waited for"
+
+
+def test_a_net_that_starts_by_guessing_is_given_time() -> None:
+    """Readings at steps 0, 10, 20, …: three of them, and the steps of grace."""
+
+    def rings(*rows: dict[str, float], grace: int = 0) -> bool:
+        return bool(judge(history(*rows), Limits(), ("guessing",), grace))
+
+    assert not rings(LOST)
+    assert not rings(LOST, LOST)
+    assert rings(LOST, LOST, LOST)
+    assert not rings(LOST, LOST, LOST, grace=21)
+    assert rings(LOST, LOST, LOST, grace=20)
+    assert not rings(*[LOST] * 20, grace=191)
+    assert not rings(LOST, LOST, EDGE), "a start"
+    assert not rings(LOST, LOST, EDGE, LOST)
+    assert rings(LOST, LOST, EDGE, LOST, LOST, LOST)
+    assert not rings(*[HONEST] * 5), "what was not read says nothing"
+    assert "guess" not in indicators(history(LOST))
+    assert indicators(history(LOST, {**LOST, "guess": 1.1}, LOST))["guess"] == 1.1
 
 
 def test_robust_overfitting_is_a_fall_while_training_goes_on_to_win() -> None:
@@ -289,6 +405,7 @@ def test_limits_are_shares(value) -> None:
 
 
 def test_every_check_has_a_limit_and_a_kind() -> None:
+    assert {check.name for check in CHECKS if check.unit == "points"} == set(POINTS), "alarm and panel agree"
     assert {check.name for check in CHECKS} == {field.name for field in fields(Limits)} | {"nonfinite"}
     assert {check.kind for check in CHECKS} == set(KINDS)
 
@@ -335,7 +452,7 @@ def test_the_panel_says_whether_the_defense_is_healthy() -> None:
     assert "Not healthy: catastrophic overfitting" in bad.headline
     assert "N-FGSM" in bad.headline
     rows = {row[0]: row[1:] for row in bad.charts[0].rows}
-    assert rows["FGSM − PGD accuracy"] == ("31.0 %", "20.0 %", "⚠ beyond")
+    assert rows["FGSM − PGD accuracy"] == ("31.0 points", "20.0 points", "⚠ beyond")
     assert rows["dead units, worst layer"] == ("10.0 %", "50.0 %", "✓ within")
     assert rows["misaligned gradients, 1 − cos"][1:] == ("–", "not judged")
     used = bad.charts[1]

@@ -10,6 +10,8 @@ from interpret.views.view import Answer, Bars, Table, Trend, View
 LABELS = {
     "gap": "FGSM − PGD accuracy",
     "fall": "fall of PGD accuracy since the last reading",
+    "guess": "a lucky guesser's accuracy, of the clean one",
+    "one_class": "other classes' images with the commonest answer",
     "zero_gradient": "images without an input gradient",
     "noise_wins": "right under PGD, wrong under noise",
     "margin_gain": "PGD stronger on the margin loss by",
@@ -29,6 +31,7 @@ ACCURACIES = {
     "longer": "PGD, long",
 }
 
+POINTS = ("gap", "fall", "margin_gain", "step_gain", "behind")  # differences of accuracies
 SIGNS = ("gap", "misalignment", "kind_drift", "turning_drift", "dead")
 
 
@@ -52,7 +55,7 @@ def health_view(
         remedy, command: what to try against it, in words and as a command line; "" where nothing is wrong.
     """
     shown = [name for name in LABELS if name in values]
-    rows = [(LABELS[name], percent(values[name]), *_state(values[name], limits.get(name))) for name in shown]
+    rows = [(LABELS[name], _text(name, values[name]), *_state(name, values[name], limits.get(name))) for name in shown]
     judged = [(name, limit) for name in shown if (limit := limits.get(name)) is not None]
     used = Bars(
         "How much of its limit each reading uses",
@@ -91,7 +94,11 @@ def _trend(title: str, names: Mapping[str, str]) -> Trend:
     return Trend(title, tuple(f"health/{name}" for name in names), tuple(names.values()), "%", limits=(0, 1))
 
 
-def _state(value: float, limit: float | None) -> tuple[str, str]:
+def _text(name: str, value: float) -> str:
+    return percent(value).replace("%", "points") if name in POINTS else percent(value)
+
+
+def _state(name: str, value: float, limit: float | None) -> tuple[str, str]:
     if limit is None:
         return "–", "not judged"
-    return percent(limit), "⚠ beyond" if value > limit else "✓ within"
+    return _text(name, limit), "⚠ beyond" if value > limit else "✓ within"

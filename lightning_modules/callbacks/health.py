@@ -11,7 +11,20 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from defenses.alarms import ABOUT_ATTACKS, CHECKS, KINDS, MEASURES, Alarm, Limits, indicators, judge, remedy, safer
+from defenses.alarms import (
+    ABOUT_ATTACKS,
+    CHECKS,
+    GUESSING,
+    KINDS,
+    MEASURES,
+    Alarm,
+    Limits,
+    guesses,
+    indicators,
+    judge,
+    remedy,
+    safer,
+)
 from defenses.attacks import Attack
 from defenses.health import Images, Reading, measure
 from defenses.threat import Threat
@@ -24,6 +37,7 @@ from lightning_modules.logging import RunLog
 
 Action = Literal["warn", "stop", "rollback"]
 HEALTHY: Final = "healthy.ckpt"
+LEAST_GRACE: Final = 100  # steps
 
 
 class Health(pl.Callback):
@@ -43,6 +57,8 @@ class Health(pl.Callback):
         every_n_epochs, every_n_steps: when; None: not so.
         steps: of the multi-step attack.
         thorough_every: each so many readings, the first included, also looks for masked gradients.
+        grace: steps before a net that never did better than guessing raises an alarm; None: a tenth of the run, at least
+            ``LEAST_GRACE``.  One that did and lost it raises it at once.
         limits: above which an alarm is raised.
         actions: by kind of alarm; "warn" where none is given.
         safer: safety measures, in this order, where they apply; when none is left, the learning rate is halved.
@@ -61,6 +77,7 @@ class Health(pl.Callback):
         every_n_steps: int | None = None,
         steps: int = 5,
         thorough_every: int = 10,
+        grace: int | None = None,
         limits: Limits | None = None,
         actions: Mapping[str, Action] | None = None,
         safer: Sequence[str] = ("noise", "two_steps", "smaller_step"),
@@ -71,8 +88,9 @@ class Health(pl.Callback):
         for key, value in {**counts, **{k: v for k, v in optional.items() if v is not None}}.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"health.{key}: expected a whole number >= 1, found {value!r}")
-        if not isinstance(most, int) or isinstance(most, bool) or most < 0:
-            raise ValueError(f"health.most: expected a whole number >= 0, found {most!r}")
+        for key, value in {"most": most, **({} if grace is None else {"grace": grace})}.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"health.{key}: expected a whole number >= 0, found {value!r}")
         if every_n_epochs is None and every_n_steps is None:
             raise ValueError("health: every_n_epochs and every_n_steps are both null; to switch it off, say health=off")
         for kind, action in (actions or {}).items():
@@ -86,6 +104,7 @@ class Health(pl.Callback):
                 raise ValueError(f"health.safer: expected any of {', '.join(MEASURES)}; found {name!r}")
         self.threat, self.images, self.background, self.steps = threat, images, background, steps
         self.every_n_epochs, self.every_n_steps, self.thorough_every = every_n_epochs, every_n_steps, thorough_every
+        self.grace = grace
         self.limits = Limits() if limits is None else limits
         self.actions, self.safer, self.most = dict(actions or {}), tuple(safer), most
         self.log_to: RunLog | None = None
@@ -144,6 +163,8 @@ class Health(pl.Callback):
         if trainer.world_size == 1:  # else the other processes would wait for a gradient that never comes
             pl_module.rescue = self._note
         self._arm(pl_module)
+        if self.grace is None:
+            self.grace = max(LEAST_GRACE, int(trainer.estimated_stepping_batches) // 10)
         group = trainer.optimizers[0].param_groups[0]
         self.rate = float(group.get("initial_lr", group["lr"]))
         if self.log_to is not None and trainer.is_global_zero:
@@ -206,7 +227,7 @@ class Health(pl.Callback):
         """Judge a reading, tell of every alarm that was not there before, and act."""
         self.history = [*_best_so_far(self.history), reading]
         self.latest, self.readings = reading, self.readings + 1
-        alarms = judge(self.history, self.limits, self.watched)
+        alarms = judge(self.history, self.limits, self.watched, self.grace or 0)
         fresh = [alarm for alarm in alarms if alarm.kind not in self.present]
         self.present = tuple(alarm.kind for alarm in alarms)
         self.verdict = "; ".join(alarm.text for alarm in alarms)
@@ -214,7 +235,7 @@ class Health(pl.Callback):
             self.log_to.reading(reading.epoch, reading.step, reading.values)
         for alarm in fresh:
             self._act(trainer, alarm, said)
-        if not alarms:
+        if not alarms and not guesses(reading.values, self.limits):
             self._keep(trainer)
 
     def _act(self, trainer: Any, alarm: Alarm, said: str) -> None:
@@ -240,7 +261,7 @@ class Health(pl.Callback):
         return f"{where}; from here on: {_SAYS[self._next_measure()]}"
 
     def _next_measure(self) -> str:
-        if "nonfinite" not in self.pending:
+        if "nonfinite" not in self.pending and self.pending != ["guessing"]:
             attack = self._armed()
             for name in self.safer:
                 if name not in self.measures and (name == "lower_rate" or safer(attack, name) is not None):
@@ -310,7 +331,8 @@ class Health(pl.Callback):
         """The panel of the last reading, if there is one."""
         if self.latest is None:
             return ()
-        values = indicators([*self.history, self.latest] if self.latest not in self.history else self.history)
+        history = self.history if self.latest in self.history else [*self.history, self.latest]
+        values = indicators(history, self.grace or 0)
         limits = {check.name: self.limits.of(check.name) if check.kind in self.watched else None for check in CHECKS}
         in_force = ", then ".join(_SAYS[name] for name in self.measures)
         return (health_view(values, limits, self.verdict, self.latest.step, in_force, *self._remedy()),)
@@ -346,9 +368,10 @@ def watch(health: Health | None, module: Any, data: Any) -> list[Health]:
 
 
 def _best_so_far(history: Sequence[Reading]) -> list[Reading]:
-    """What later readings are judged by: the last reading, and of those before the held-out robust accuracies."""
-    slim = [Reading(r.epoch, r.step, {"robust": r.values["robust"]}) for r in history[:-1] if "robust" in r.values]
-    return [*slim, *history[-1:]]
+    """What later readings are judged by: the last reading, and of those before what is compared with the best."""
+    names = ("robust", *GUESSING)
+    slim = [Reading(r.epoch, r.step, {name: r.values[name] for name in names if name in r.values}) for r in history[:-1]]
+    return [*(reading for reading in slim if reading.values), *history[-1:]]
 
 
 def _checkpoints(trainer: Any) -> Checkpoints | None:
