@@ -22,7 +22,7 @@ class Check:
 
 CHECKS: Final = (
     Check("nonfinite", "nonfinite", "{value}", "count"),
-    Check("catastrophic", "gap", "FGSM accuracy is {value} above PGD accuracy: one-step attacks alone are answered", "points"),
+    Check("catastrophic", "gap", "FGSM accuracy is {value} above PGD accuracy: only one step is answered", "points"),
     Check("catastrophic", "fall", "PGD accuracy fell by {value} since the reading before", "points"),
     Check("guessing", "guess", "a lucky guesser reaches {value} of its clean accuracy"),
     Check("guessing", "one_class", "{value} of the images of other classes get one and the same answer"),
@@ -30,14 +30,15 @@ CHECKS: Final = (
     Check("masked", "noise_wins", "plain noise turns {value} of the images that PGD leaves right"),
     Check("masked", "margin_gain", "PGD on the margin loss is {value} stronger than on the cross-entropy", "points"),
     Check("masked", "step_gain", "four times the steps make PGD {value} stronger", "points"),
-    Check("alignment", "misalignment", "input gradients at an image and at noise beside it: 1 − cos is {value}", "number"),
-    Check("drift", "kind_drift", "one-step and multi-step attacks promote and suppress units unlike: distance {value}", "number"),
+    Check("alignment", "misalignment", "1 − cos of input gradients at an image and at noise beside it: {value}", "number"),
+    Check("drift", "kind_drift", "one-step and multi-step attacks move units unlike: distance {value}", "number"),
     Check("drift", "turning_drift", "one-step and multi-step attacks turn at other layers: distance {value}", "number"),
     Check("dead", "dead", "{value} of a layer's units never change"),
-    Check("overfitting", "behind", "held-out robust accuracy is {value} below its best, and training further above it", "points"),
+    Check("overfitting", "behind", "held-out robust accuracy is {value} below its best, training further above", "points"),
 )
 GUESSING: Final = ("guess", "one_class")
-KNOWS: Final = 2 / 3  # ``guess`` of a net that surely knew something: a net at the edge does not fall back at each reading
+# ``guess`` of a net that surely knew something: one at the edge would fall back again and again.
+KNOWS: Final = 0.8
 PATIENCE: Final = 3  # readings in a row
 KINDS: Final = tuple(dict.fromkeys(check.kind for check in CHECKS))
 ABOUT_ATTACKS: Final = frozenset({"catastrophic", "alignment", "drift", "overfitting"})  # else meaningless
@@ -57,8 +58,9 @@ TITLES: Final = {
 class Limits:
     """Largest value of each indicator that is no alarm, shares in [0,1]; None: never judged.
 
-    ``gap`` and ``fall`` are the field's usual 20 points; ``guess`` is :data:`defenses.health.LUCK`'s; the others are ours, far above what honest runs showed
-    (``docs/findings.md``).  None of the interpretation signals is judged by default: they were not shown to warn earlier.
+    ``gap`` and ``fall`` are the field's usual 20 points, ``guess`` is a test at :data:`defenses.health.LUCK`; the others
+    are ours, far above what honest runs showed (``docs/findings.md``).  None of the interpretation signals is judged by
+    default: they were not shown to warn earlier.
 
     Raises:
         ValueError: a limit that is no share; names the config key.
@@ -142,9 +144,7 @@ def guesses(values: Mapping[str, float], limits: Limits) -> bool:
     return any((limit := limits.of(name)) is not None and not value <= limit for name, value in known.items())
 
 
-def judge(
-    history: Sequence[Reading], limits: Limits, watch: Collection[str] = KINDS, grace: int = 0
-) -> tuple[Alarm, ...]:
+def judge(history: Sequence[Reading], limits: Limits, watch: Collection[str] = KINDS, grace: int = 0) -> tuple[Alarm, ...]:
     """The alarms of the last reading, one a kind; a value that is no number counts as not finite.
 
     Args:

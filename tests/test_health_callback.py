@@ -119,7 +119,7 @@ def healthy_step(run: Fit) -> int:
 def test_a_net_that_guesses_is_not_kept_as_healthy_and_raises_no_alarm_at_first(tmp_path: Path) -> None:
     run = Fit(tmp_path / "run", script=[GUESS, GUESS, GUESS, GUESS])
     assert run.events("alarm") == [], "12 steps are fewer than the grace"
-    assert run.health[0].grace == 100
+    assert run.health[0].grace == 50
     assert healthy_step(run) == 0, "the start is a place to go back to, and nothing after it is better"
     run = Fit(tmp_path / "learns", "trainer.max_epochs=2", script=[GUESS, GUESS, KNOW])
     assert healthy_step(run) == 8

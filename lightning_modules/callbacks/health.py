@@ -37,7 +37,7 @@ from lightning_modules.logging import RunLog
 
 Action = Literal["warn", "stop", "rollback"]
 HEALTHY: Final = "healthy.ckpt"
-LEAST_GRACE: Final = 100  # steps
+LEAST_GRACE: Final = 50  # steps
 
 
 class Health(pl.Callback):
