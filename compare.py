@@ -27,7 +27,7 @@ from interpret.views.view import Bars, Chart, Lines, Stored, Table, View
 from lightning_modules.ablation import ablation_view, attack_compared, write_ablation
 from lightning_modules.cards import RunCard, check_comparable, read_cards
 from lightning_modules.comparison import SELECTED, runs_table, settings_of
-from lightning_modules.console import clear_errors, console, show
+from lightning_modules.console import NOT_FINITE, clear_errors, console, show
 from lightning_modules.logging import check_wandb_mode, log_tables
 from lightning_modules.result_cards import cards_tables, cards_view, is_result_card, read_result_cards
 from lightning_modules.study import Study, cards_of, members_of, planned, read_study, run_members
@@ -90,7 +90,9 @@ def results_table(runs: list[Run]) -> Table:
     rows: list[tuple[str | float | int, ...]] = []
     for run in runs:
         for network, row in _networks(run).items():
-            rows.append((run.name, network, *(round(100 * row[a], 2) if a in row else float("nan") for a in attacks)))
+            broken = NOT_FINITE * (network in run.results.get("not_finite", []))
+            shares = (round(100 * row[a], 2) if a in row else float("nan") for a in attacks)
+            rows.append((run.name, network + broken, *shares))
         if not _networks(run):
             rows.append((run.name, "not finished", *(float("nan") for _ in attacks)))
     return Table("Accuracy on the test set", ("run", "network", *(f"{a} (%)" for a in attacks)), rows, open=True)

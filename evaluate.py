@@ -48,6 +48,7 @@ from interpret.views.versus import versus_view
 from interpret.views.view import Bars, Lines, Table, View
 from lightning_modules.callbacks.dashboard import Dashboard, Nudge
 from lightning_modules.console import clear_errors, console, require_whole, steps
+from lightning_modules.entry import run_command
 from lightning_modules.judging import card_view, judge, trust, write_card
 from lightning_modules.networks.build import load_weights, make_network
 from lightning_modules.run_folder import commit, versions
@@ -538,4 +539,4 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its hints are not about this run
-    main()
+    run_command(main, CONFIGS, "evaluate")

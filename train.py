@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from datamodules.images import ImageDataModule
 from defenses.evaluation import correct_under
+from defenses.health import count_nonfinite
 from interpret.views.page import ReportPage
 from lightning_modules.callbacks.averaging import averaging
 from lightning_modules.callbacks.checkpointing import Checkpoints
@@ -34,8 +35,9 @@ from lightning_modules.callbacks.health import watch
 from lightning_modules.callbacks.preemption import Preemption, Unkept
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.cards import write_correct
-from lightning_modules.classifier import RobustClassifier
+from lightning_modules.classifier import Diverged, RobustClassifier
 from lightning_modules.console import accuracy_table, clear_errors, console, require_whole, show
+from lightning_modules.entry import run_command
 from lightning_modules.hardware import AUTO, settled
 from lightning_modules.logging import RunLog, check_wandb_mode, survive, wandb_logger
 from lightning_modules.networks.build import make_network
@@ -189,14 +191,19 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
             default_root_dir=str(folder.path),
         )
         start = None if point is None or point.path is None else str(point.path)
-        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+        except Diverged as error:
+            advice = "Try a lower optimizer.lr or trainer.gradient_clip_val=1"
+            raise Diverged(f"{error}; {kept.holding()}. {advice}") from None
 
         def judge(name: str, net: torch.nn.Module) -> dict[str, float]:
             device = trainer.strategy.root_device
+            broken.extend([name] if count_nonfinite(net)[0] else [])
             correct[name] = correct_under(net.to(device), data.whole_test(), attacks, device)
             return {attack: float(right.double().mean()) for attack, right in correct[name].items()}
 
-        records, correct = {}, dict[str, dict[str, torch.Tensor]]()
+        records, correct, broken = {}, dict[str, dict[str, torch.Tensor]](), list[str]()
         for name, state in kept.final_states(module).items():
             module.load_state_dict(state)
             records[f"defended, {name}"] = judge(f"defended, {name}", module.net)
@@ -204,15 +211,17 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
             console.print("training the same network without defense, for comparison")
             plain = build(undefended(cfg))
             callbacks = [*averaging(cfg.ema), ProgressBar(), Unkept(preemption)]
-            instantiate(cfg.trainer, logger=False, callbacks=callbacks, enable_checkpointing=False, limit_val_batches=0).fit(
-                plain.module, datamodule=plain.data
-            )
-            records["undefended"] = judge("undefended", plain.module.net)
+            quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+            try:
+                instantiate(cfg.trainer, callbacks=callbacks, **quiet).fit(plain.module, datamodule=plain.data)
+                records["undefended"] = judge("undefended", plain.module.net)
+            except Diverged as error:  # what is compared with it is not lost
+                console.print(f"the network without defense is left out of the table: {error}")
         if not is_leader():
             return kept.best_score or 0.0
         survive("write correct.json", lambda: write_correct(folder.path, correct))
-        table = accuracy_table(f"Accuracy on the test set, {meta['threat']}", records)
-        log.results(table, {"threat": meta["threat"], **records})
+        table = accuracy_table(f"Accuracy on the test set, {meta['threat']}", records, broken)
+        log.results(table, {"threat": meta["threat"], "not_finite": broken, **records})
     show(table)
     console.print(f"dashboard    {folder.report / 'index.html'}\nmetrics      {folder.path / 'metrics.csv'}")
     console.print(f"checkpoints  {folder.best} and {folder.last.name}")
@@ -270,4 +279,4 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join([str(CONFIGS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     from train import main as command
 
-    command()
+    run_command(command, CONFIGS, "train")

@@ -43,6 +43,7 @@ class Evaluation:
 
     accuracy: Mapping[str, float]
     correct: Mapping[str, np.ndarray] = field(default_factory=dict)
+    finite: bool = True  # else its weights are not, and its accuracies mean nothing
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ def read_evaluations(folder: Path) -> dict[str, Evaluation]:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if (folder / "correct.json").is_file():
         correct = json.loads((folder / "correct.json").read_text(encoding="utf-8"))
+    broken = results.get("not_finite", [])
     return {
-        name: Evaluation(row, {attack: _unpack(bits) for attack, bits in correct.get(name, {}).items()})
+        name: Evaluation(row, {attack: _unpack(bits) for attack, bits in correct.get(name, {}).items()}, name not in broken)
         for name, row in results.items()
         if isinstance(row, dict)
     }
@@ -191,6 +193,7 @@ def write_card(card: RunCard, path: Path) -> None:
             name: {
                 "accuracy": dict(found.accuracy),
                 "correct": {attack: _pack(right) for attack, right in found.correct.items()},
+                "finite": found.finite,
             }
             for name, found in card.evaluations.items()
         }
@@ -208,7 +211,11 @@ def read_card(path: Path) -> RunCard:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         evaluations = {
-            name: Evaluation(row["accuracy"], {attack: _unpack(bits) for attack, bits in row["correct"].items()})
+            name: Evaluation(
+                row["accuracy"],
+                {attack: _unpack(bits) for attack, bits in row["correct"].items()},
+                row.get("finite", True),  # cards of before did not say
+            )
             for name, row in record["evaluations"].items()
         }
         return RunCard(**{**record, "evaluations": evaluations})

@@ -19,6 +19,10 @@ from defenses.defense import Defense
 Batch = tuple[Tensor, Tensor]
 
 
+class Diverged(FloatingPointError):
+    """A loss that is not finite, which nobody sees to: training can't go on."""
+
+
 class RobustClassifier(pl.LightningModule):
     """Robust training of a classifier.
 
@@ -89,9 +93,7 @@ class RobustClassifier(pl.LightningModule):
             message = f"training diverged at step {self.global_step}: {terms}"
             if self.rescue(message):
                 return None
-            raise FloatingPointError(
-                f"{message}; last.ckpt holds an earlier step. Try a lower optimizer.lr or trainer.gradient_clip_val=1"
-            )
+            raise Diverged(message)
         name = "train/clean_acc" if self.defense.attack is None else "train/robust_acc"
         self.log(name, self.train_accuracy, on_step=False, on_epoch=True, prog_bar=True)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)

@@ -10,6 +10,7 @@ from typing import Final
 from defenses.statistics import Paired, bootstrap_interval, front, holm, hypervolume, mean_std, paired, robust_at
 from interpret.views.view import Table
 from lightning_modules.cards import Evaluation, RunCard
+from lightning_modules.console import NOT_FINITE
 
 SELECTED: Final = "defended, best epoch"  # chosen on the validation split; the test set selects nothing
 
@@ -220,7 +221,7 @@ def accuracy_table(settings: Sequence[Setting], network: str = SELECTED) -> Tabl
         (
             s.method,
             s.point + (" (chosen)" if id(s) in kept and len(by_method(settings)[s.method]) > 1 else ""),
-            f"{len(s.runs)}" + (f", {s.failed} failed" if s.failed else ""),
+            f"{len(s.runs)}" + (f", {s.failed} failed" if s.failed else "") + _not_finite(s, network),
             *(spread(list(s.accuracy(a, network).values()), 100) for a in attacks),
             spread([card.selected.get("val/robust_acc", math.nan) for card in s.runs.values()], 100),
             spread([card.cost.get("cpu_seconds", math.nan) for card in s.runs.values()], 1, 0),
@@ -230,6 +231,12 @@ def accuracy_table(settings: Sequence[Setting], network: str = SELECTED) -> Tabl
     ]
     columns = ("method", "setting", "seeds", *(f"{a} (%)" for a in attacks), "held out (%)", "CPU s", "passes a step")
     return Table(f"Accuracy on the test set, {network}, mean ± standard deviation over seeds", columns, rows, open=True)
+
+
+def _not_finite(setting: Setting, network: str) -> str:
+    """Seeds whose network has weights that are not finite: their accuracies are of a net that is broken."""
+    seeds = [f"{s}" for s, c in setting.runs.items() if network in c.evaluations and not c.evaluations[network].finite]
+    return f", weights not finite in seed {', '.join(seeds)}" if seeds else ""
 
 
 def in_a_line(verdict: Verdict, baseline: str, attack: str) -> str:
@@ -302,7 +309,7 @@ def runs_table(cards: Sequence[RunCard]) -> Table:
         for network, row in (card.evaluations or {"": Evaluation({})}).items():
             rows.append(
                 (
-                    *(card.method, card.setting, card.seed, network, card.failure),
+                    *(card.method, card.setting, card.seed, network + NOT_FINITE * (not row.finite), card.failure),
                     *(row.accuracy.get(a, math.nan) for a in attacks),
                     card.selected.get("val/robust_acc", math.nan),
                     *(float(card.cost.get(c, math.nan)) for c in costs),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any, Final
@@ -72,11 +72,15 @@ def require_whole(config: Mapping[str, Any], least: Mapping[str, int]) -> None:
             raise ValueError(f"{key}: expected a whole number >= {low}, found {value!r}")
 
 
-def accuracy_table(title: str, records: Mapping[str, Mapping[str, float]]) -> Table:
-    """Rows of networks, columns of attacks, accuracies in percent."""
+NOT_FINITE: Final = " (not finite)"  # behind the name of a network: its accuracies mean nothing
+
+
+def accuracy_table(title: str, records: Mapping[str, Mapping[str, float]], not_finite: Collection[str] = ()) -> Table:
+    """Rows of networks, columns of attacks, accuracies in percent; networks with weights that are not finite say so."""
     names = list(next(iter(records.values())))
     rows: list[tuple[str | float, ...]] = [
-        (network, *[round(100 * record[name], 2) for name in names]) for network, record in records.items()
+        (network + NOT_FINITE * (network in not_finite), *[round(100 * record[name], 2) for name in names])
+        for network, record in records.items()
     ]
     return Table(title, ("network", *[f"{name} (%)" for name in names]), rows)
 

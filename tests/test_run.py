@@ -23,13 +23,16 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+import compare
 import train
 from defenses.attacks import PGD
 from defenses.threat import Linf
 from interpret.views.page import ReportPage, read_script
 from interpret.views.pse import PSEPanel
+from lightning_modules import comparison
 from lightning_modules.callbacks.dashboard import Dashboard
-from lightning_modules.cards import card_of
+from lightning_modules.cards import card_of, read_card, write_card
+from lightning_modules.entry import run_command
 from lightning_modules.logging import RunLog, wandb_logger
 from tests.composing import SMALL
 from tests.wandb_log import history, run_ids
@@ -89,7 +92,8 @@ def test_the_run_folder_is_complete(run: Path) -> None:
         total = sum(float(v) for k, v in row.items() if k.startswith("train/loss/"))
         assert total == pytest.approx(float(row["train/loss"]), rel=1e-4), "the terms must add up to the loss"
     records = json.loads((run / "results.json").read_text())
-    assert set(records) == {"threat", "defended, best epoch", "defended, last epoch", "undefended"}
+    assert records["not_finite"] == []
+    assert set(records) == {"threat", "not_finite", "defended, best epoch", "defended, last epoch", "undefended"}
     for name in ("defended, best epoch", "undefended"):
         assert list(records[name]) == ["clean", "FGSM", "PGD-20"]
     card = card_of(run)
@@ -242,6 +246,125 @@ def test_a_diverged_run_stops_and_says_where(tmp_path: Path, monkeypatch, capsys
     assert stop.value.code != 0
     assert "training diverged at step" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
+
+
+def as_typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of ``python train.py words``, in this process."""
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that it is put back
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as stop:
+        run_command(train.main, train.CONFIGS, "train")
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("every", "health", "holds"),
+    [
+        ("1", "off", "{0}/last.ckpt holds an earlier step"),
+        ("null", "off", "no checkpoint was written"),
+        ("null", "default", "no step was saved; {0}/healthy.ckpt holds the start"),
+    ],
+)
+def test_what_a_diverged_run_names_is_there(every, health, holds, tmp_path: Path, monkeypatch, capsys) -> None:
+    original = train.RobustClassifier.training_step
+
+    def poisoned(module, batch, batch_idx):
+        x, y = batch
+        return original(module, (x * float("nan") if module.global_step == 2 else x, y), batch_idx)
+
+    monkeypatch.setattr(train.RobustClassifier, "training_step", poisoned)
+    quick = (*QUICK, "panels=[]", "regularizers=[]", "wandb.mode=disabled", f"out={tmp_path}", "name=run")
+    quick += (f"health={health}", "data.batch_size=16")  # 8 steps an epoch: no write by itself so early
+    stop = ("health.actions.nonfinite=stop",) if health == "default" else ()
+    assert as_typed(monkeypatch, *quick, *stop, f"checkpoint_every={every}") == 1
+    said = capsys.readouterr().err
+    kept = tmp_path / "run" / "checkpoints"
+    assert "Traceback" not in said
+    assert "error: training diverged at step 2: " in said
+    assert holds.format(kept) in said
+    assert [name for name in ("last", "healthy") if (kept / f"{name}.ckpt").is_file()] == [
+        name for name in ("last", "healthy") if f"/{name}.ckpt" in said
+    ]
+
+
+def test_a_network_without_defense_that_diverges_takes_nothing_with_it(tmp_path: Path, monkeypatch, capsys) -> None:
+    original = train.RobustClassifier.training_step
+
+    def poisoned(module, batch, batch_idx):
+        x, y = batch
+        return original(module, (x * float("nan") if module.defense.attack is None else x, y), batch_idx)
+
+    monkeypatch.setattr(train.RobustClassifier, "training_step", poisoned)
+    command(
+        monkeypatch, *QUICK[:-2], "trainer.max_epochs=1", "panels=[]", "regularizers=[]", "wandb.mode=disabled",
+        f"out={tmp_path}", "name=run",
+    )  # fmt: skip
+    records = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(records) == {"threat", "not_finite", "defended, best epoch", "defended, last epoch"}
+    assert "the network without defense is left out of the table: training diverged at step 0" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_are_marked_and_never_the_best(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A last step ruins nets that withstand nothing: the last epoch says one class, 10 % right, and is not the best one."""
+    original = train.RobustClassifier.on_train_batch_end
+
+    def ruin(module, *arguments):
+        original(module, *arguments)
+        if module.global_step == 5 * 2 and module.defense.attack is not None:
+            module.net.head.bias.data[3] = float("nan")
+
+    monkeypatch.setattr(train.RobustClassifier, "on_train_batch_end", ruin)
+    quick = (*QUICK[:-2], "data.batch_size=25", "trainer.max_epochs=2", "panels=[]", "regularizers=[]", "health=off")
+    for seed in (0, 1):
+        command(
+            monkeypatch, *quick, "threads=1", "wandb.mode=disabled", "compare_undefended=false", f"seed={seed}",
+            f"out={tmp_path}", f"name=run{seed}",
+        )  # fmt: skip
+    folder, marked = tmp_path / "run0", "defended, last epoch (not finite)"
+    assert json.loads((folder / "results.json").read_text())["not_finite"] == ["defended, last epoch"]
+    assert marked in capsys.readouterr().out
+    assert marked in (folder / "report" / "index.html").read_text()
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(folder), str(tmp_path / "run1"), "--out", str(tmp_path / "both")])
+    compare.main()
+    said = " ".join((tmp_path / "both" / "runs.csv").read_text().split())
+    assert said.count(marked) == 2
+    assert "defended, best epoch (" not in said
+    assert compare.results_table([compare.read_run(folder)]).rows[1][1] == marked
+    card = card_of(folder)
+    assert [found.finite for found in card.evaluations.values()] == [True, False]
+    write_card(card, tmp_path / "card.json")
+    assert [found.finite for found in read_card(tmp_path / "card.json").evaluations.values()] == [True, False]
+    table = comparison.accuracy_table(comparison.settings_of([card]), "defended, last epoch")
+    assert "weights not finite in seed 0" in str(table.rows[0][2])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["health=off", "health.images=3"], r"health\.images: expected no key of health, which is empty .*\(health=off\)"),
+        (["health.foo=3"], r"health\.foo: expected a key of health, one of .*every_n_steps.*; found health\.foo=3"),
+        (["health.limits.gapp=1"], r"health\.limits\.gapp: expected a key of health\.limits, one of gap, .*; found"),
+        (["defense=pgd_at", "defense.no.bar=1"], r"defense\.no\.bar: expected a key of defense \(defense=pgd_at\), one of"),
+        (["lrate=3"], r"lrate: expected a key of the config, one of data, "),
+        (["trainer.accumulate_grad_batches=2"], r"trainer\.accumulate_grad_batches: .*\+trainer\.accumulate_grad_b.*=2; "),
+        (["health=of"], r"In 'train': Could not find 'health/of' Available options in 'health': default off$"),
+        (["-m", "seed=0,1", "health.foo=3"], r"health\.foo: expected a key of health, one of"),
+    ],
+)  # fmt: skip
+def test_what_hydra_refuses_is_one_clear_line(words, line, tmp_path: Path, monkeypatch, capsys) -> None:
+    assert as_typed(monkeypatch, *words, f"out={tmp_path}", f"hydra.sweep.dir={tmp_path}") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert re.search(f"^error: {line}", said[0]), said
+    assert "To append to your config" not in said[0]
+    assert said[1] == "(debug=true shows the stack trace)"
+
+
+def test_debug_leaves_errors_as_they_are(tmp_path: Path, monkeypatch, capsys) -> None:
+    assert as_typed(monkeypatch, "health.foo=3", "debug=true", f"out={tmp_path}") == 1
+    assert "Could not override 'health.foo'" in capsys.readouterr().err
 
 
 def inlined(page: str) -> dict[int, list[dict]]:

@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
+from defenses.health import count_nonfinite
 from interpret.views.page import write_atomic
 from lightning_modules.processes import Poll, leave_sums_to_leader, summed, together
 from lightning_modules.randomness import generator_states, set_generator_states
@@ -58,7 +59,7 @@ class Checkpoints(Checkpoint):
     Args:
         folder: where the files go.
         every_n_steps: n; None: as often as it takes no more than ``COST`` of the time.
-        monitor: the metric, higher is better, whose best epoch ``best.ckpt`` holds.
+        monitor: the metric, higher is better, whose best epoch ``best.ckpt`` holds; weights that are not finite are none.
 
     Raises:
         ValueError: ``every_n_steps`` is no whole number >= 1.
@@ -105,7 +106,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         score, before = trainer.callback_metrics.get(self.monitor), self.best_score
-        if score is not None and (before is None or float(score) > before):
+        # What is not finite answers one class for all, which may well be right more often than a net that is attacked.
+        if score is not None and (before is None or float(score) > before) and not count_nonfinite(pl_module.net)[0]:
             self.best_score = float(score)  # belongs into the file
             if not self.written(trainer, self.best):
                 self.best_score = before  # a later epoch is compared with the file that is there
@@ -139,6 +141,13 @@ class Checkpoints(Checkpoint):
         with summed(trainer.lightning_module):
             trainer.save_checkpoint(path)
         return bool(trainer.strategy.broadcast(not self._files.failed))
+
+    def holding(self) -> str:
+        """Which checkpoint there is to go on from, or to look into, in words."""
+        if found := next((path for path in (self.last, self.previous, self.best) if path.is_file()), None):
+            return f"{found} holds an earlier step"
+        healthy = self.last.with_name("healthy.ckpt")
+        return f"no step was saved; {healthy} holds the start" if healthy.is_file() else "no checkpoint was written"
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score, "generators": generator_states()}
