@@ -19,6 +19,7 @@ from datamodules.digits import Digits
 from defenses.card import read_card
 from defenses.robustness import Progress
 from defenses.sanity import LIMITS
+from interpret.views.page import read_script
 from lightning_modules import console, judging
 from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.networks.build import load_weights
@@ -93,7 +94,11 @@ def test_the_panels_explain_the_images_by_which_the_suite_felled_them(
         else:
             torch.testing.assert_close(x_adv, x)
     assert fell == sum(name not in (None, "clean") for name in names.values()) > 0
-    assert f"as the suite felled them: {fell} by APGD-CE" in (tmp_path / "out" / "net_fast" / "index.html").read_text()
+    page = (tmp_path / "out" / "net_fast" / "index.html").read_text()
+    assert f"as the suite felled them: {fell} by APGD-CE" in page
+    views = read_script(tmp_path / "out" / "net_fast" / "data" / "epoch_00000.js")["views"]
+    outcome = next(view for view in views if view["name"] == "outcome")
+    assert outcome["headline"].startswith("Among the images chosen for this page: Accuracy falls")
 
 
 def test_an_evaluation_in_l2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
