@@ -4,9 +4,9 @@
 
 RUN is a run folder (its best checkpoint) or a checkpoint in one.  Each seed takes other images of the test split, the
 classes in their shares, and other random starts.  PGD: 20 steps of 2.5 ε / 20 from one uniform start, on the cross-entropy.
-APGD-CE and APGD-T: ``steps`` iterations, one start, 9 targets.  C&W (with --norm l2): 5 constants × ``steps``, searched by Foolbox and
-us; torchattacks has no search, so that it is run with ``steps`` for each of 0.1, 1, 10, 100, 1000 and the shortest success
-counts; on images that are classified rightly, a failure counts as infinitely far.
+APGD-CE and APGD-T: ``steps`` iterations, one start, 9 targets.  C&W (with --norm l2): 5 constants × ``steps``, searched by
+Foolbox and us; torchattacks has no search, so that it is run with ``steps`` for each of 0.1, 1, 10, 100, 1000 and the
+shortest success counts; on images that are classified rightly, a failure counts as infinitely far.
 
 Robust accuracy: of all images of all seeds, and by seed.  "Same" is the share of images with the verdict of ours; "only
 ours" and "only it" are the images that one of both fells.  Seconds are of the process, one thread, summed over the seeds.
