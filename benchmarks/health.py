@@ -33,7 +33,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datamodules.arrays import Arrays
-from defenses.alarms import Limits, judge
+from defenses.alarms import KINDS, Limits, judge
 from defenses.attacks import FGSM, NFGSM, PGD, Scalable
 from defenses.health import Images, Reading, measure
 from defenses.threat import Linf, Threat
@@ -42,6 +42,7 @@ from lightning_modules.networks.small_cnn import SmallCNN
 
 STEPS, CLIMB, EVERY, WARM_UP = 100, 50, 5, 10  # a net that has seen next to nothing is not judged
 CLASSES = (0, 6)
+HELD, LUCKY, GRACE = 64, 42, 50  # images read; right answers that 1 in 100 guessers reaches of two classes; steps
 SIGNALS = ("gap", "misalignment", "kind_drift", "turning_drift")
 SAFETY = 1.25
 
@@ -93,7 +94,7 @@ def run(case: Case, data: Path, seed: int) -> list[dict[str, float]]:
     held, held_y = of_classes(source.val.images, source.val.labels)
     torch.manual_seed(seed)
     net = SmallCNN(num_classes=len(CLASSES), in_channels=3, mean=source.mean, std=source.std)
-    images = Images(held[:64].float() / 255, held_y[:64], (x[:128].float() / 255, y[:128]))
+    images = Images(held[:HELD].float() / 255, held_y[:HELD], (x[:128].float() / 255, y[:128]))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     generator, found = torch.Generator().manual_seed(seed), []
     for step in range(STEPS):
@@ -113,12 +114,19 @@ def run(case: Case, data: Path, seed: int) -> list[dict[str, float]]:
 
 
 def readings(rows: Sequence[Mapping[str, float]]) -> list[Reading]:
-    return [Reading(0, int(row["step"]), {k: v for k, v in row.items() if k != "step"}) for row in rows]
+    """Runs that were stored before ``guess`` was read get it from their accuracy: both classes are as frequent."""
+    found = []
+    for row in rows:
+        values = {k: v for k, v in row.items() if k != "step"}
+        if "clean" in values:
+            values.setdefault("guess", LUCKY / max(round(HELD * values["clean"]), 1))
+        found.append(Reading(0, int(row["step"]), values))
+    return found
 
 
 def first_alarm(history: Sequence[Reading], limits: Limits, kind: str) -> int | None:
     """Step of the first alarm of this kind."""
-    hits = (r.step for i, r in enumerate(history) if judge(history[: i + 1], limits, (kind,)))
+    hits = (r.step for i, r in enumerate(history) if judge(history[: i + 1], limits, (kind,), GRACE))
     return next(hits, None)
 
 
@@ -159,12 +167,19 @@ def table(known: Mapping[tuple[str, int], list[Reading]], calibration: Sequence[
             middle = f"{statistics.median(leads):+.0f}" if leads else "–"
             listed = ", ".join(f"{lead:+d}" for lead in leads) or "–"
             lines.append(f"| {case} | {name} | {caught}/{len(seeds)} | {at} | {listed} | {middle} |")
-    gap = Limits()
-    masked = {c: sum(first_alarm(known[c, s], gap, "masked") is not None for s in seeds) for c in CASES}
     lines += [
         "",
-        "runs with an alarm for masked gradients: " + "; ".join(f"{c}: {n}/{len(seeds)}" for c, n in masked.items()),
+        "runs with an alarm by the default limits, and its first step by seed",
+        "",
+        "| run | kind | runs | steps |",
     ]
+    lines += ["|---|---|---|---|"]
+    for case in CASES:
+        for kind in KINDS:
+            steps = [first_alarm(known[case, s], Limits(), kind) for s in seeds]
+            if any(step is not None for step in steps):
+                at = ", ".join("–" if step is None else str(step) for step in steps)
+                lines.append(f"| {case} | {kind} | {sum(step is not None for step in steps)}/{len(seeds)} | {at} |")
     return lines
 
 
