@@ -11,7 +11,8 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,18 @@ KEY_FIGURES = (
     KeyFigure("outcome/success", "Success of the attack", "%"),
     KeyFigure("cam/interpretability", "Interpretability score"),
 )
+
+
+@contextmanager
+def told_as(**keys: str) -> Iterator[None]:
+    """Errors that begin with one of these config keys begin with the one that the user wrote in its place."""
+    try:
+        yield
+    except ValueError as error:
+        key = str(error).replace(":", " ").split()[0]
+        if key not in keys:
+            raise
+        raise ValueError(keys[key] + str(error).removeprefix(key)) from error
 
 
 def located(checkpoint: str | None) -> tuple[Path, Path | None]:
@@ -178,17 +191,16 @@ def against(cfg: DictConfig, data: ImageDataModule) -> Other:
     Raises:
         ValueError: no such weights, or a run on other data.
     """
-    try:
+    with told_as(checkpoint="against"):
         weights, run = located(cfg.against)
-    except ValueError as error:
-        raise ValueError(f"against: {str(error).removeprefix('checkpoint: ')}") from None
     saved = OmegaConf.load(run) if run is not None else cfg
     assert isinstance(saved, DictConfig)
     for key in ("_target_", "classes"):
         if saved.data.get(key) != cfg.data.get(key):
             raise ValueError(f"against: {cfg.against} was trained on other data: data.{key} is {saved.data.get(key)}")
     net = make_network(instantiate(saved.network), data, bool(saved.get("channels_last")))
-    load_weights(net, weights)
+    with told_as(checkpoint="against"):
+        load_weights(net, weights)
     return Other(named(weights, run), net.eval())
 
 
@@ -236,7 +248,9 @@ def subject(cfg: DictConfig) -> Subject:
         ValueError: weights that are not there or do not fit, or a config that is not whole.
     """
     cfg = imported(cfg)
-    weights, run = (None, None) if cfg.model and cfg.checkpoint is None else located(cfg.checkpoint)
+    theirs = {"checkpoint": "weights", "network.target": "model", "network": "model"} if cfg.model else {}
+    with told_as(**theirs):
+        weights, run = (None, None) if cfg.model and cfg.checkpoint is None else located(cfg.checkpoint)
     cfg = completed(cfg, run)
     require_whole(cfg, {"seed": 0, "threads": 1, "training": 1, "images": 1, "batch": 1})
     if cfg.split not in ("test", "val"):
@@ -244,11 +258,12 @@ def subject(cfg: DictConfig) -> Subject:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    data = instantiate(cfg.data, _convert_="all")
+    data = instantiate(cfg.data, batch_size=1, _convert_="all")  # nothing is trained, however few the images are
     data.setup("fit")
-    net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")), differentiable=cfg.suite is None)
-    if weights is not None:
-        load_weights(net, weights)
+    with told_as(**theirs):
+        net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")), differentiable=cfg.suite is None)
+        if weights is not None:
+            load_weights(net, weights)
     return Subject(cfg, data, net.eval(), weights, run)
 
 
@@ -380,10 +395,11 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         cfg, data, net = of.cfg, of.data, of.net
         twin = None
         if cfg.twin is not None:
-            twin_weights, twin_run = located(cfg.twin)
-            twin_network = OmegaConf.load(twin_run).network if twin_run is not None else cfg.network
-            twin = make_network(instantiate(twin_network), data).eval()
-            load_weights(twin, twin_weights)
+            with told_as(checkpoint="twin", network="twin"):
+                twin_weights, twin_run = located(cfg.twin)
+                twin_network = OmegaConf.load(twin_run).network if twin_run is not None else cfg.network
+                twin = make_network(instantiate(twin_network), data).eval()
+                load_weights(twin, twin_weights)
         part = data.test if cfg.split == "test" else data.val
         if cfg.images is not None and cfg.images > len(part):
             raise ValueError(f"images: expected 1 to {len(part)} images of the {cfg.split} split, found {cfg.images}")

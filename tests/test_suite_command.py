@@ -237,6 +237,15 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
         "        self.net = make()\n"
         "    def forward(self, x):\n"
         "        return self.net(x.detach())\n"
+        "class Pair(Hidden):\n"
+        "    def forward(self, x):\n"
+        "        return self.net(x), x\n"
+        "class Training(Hidden):\n"
+        "    def forward(self, x):\n"
+        "        if not self.training:\n"
+        "            raise RuntimeError('no eval mode here')\n"
+        "        return self.net(x)\n"
+        "pair, training = Pair, Training\n"
         "def wrong():\n"
         "    return make(7)\n"
     )
@@ -254,12 +263,12 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
         np.savez(tmp_path / "arrays" / f"{part}.npz", images=images, labels=labels)
     body = nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     torch.save(nn.Sequential(*body, nn.Linear(4, 2)).state_dict(), tmp_path / "theirs.pt")
+    torch.save(nn.Sequential(*body, nn.Linear(4, 3)).state_dict(), tmp_path / "other.pt")
     common = (
         "model=their_models:make",
         "weights=theirs.pt",
         "threat=linf",
         "suite=probe",
-        "data.batch_size=4",
         "threads=1",
         "panels=[outcome]",
     )
@@ -281,9 +290,16 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
     assert "no gradient reaches the images, so that Square" in capsys.readouterr().out
     for change, message in (
         ("model=their_models:hidden weights=null masking.by=margin", "masking: units are chosen by gradients"),
-        ("model=their_models:wrong", "it must return logits, one floating-point tensor (N, num_classes) = (2, 2)"),
-        ("weights=nowhere.pt", "checkpoint: expected a run folder or a file of weights"),
-        ("model=their_models:missing", "must name a callable"),
+        ("model=their_models:wrong", "model: it must return logits, one floating-point tensor (N, num_classes) = (2, 2)"),
+        ("weights=nowhere.pt", "weights: expected a run folder or a file of weights"),
+        ("weights=other.pt", "weights: other.pt does not fit the network: 4.bias (3,) instead of (2,)"),
+        ("model=nowhere:make", "model: module 'nowhere' must be importable"),
+        (
+            "model=their_models:pair",
+            "model: it must return logits, one floating-point tensor (N, num_classes) = (2, 2) Got: t",
+        ),
+        ("model=their_models:training", "Got: RuntimeError: no eval mode here"),
+        ("model=their_models:missing", "model: 'their_models:missing' must name a callable"),
         ("network=small_cnn", "model: takes the place of network="),
     ):
         with pytest.raises(SystemExit):
@@ -297,6 +313,7 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
     for arrays, message in (
         ({"images": images, "labels": labels + 5}, "test labels must lie in 0..1 (2 classes), found 5..6"),
         ({"images": images / 255, "labels": labels}, "images must be uint8 in 0..255, got float64"),
+        ({"pictures": images, "labels": labels}, "must have the keys images and labels, found ['pictures', 'labels']"),
     ):
         np.savez(tmp_path / "arrays" / "test.npz", **arrays)
         with pytest.raises(SystemExit):
@@ -319,7 +336,7 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
         ("checkpoint=nowhere", "checkpoint: expected a run folder or a file of weights"),
         ("checkpoint=null", "checkpoint: expected a run folder or a file of weights, e.g."),
         ("weights=net.pt", "weights: expected model=module:callable beside it"),
-        ("twin=nowhere", "checkpoint: expected a run folder"),
+        ("twin=nowhere", "twin: expected a run folder"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(

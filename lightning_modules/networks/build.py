@@ -66,6 +66,6 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
         found = [f"missing {sorted(missing)[:3]}"] * bool(missing) + [f"unknown {sorted(foreign)[:3]}"] * bool(foreign)
         raise ValueError(
             f"checkpoint: {path} does not fit the network: {'; '.join(found + sorted(shapes)[:3])}; "
-            "choose network=... and data=... as in training"
+            "choose network=... (or model=...) and data=... as in training"
         )
     net.load_state_dict(state)
