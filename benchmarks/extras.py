@@ -230,10 +230,10 @@ def epoch(bench: Bench, attack_steps: int, rounds: int, images: int = 50_000) ->
         found["page and pictures"] = seconds(write)
         everything += found["page and pictures"]
     # Thorough every tenth time: nine of ten readings are the short ones.
-    images = Images(x.repeat(2, 1, 1, 1), y.repeat(2), (training[0][:128], training[1][:128]))
+    held_out = Images(x.repeat(2, 1, 1, 1), y.repeat(2), (training[0][:128], training[1][:128]))
     layers = feature_layers(net, x)
     short, long = (
-        seconds(lambda thorough=thorough: measure(net, images, BALL, layers, thorough=thorough))
+        seconds(lambda thorough=thorough: measure(net, held_out, BALL, layers, thorough=thorough))
         for thorough in (False, True)
     )
     found["health, a reading of 64 images"] = 0.9 * short + 0.1 * long
