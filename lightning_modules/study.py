@@ -324,6 +324,7 @@ def run_members(
                 member, process, began = entry
                 seconds, place = time.monotonic() - began, places[member.name]
                 done = finished(place, process.returncode)
+                _write(member, out)  # at once: what ended is kept, however this ends
                 times.append(seconds)
                 left = len(waiting) + len(running)
                 eta = left * sum(times) / len(times) / max(1, jobs)
@@ -362,16 +363,11 @@ def planned(member: Member) -> RunCard:
 def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
     """Cards of all members that were started, failures included, in ``OUT/cards``; those of an earlier YAML go."""
     cards = []
-    (out / "cards").mkdir(parents=True, exist_ok=True)
     for member in members:
-        place = Place(out / "members" / member.name)
-        if not place.record:
-            if carried := _trained_elsewhere(member, out):
-                cards.append(carried)
-            continue
-        card = _card(member, place)
-        cards.append(card)
-        write_card(card, out / "cards" / f"{member.name}.json")
+        if Place(out / "members" / member.name).record:
+            cards.append(_write(member, out))
+        elif carried := _trained_elsewhere(member, out):
+            cards.append(carried)
     names = {member.name for member in members}
     for path in (out / "cards").glob("*.json"):
         if path.stem not in names:
@@ -386,6 +382,13 @@ def _trained_elsewhere(member: Member, out: Path) -> RunCard | None:
         return None
     card = read_card(path)
     return None if card.failure else card
+
+
+def _write(member: Member, out: Path) -> RunCard:
+    card = _card(member, Place(out / "members" / member.name))
+    (out / "cards").mkdir(parents=True, exist_ok=True)
+    write_card(card, out / "cards" / f"{member.name}.json")
+    return card
 
 
 def _card(member: Member, place: Place) -> RunCard:

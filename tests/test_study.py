@@ -95,6 +95,8 @@ def test_done_is_skipped_killed_is_resumed_and_failures_stop_nobody(tmp_path: Pa
     good, killed, early, bad = (fake(act) for act in ("good", "killed", "early", "diverge"))
     everyone = [bad, killed, early, good]
     first = go(everyone, tmp_path, script)
+    ended = {card.method: bool(card.failure) for card in read_cards([tmp_path / "cards"])}  # written as each ends
+    assert ended == {"diverge": True, "killed": True, "early": True, "good": False}
     assert first[0] == "4 members: 0 done, 0 failed 2 times, 4 to train"
     state = lambda member: Place(tmp_path / "members" / member.name).state  # noqa: E731
     assert [state(m) for m in everyone] == ["new", "resumable", "new", "done"]
