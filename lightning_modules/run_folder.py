@@ -90,14 +90,11 @@ class RunFolder:
             if not path.is_file():
                 continue
             try:
-                with zipfile.ZipFile(path) as parts:
-                    if (bad := parts.testzip()) is not None:  # torch compares no checksums when it loads
-                        raise ValueError(f"wrong checksum of {bad}")
-                state = torch.load(path, weights_only=True, map_location="cpu")
+                state = load_checkpoint(path)
                 progress = state["loops"]["fit_loop"]["epoch_progress"]["current"]
                 return ResumePoint(path, int(progress["processed"]), int(state["global_step"]), tuple(unreadable))
             except Exception as error:
-                unreadable.append(f"{path} is no readable checkpoint ({str(error) or type(error).__name__})")
+                unreadable.append(unreadable_because(path, error))
         if unreadable:
             raise ValueError(f"resume: {'; '.join(unreadable)}; nothing to go on from, start anew")
         return ResumePoint(None, 0, 0, ())
@@ -161,6 +158,24 @@ class RunFolder:
         if not folder.config.is_file() or not (folder.path / "run.json").is_file():
             raise ValueError(f"resume: expected a run folder with config.yaml and run.json, found none at {path}")
         return folder
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """All of a checkpoint, on the CPU.
+
+    Raises:
+        Exception: of any kind, for a file that is missing, cut short or damaged.
+    """
+    with zipfile.ZipFile(path) as parts:
+        if (bad := parts.testzip()) is not None:  # torch compares no checksums when it loads
+            raise ValueError(f"wrong checksum of {bad}")
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return state
+
+
+def unreadable_because(path: Path, error: Exception) -> str:
+    """What is wrong with a checkpoint that :func:`load_checkpoint` refused."""
+    return f"{path} is no readable checkpoint ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 def versions() -> dict[str, str]:

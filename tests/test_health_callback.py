@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ TINY = (
     "health.thorough_every=5",
 )  # fmt: skip
 WELL = {"nonfinite": 0.0, "fgsm": 0.5, "pgd": 0.5, "gap": 0.0}
+NOISE = re.escape("one-step attack from noise of 2ε (N-FGSM)")
 ILL = {"nonfinite": 0.0, "fgsm": 0.8, "pgd": 0.1, "gap": 0.7}
 
 
@@ -207,6 +209,29 @@ def test_a_resumed_run_knows_what_it_learned(tmp_path: Path, after: int) -> None
     assert again.health[0].measures == ["noise"]
     assert again.events("alarm") == whole.events("alarm"), "each once"
     assert [e["step"] for e in again.events("reading")] == [e["step"] for e in whole.events("reading")]
+
+
+@pytest.mark.parametrize(("harm", "last"), [("cut short", False), ("missing", True)])
+def test_a_healthy_state_that_cannot_be_read_ends_no_run(tmp_path: Path, capsys, harm: str, last: bool) -> None:
+    """Damaged before the alarm is told (at the end), or between the alarm and the step that would begin from it."""
+    path, first = tmp_path / "run" / "checkpoints" / "healthy.ckpt", "on_train_epoch_start" if last else "on_train_epoch_end"
+
+    class Harm(pl.Callback):
+        def hurt(self, trainer: Any, *_: Any) -> None:
+            if trainer.current_epoch == 1:
+                path.write_bytes(path.read_bytes()[:3000]) if harm == "cut short" else path.unlink()
+
+    setattr(Harm, first, Harm.hurt)
+    script = [WELL, WELL, ILL] if last else [WELL, WELL, ILL, WELL]
+    run = Fit(tmp_path / "run", f"trainer.max_epochs={2 if last else 3}", script=script, extra=[Harm()])
+    assert run.health[0].measures == ["noise"], "the safety measure is in force all the same"
+    says = rf"no healthy state to go back to \(.*healthy\.ckpt is no readable checkpoint \(.+\)\); from here on: {NOISE}"
+    told = [line for line in capsys.readouterr().out.splitlines() if re.search(says, line)]
+    assert len(told) == 1
+    assert bool(re.fullmatch(says, run.events("alarm")[0]["action"])) == last, "what the page says is what was done"
+    if not last:
+        assert run.trainer.global_step == 12
+        assert healthy_step(run) == 12, "a later reading that is well is a place to go back to again"
 
 
 @pytest.mark.parametrize("ema", [0.9, pytest.param(None, marks=pytest.mark.long)])

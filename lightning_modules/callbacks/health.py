@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import pytorch_lightning as pl
@@ -34,6 +33,7 @@ from interpret.views.view import View
 from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.console import console
 from lightning_modules.logging import RunLog
+from lightning_modules.run_folder import load_checkpoint, unreadable_because
 
 Action = Literal["warn", "stop", "rollback"]
 HEALTHY: Final = "healthy.ckpt"
@@ -248,16 +248,17 @@ class Health(pl.Callback):
                 done = f"warned: the run was rolled back {self.rollbacks} times (health.most)"
             else:
                 self.pending.append(alarm.kind)
-                done = self._plan()
+                done = self._plan(*self._healthy(trainer))
         text = f"{alarm.text}{f' ({said})' if said else ''}"
         if trainer.is_global_zero:
             console.print(f"health: {text} → {done}  (epoch {alarm.epoch}, step {alarm.step})")
             if self.log_to is not None:
                 self.log_to.alarm(alarm.epoch, alarm.step, alarm.kind, text, done, alarm.values)
 
-    def _plan(self) -> str:
-        """What the rollback that is pending will do."""
-        where = f"rolled back to step {self.healthy_step}" if self.healthy_step >= 0 else "no healthy state to go back to"
+    def _plan(self, state: dict[str, Any] | None, why: str) -> str:
+        """What the rollback that is pending will do, with what :meth:`_healthy` found."""
+        none = f"no healthy state to go back to{f' ({why})' if why else ''}"
+        where = none if state is None else f"rolled back to step {self.healthy_step}"
         return f"{where}; from here on: {_SAYS[self._next_measure()]}"
 
     def _next_measure(self) -> str:
@@ -278,6 +279,21 @@ class Health(pl.Callback):
             if not kept.written(trainer, kept.last.with_name(HEALTHY)):
                 self.healthy_step = before
 
+    def _healthy(self, trainer: Any) -> tuple[dict[str, Any] | None, str]:
+        """What ``healthy.ckpt`` holds, or None and why a state that was kept can't be read: that ends no run."""
+        kept = _checkpoints(trainer)
+        if self.healthy_step < 0 or kept is None:
+            return None, ""
+        path = kept.last.with_name(HEALTHY)
+        try:
+            state = load_checkpoint(path)
+            if missing := [key for key in _RESTORED[-2:] if key not in state]:
+                raise ValueError(f"holds no {' and no '.join(missing)}")
+            return state, ""
+        except Exception as error:
+            self.healthy_step = -1
+            return None, unreadable_because(path, error)
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.pending:
             self._roll_back(trainer, pl_module)
@@ -287,32 +303,32 @@ class Health(pl.Callback):
         pl_module.rescue = lambda message: False
         if not self.pending:
             return
-        path = self._roll_back(trainer, pl_module)
+        healthy = self._roll_back(trainer, pl_module)
         for callback in _averages(trainer):
             callback.on_train_end(trainer, pl_module)
         checkpoints = _checkpoints(trainer)
-        if path is None or checkpoints is None or not trainer.is_global_zero:
+        if healthy is None or checkpoints is None or not trainer.is_global_zero:
             return
         last = checkpoints.last
-        healthy, kept = (torch.load(p, weights_only=True, map_location="cpu") for p in (path, last))
+        kept = torch.load(last, weights_only=True, map_location="cpu")
         kept |= {key: healthy[key] for key in _RESTORED if key in healthy}
         kept["callbacks"][self.state_key] = self.state_dict()
         trainer.strategy.checkpoint_io.save_checkpoint(kept, last)
 
-    def _roll_back(self, trainer: Any, pl_module: Any) -> Path | None:
-        """Restore what training changes, put the next safety measure in force; the path of what was restored."""
-        chosen, kept = self._next_measure(), _checkpoints(trainer)
+    def _roll_back(self, trainer: Any, pl_module: Any) -> dict[str, Any] | None:
+        """Restore what training changes, put the next safety measure in force; the checkpoint that was restored."""
+        chosen, (healthy, why) = self._next_measure(), self._healthy(trainer)
+        if why and trainer.is_global_zero:
+            console.print(f"health: {self._plan(healthy, why)}")
         self.rollbacks, self.pending, self.present = self.rollbacks + 1, [], ()
         self.measures.append(chosen)
-        path = None
-        if self.healthy_step >= 0 and kept is not None:
-            path = kept.last.with_name(HEALTHY)
-            _restore(trainer, pl_module, torch.load(path, weights_only=True, map_location="cpu"))
+        if healthy is not None:
+            _restore(trainer, pl_module, healthy)
             self.history = [reading for reading in self.history if reading.step <= self.healthy_step]
         if chosen == "lower_rate":
             _scale_rate(trainer, 0.5)
         self._arm(pl_module)
-        return path
+        return healthy
 
     def _armed(self) -> Attack | None:
         """The defense's attack with all safety measures in force."""
@@ -355,7 +371,7 @@ _SAYS: Final = {
     "smaller_step": "half the attack's step",
     "lower_rate": "half the learning rate",
 }
-_RESTORED: Final = ("state_dict", "current_model_state", "averaging_state", "optimizer_states")
+_RESTORED: Final = ("current_model_state", "averaging_state", "state_dict", "optimizer_states")  # the last two: always there
 
 
 def watch(health: Health | None, module: Any, data: Any) -> list[Health]:
