@@ -39,6 +39,7 @@ CHECKS: Final = (
 GUESSING: Final = ("guess", "one_class")
 # ``guess`` of a net that surely knew something: one at the edge would fall back again and again.
 KNOWS: Final = 0.8
+SELDOM: Final = ("noise_wins", "margin_gain", "step_gain")  # measured in thorough readings only
 PATIENCE: Final = 3  # readings in a row
 KINDS: Final = tuple(dict.fromkeys(check.kind for check in CHECKS))
 ABOUT_ATTACKS: Final = frozenset({"catastrophic", "alignment", "drift", "overfitting"})  # else meaningless
@@ -104,12 +105,14 @@ class Alarm:
     values: Mapping[str, float]
 
 
-def indicators(history: Sequence[Reading], grace: int = 0) -> dict[str, float]:
+def indicators(history: Sequence[Reading], grace: int | None = 0) -> dict[str, float]:
     """What the checks look at: the last reading's values, with ``fall`` and ``behind``, which need those before.
+
+    What is measured ``SELDOM`` is as it was last measured: gradients are masked until a reading finds them not to be.
 
     ``guess`` and ``one_class`` are left out where they are no news, for every net begins there: they stay if an earlier
     reading was clearly better (:data:`KNOWS`), or if the last :data:`PATIENCE` readings found nothing better, after
-    ``grace`` steps.
+    ``grace`` steps; of a ``grace`` of None, which is for a run's last reading, nothing is waited for.
 
     ``behind``: best − latest held-out robust accuracy (``robust``), but at most by how much training robust accuracy
     (``train_robust``) is above the latest: a run in which both fall is not overfitting.
@@ -117,7 +120,8 @@ def indicators(history: Sequence[Reading], grace: int = 0) -> dict[str, float]:
     if not history:
         return {}
     last = history[-1].values
-    found = {name: value for name, value in last.items() if name not in GUESSING} | _guessing(history, grace)
+    held = {name: reading.values[name] for reading in history for name in SELDOM if name in reading.values}
+    found = held | {name: value for name, value in last.items() if name not in GUESSING} | _guessing(history, grace)
     if len(history) > 1 and "pgd" in last and "pgd" in history[-2].values:
         found["fall"] = history[-2].values["pgd"] - last["pgd"]
     if "robust" in last and "train_robust" in last:
@@ -126,14 +130,14 @@ def indicators(history: Sequence[Reading], grace: int = 0) -> dict[str, float]:
     return found
 
 
-def _guessing(history: Sequence[Reading], grace: int) -> dict[str, float]:
+def _guessing(history: Sequence[Reading], grace: int | None) -> dict[str, float]:
     """``guess`` and ``one_class`` where they are news, the best of the readings that were waited for."""
     read = [found for r in history if (found := {name: r.values[name] for name in GUESSING if name in r.values})]
     if not read or not history[-1].values.keys() & read[-1].keys():
         return {}
     knew = any(found.get("guess", float("inf")) <= KNOWS for found in read[:-1])
     recent = read[-1:] if knew else read[-PATIENCE:]
-    if not knew and (len(recent) < PATIENCE or history[-1].step < grace):
+    if not knew and grace is not None and (len(recent) < PATIENCE or history[-1].step < grace):
         return {}
     return {name: min(found[name] for found in recent if name in found) for name in read[-1]}
 
@@ -144,13 +148,15 @@ def guesses(values: Mapping[str, float], limits: Limits) -> bool:
     return any((limit := limits.of(name)) is not None and not value <= limit for name, value in known.items())
 
 
-def judge(history: Sequence[Reading], limits: Limits, watch: Collection[str] = KINDS, grace: int = 0) -> tuple[Alarm, ...]:
+def judge(
+    history: Sequence[Reading], limits: Limits, watch: Collection[str] = KINDS, grace: int | None = 0
+) -> tuple[Alarm, ...]:
     """The alarms of the last reading, one a kind; a value that is no number counts as not finite.
 
     Args:
         history: readings in order, those of a past that was rolled back left out.
         watch: the kinds that are judged.
-        grace: steps before a net that never knew anything is ill.
+        grace: steps before a net that never knew anything is ill; None: it is at once.
     """
     found = indicators(history, grace)
     sentences: dict[str, list[Check]] = {}

@@ -371,6 +371,25 @@ def test_a_net_that_starts_by_guessing_is_given_time() -> None:
     assert indicators(history(LOST, {**LOST, "guess": 1.1}, LOST))["guess"] == 1.1
 
 
+def test_the_last_reading_of_a_run_waits_for_nothing() -> None:
+    def rings(*rows: dict[str, float]) -> bool:
+        return bool(judge(history(*rows), Limits(), ("guessing",), grace=None))
+
+    assert rings(LOST)
+    assert rings(LOST, LOST)
+    assert not rings(LOST, EDGE)
+    assert not rings(EDGE, LOST), "it had begun to learn: no better than before, but not blind"
+
+
+def test_masked_gradients_stay_masked_until_a_reading_measures_that_they_are_not() -> None:
+    sick, well = {**HONEST, "noise_wins": 0.3, "step_gain": 0.0}, {**HONEST, "noise_wins": 0.0, "step_gain": 0.0}
+    assert found(sick) == found(sick, HONEST) == found(sick, HONEST, {"nonfinite": 0.0}) == {"masked"}
+    assert found(sick, well) == found(sick, well, HONEST) == found(well, HONEST) == set()
+    (alarm,) = judge(history(sick, HONEST), Limits())
+    assert (alarm.values, alarm.step) == ({"noise_wins": 0.3}, 10)
+    assert found({**HONEST, "zero_gradient": 0.9}, HONEST) == set(), "what each reading measures is as it is now"
+
+
 def test_robust_overfitting_is_a_fall_while_training_goes_on_to_win() -> None:
     best, worse = {"robust": 0.5, "train_robust": 0.5}, {"robust": 0.3, "train_robust": 0.7}
     assert found(best, worse) == {"overfitting"}

@@ -69,9 +69,15 @@ class Fit:
             callbacks=[*average, *self.health, *(extra or []), Checkpoints(folder / "checkpoints")],
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
+            self.thorough: list[bool] = []  # of each scripted reading
             if script is not None:
                 left = iter(script)
-                patch.setattr(module_under_test, "measure", lambda *_, **__: dict(next(left)))
+
+                def scripted(*_: Any, thorough: bool, **__: Any) -> dict[str, float]:
+                    self.thorough.append(thorough)
+                    return dict(next(left))
+
+                patch.setattr(module_under_test, "measure", scripted)
             self.trainer.fit(
                 self.module, datamodule=parts.data, weights_only=True, ckpt_path=str(self.last) if resume else None
             )
@@ -118,10 +124,13 @@ def healthy_step(run: Fit) -> int:
     return int(torch.load(run.folder / "checkpoints" / "healthy.ckpt", weights_only=True)["global_step"])
 
 
-def test_a_net_that_guesses_is_not_kept_as_healthy_and_raises_no_alarm_at_first(tmp_path: Path) -> None:
+def test_a_net_that_guesses_is_not_kept_as_healthy_and_raises_no_alarm_before_the_end(tmp_path: Path) -> None:
     run = Fit(tmp_path / "run", script=[GUESS, GUESS, GUESS, GUESS])
-    assert run.events("alarm") == [], "12 steps are fewer than the grace"
+    (alarm,) = run.events("alarm")
+    assert (alarm["step"], alarm["action"]) == (12, "warned"), "12 steps are fewer than the grace, but none follows"
     assert run.health[0].grace == 50
+    assert "no better than guessing" in run.health[0].verdict
+    assert run.health[0].rollbacks == 0
     assert healthy_step(run) == 0, "the start is a place to go back to, and nothing after it is better"
     run = Fit(tmp_path / "learns", "trainer.max_epochs=2", script=[GUESS, GUESS, KNOW])
     assert healthy_step(run) == 8
@@ -303,6 +312,25 @@ def test_warn_and_stop(tmp_path: Path) -> None:
     (answer,) = run.health[0].views()[0].answers
     assert answer.text.startswith("Not healthy: catastrophic overfitting")
     assert answer.command == "python train.py regularizers=[sensitivity,grad_align]"
+
+
+def test_a_net_with_masked_gradients_is_not_kept_as_healthy_by_a_reading_that_does_not_look(tmp_path: Path) -> None:
+    masked, clear = {**WELL, "noise_wins": 0.5}, {**WELL, "noise_wins": 0.0}
+    run = Fit(tmp_path / "run", "trainer.max_epochs=4", script=[clear, clear, masked, WELL, WELL])
+    assert [(e["kind"], e["step"]) for e in run.events("alarm")] == [("masked", 8)], "told once"
+    assert healthy_step(run) == 4
+    assert run.health[0].present == ("masked",)
+    run = Fit(tmp_path / "clears", script=[clear, masked, WELL, clear])
+    assert healthy_step(run) == 12
+
+
+def test_without_a_healthy_state_masked_gradients_are_measured_before_they_are_blamed_again(tmp_path: Path) -> None:
+    masked, clear = {**WELL, "noise_wins": 0.5}, {**WELL, "noise_wins": 0.0}
+    script = [{"nonfinite": 1.0}, masked, clear, WELL, clear]
+    run = Fit(tmp_path / "run", "health.actions.masked=rollback", "trainer.max_epochs=4", script=script)
+    assert run.thorough == [True, True, True, False, True]
+    assert len(run.events("alarm")) == 1
+    assert healthy_step(run) == 16
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,6 +16,7 @@ from defenses.alarms import (
     GUESSING,
     KINDS,
     MEASURES,
+    SELDOM,
     Alarm,
     Limits,
     guesses,
@@ -58,7 +59,7 @@ class Health(pl.Callback):
         steps: of the multi-step attack.
         thorough_every: each so many readings, the first included, also looks for masked gradients.
         grace: steps before a net that never did better than guessing raises an alarm; None: a tenth of the run, at least
-            ``LEAST_GRACE``.  One that did and lost it raises it at once.
+            ``LEAST_GRACE``.  One that did and lost it raises it at once; the last reading of a run warns whatever the grace.
         limits: above which an alarm is raised.
         actions: by kind of alarm; "warn" where none is given.
         safer: safety measures, in this order, where they apply; when none is left, the learning rate is halved.
@@ -121,6 +122,7 @@ class Health(pl.Callback):
         self.latest: Reading | None = None
         self.present: tuple[str, ...] = ()  # kinds of the last reading's alarms
         self.verdict = ""
+        self.waits = True  # for a net that never beat guessing: until the last reading
         self.measures: list[str] = []  # safety measures in force
         self.pending: list[str] = []  # kinds of alarm that ask for a rollback before the next step
         self.healthy_step = -1  # global step of healthy.ckpt
@@ -208,8 +210,10 @@ class Health(pl.Callback):
         assert self.known is not None, "Health.prepare was never called"
         values: dict[str, float] = {}
         if trainer.is_global_zero:
-            final = trainer.current_epoch + 1 == trainer.max_epochs and trainer.is_last_batch  # what stays on the page
-            thorough = final or self.readings % self.thorough_every == 0
+            final = _final(trainer)  # what stays on the page
+            # After a rollback without a healthy state, what called for it is measured before it is blamed again.
+            owed = "masked" in {alarm.kind for alarm in self._alarms(self.grace or 0)} - set(self.present)
+            thorough = final or owed or self.readings % self.thorough_every == 0
             values = dict(more) | self.look(pl_module.net, pl_module.device, thorough)
         return Reading(int(trainer.current_epoch), int(trainer.global_step), trainer.strategy.broadcast(values))
 
@@ -227,19 +231,23 @@ class Health(pl.Callback):
         """Judge a reading, tell of every alarm that was not there before, and act."""
         self.history = [*_best_so_far(self.history), reading]
         self.latest, self.readings = reading, self.readings + 1
-        alarms = judge(self.history, self.limits, self.watched, self.grace or 0)
+        self.waits = not _final(trainer)
+        alarms = self._alarms(self.grace or 0 if self.waits else None)
         fresh = [alarm for alarm in alarms if alarm.kind not in self.present]
         self.present = tuple(alarm.kind for alarm in alarms)
         self.verdict = "; ".join(alarm.text for alarm in alarms)
         if self.log_to is not None and trainer.is_global_zero:
             self.log_to.reading(reading.epoch, reading.step, reading.values)
+        early = {alarm.kind for alarm in alarms} - {alarm.kind for alarm in self._alarms(self.grace or 0)}
         for alarm in fresh:
-            self._act(trainer, alarm, said)
+            self._act(trainer, alarm, said, "warn" if alarm.kind in early else self.actions.get(alarm.kind, "warn"))
         if not alarms and not guesses(reading.values, self.limits):
             self._keep(trainer)
 
-    def _act(self, trainer: Any, alarm: Alarm, said: str) -> None:
-        action = self.actions.get(alarm.kind, "warn")
+    def _alarms(self, grace: int | None) -> tuple[Alarm, ...]:
+        return judge(self.history, self.limits, self.watched, grace)
+
+    def _act(self, trainer: Any, alarm: Alarm, said: str, action: Action) -> None:
         done = "warned"
         if action == "stop":
             trainer.should_stop, done = True, "stopped"
@@ -348,7 +356,7 @@ class Health(pl.Callback):
         if self.latest is None:
             return ()
         history = self.history if self.latest in self.history else [*self.history, self.latest]
-        values = indicators(history, self.grace or 0)
+        values = indicators(history, self.grace or 0 if self.waits else None)
         limits = {check.name: self.limits.of(check.name) if check.kind in self.watched else None for check in CHECKS}
         in_force = ", then ".join(_SAYS[name] for name in self.measures)
         return (health_view(values, limits, self.verdict, self.latest.step, in_force, *self._remedy()),)
@@ -384,10 +392,16 @@ def watch(health: Health | None, module: Any, data: Any) -> list[Health]:
 
 
 def _best_so_far(history: Sequence[Reading]) -> list[Reading]:
-    """What later readings are judged by: the last reading, and of those before what is compared with the best."""
-    names = ("robust", *GUESSING)
+    """What later readings are judged by: the last reading, and of those before what is compared with the best or stands."""
+    names = ("robust", *GUESSING, *SELDOM)
     slim = [Reading(r.epoch, r.step, {name: r.values[name] for name in names if name in r.values}) for r in history[:-1]]
     return [*(reading for reading in slim if reading.values), *history[-1:]]
+
+
+def _final(trainer: Any) -> bool:
+    """No step follows in this run."""
+    steps_done = 0 <= trainer.max_steps <= trainer.global_step
+    return bool(steps_done or (trainer.current_epoch + 1 == trainer.max_epochs and trainer.is_last_batch))
 
 
 def _checkpoints(trainer: Any) -> Checkpoints | None:
