@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from datamodules.images import ImageDataModule
 from defenses.evaluation import correct_under
-from defenses.health import count_nonfinite
+from defenses.health import count_nonfinite, watched_logits
 from interpret.views.page import ReportPage
 from lightning_modules.callbacks.averaging import averaging
 from lightning_modules.callbacks.checkpointing import Checkpoints
@@ -41,7 +41,7 @@ from lightning_modules.entry import run_command
 from lightning_modules.hardware import AUTO, settled
 from lightning_modules.logging import RunLog, check_wandb_mode, survive, wandb_logger
 from lightning_modules.networks.build import make_network
-from lightning_modules.processes import check_processes, is_leader, launches
+from lightning_modules.processes import any_process, check_processes, is_leader, launches
 from lightning_modules.run_folder import RunFolder
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -195,12 +195,13 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
             trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         except Diverged as error:
             advice = "Try a lower optimizer.lr or trainer.gradient_clip_val=1"
-            raise Diverged(f"{error}; {kept.holding()}. {advice}") from None
+            raise Diverged(f"{error}; {kept.holding(trainer.global_step)}. {advice}") from None
 
         def judge(name: str, net: torch.nn.Module) -> dict[str, float]:
             device = trainer.strategy.root_device
-            broken.extend([name] if count_nonfinite(net)[0] else [])
-            correct[name] = correct_under(net.to(device), data.whole_test(), attacks, device)
+            with watched_logits(net.to(device)) as logits:
+                correct[name] = correct_under(net, data.whole_test(), attacks, device)
+            broken.extend([name] if any_process(any(map(bool, logits))) or count_nonfinite(net)[0] else [])
             return {attack: float(right.double().mean()) for attack, right in correct[name].items()}
 
         records, correct, broken = {}, dict[str, dict[str, torch.Tensor]](), list[str]()

@@ -5,7 +5,8 @@ The measures are cheap enough to be taken while a network trains; :mod:`defenses
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -127,6 +128,25 @@ def count_nonfinite(net: nn.Module) -> tuple[int, int]:
     """How many weights and running statistics are not finite, and of how many."""
     held = [p for p in (*net.parameters(), *net.buffers()) if p.is_floating_point()]
     return sum(int((~p.isfinite()).sum()) for p in held), sum(p.numel() for p in held)
+
+
+@contextmanager
+def watched_logits(net: nn.Module) -> Iterator[list[Tensor]]:
+    """Every output of the net meanwhile, its images or attacked ones, as one flag: is any logit not finite?
+
+    Weights that are all finite can be so large that their logits are not.
+    """
+    flags: list[Tensor] = []
+
+    def look(module: nn.Module, inputs: object, logits: Tensor) -> None:
+        broken = ~logits.detach().isfinite().all()
+        flags[:] = [broken | flags[0] if flags else broken]  # read at the end: no wait for the device on the way
+
+    handle = net.register_forward_hook(look)
+    try:
+        yield flags
+    finally:
+        handle.remove()
 
 
 def guessing(answers: Tensor, y: Tensor, classes: int) -> dict[str, float]:

@@ -43,7 +43,7 @@ class Evaluation:
 
     accuracy: Mapping[str, float]
     correct: Mapping[str, np.ndarray] = field(default_factory=dict)
-    finite: bool = True  # else its weights are not, and its accuracies mean nothing
+    finite: bool = True  # else its weights or logits are not, and its accuracies mean nothing
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from defenses.attacks import Attack
@@ -61,12 +61,16 @@ class RobustClassifier(pl.LightningModule):
         self.train_terms = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in defense.named_terms()})
         for metric in self._epoch_metrics():
             metric.persistent(True)  # an epoch may be resumed in its middle
+        self.broken_logits = SumMetric(nan_strategy="disable")  # that are not finite, on the images judged last
         self.clean = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
         self.robust = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of images in [0,1]: the plain network, no interpretation inside."""
         return self.net(x)
+
+    def on_validation_epoch_start(self) -> None:
+        self.broken_logits.reset()
 
     def _epoch_metrics(self) -> list[Metric]:
         """What is summed over an epoch of training."""
@@ -125,8 +129,10 @@ class RobustClassifier(pl.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             x_adv = self.val_attack(self.net, x, y)
             with torch.no_grad():
-                clean(self.net(x).float(), y)
-                robust(self.net(x_adv).float(), y)
+                answers = self.net(x).float(), self.net(x_adv).float()
+                clean(answers[0], y)
+                robust(answers[1], y)
+                self.broken_logits.update((~torch.stack(answers).isfinite()).sum())
             if split == "val" and batch_idx == 0 and self.defense.prepared:
                 for name, (value, gap) in self.defense.signal_gap(self.net, x.clone(), x_adv, y.clone()).items():
                     self.log(f"val/signal/{name}", value, batch_size=len(y), sync_dist=True)

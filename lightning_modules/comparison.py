@@ -234,9 +234,9 @@ def accuracy_table(settings: Sequence[Setting], network: str = SELECTED) -> Tabl
 
 
 def _not_finite(setting: Setting, network: str) -> str:
-    """Seeds whose network has weights that are not finite: their accuracies are of a net that is broken."""
+    """Seeds whose network has weights or logits that are not finite: their accuracies are of a net that is broken."""
     seeds = [f"{s}" for s, c in setting.runs.items() if network in c.evaluations and not c.evaluations[network].finite]
-    return f", weights not finite in seed {', '.join(seeds)}" if seeds else ""
+    return f", not finite in seed {', '.join(seeds)}" if seeds else ""
 
 
 def in_a_line(verdict: Verdict, baseline: str, attack: str) -> str:

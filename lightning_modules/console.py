@@ -76,7 +76,7 @@ NOT_FINITE: Final = " (not finite)"  # behind the name of a network: its accurac
 
 
 def accuracy_table(title: str, records: Mapping[str, Mapping[str, float]], not_finite: Collection[str] = ()) -> Table:
-    """Rows of networks, columns of attacks, accuracies in percent; networks with weights that are not finite say so."""
+    """Rows of networks, columns of attacks, accuracies in percent; networks that are not finite say so."""
     names = list(next(iter(records.values())))
     rows: list[tuple[str | float, ...]] = [
         (network + NOT_FINITE * (network in not_finite), *[round(100 * record[name], 2) for name in names])

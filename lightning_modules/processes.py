@@ -51,6 +51,15 @@ def together() -> None:
         dist.barrier()
 
 
+def any_process(mine: bool) -> bool:
+    """Whether any process says yes.  To be called on every process; waits for the slowest."""
+    said = [mine]
+    if grouped():
+        said *= dist.get_world_size()
+        dist.all_gather_object(said, mine)
+    return any(said)
+
+
 class Poll:
     """A question to all processes at every step, answered at the next: no process waits for its device, or for a slower one.
 

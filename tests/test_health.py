@@ -28,6 +28,7 @@ from defenses.health import (
     measure,
     total_variation,
     turning,
+    watched_logits,
 )
 from defenses.objectives import NuclearCE
 from defenses.threat import L2, Linf
@@ -143,6 +144,24 @@ def test_logits_that_overflow_are_counted_too() -> None:
     assert found["logits"] == 3 * 5 * len(images.y)
     (alarm,) = judge([Reading(0, 1, found)], Limits())
     assert alarm.text.endswith(f"of {found['logits']:.0f} logits")
+
+
+def test_logits_are_watched_on_every_image_that_is_judged() -> None:
+    class Big(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1) * 3e38
+
+    net = Big()
+    with watched_logits(net) as seen:
+        assert seen == []
+        net(torch.full((2, 1, 1, 2), 0.5))
+        assert not any(seen)
+        net(torch.full((2, 1, 1, 2), 2.0))
+        net(torch.full((2, 1, 1, 2), 0.5))
+    assert [bool(flag) for flag in seen] == [True], "once is enough"
+    net(torch.ones(1, 1, 1, 2))
+    assert len(seen) == 1
+    assert not net._forward_hooks
 
 
 def test_guessing_by_hand() -> None:

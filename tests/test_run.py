@@ -30,6 +30,7 @@ from defenses.threat import Linf
 from interpret.views.page import ReportPage, read_script
 from interpret.views.pse import PSEPanel
 from lightning_modules import comparison
+from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.cards import card_of, read_card, write_card
 from lightning_modules.entry import run_command
@@ -262,9 +263,9 @@ def as_typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 @pytest.mark.parametrize(
     ("every", "health", "holds"),
     [
-        ("1", "off", "{0}/last.ckpt holds an earlier step"),
+        ("1", "off", "{0}/previous.ckpt holds an earlier step, 1"),
         ("null", "off", "no checkpoint was written"),
-        ("null", "default", "no step was saved; {0}/healthy.ckpt holds the start"),
+        ("null", "default", "{0}/healthy.ckpt holds the start"),
     ],
 )
 def test_what_a_diverged_run_names_is_there(every, health, holds, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -284,9 +285,9 @@ def test_what_a_diverged_run_names_is_there(every, health, holds, tmp_path: Path
     assert "Traceback" not in said
     assert "error: training diverged at step 2: " in said
     assert holds.format(kept) in said
-    assert [name for name in ("last", "healthy") if (kept / f"{name}.ckpt").is_file()] == [
-        name for name in ("last", "healthy") if f"/{name}.ckpt" in said
-    ]
+    named = re.findall(r"(\w+)\.ckpt", said)
+    assert bool(named) == any(kept.glob("*.ckpt"))
+    assert all((kept / f"{name}.ckpt").is_file() for name in named)
 
 
 def test_a_network_without_defense_that_diverges_takes_nothing_with_it(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -337,7 +338,52 @@ def test_weights_that_are_not_finite_are_marked_and_never_the_best(tmp_path: Pat
     write_card(card, tmp_path / "card.json")
     assert [found.finite for found in read_card(tmp_path / "card.json").evaluations.values()] == [True, False]
     table = comparison.accuracy_table(comparison.settings_of([card]), "defended, last epoch")
-    assert "weights not finite in seed 0" in str(table.rows[0][2])
+    assert ", not finite in seed 0" in str(table.rows[0][2])
+
+
+def test_finite_weights_whose_logits_are_not_are_marked_and_never_the_best(tmp_path: Path, monkeypatch, capsys) -> None:
+    original = train.RobustClassifier.on_train_batch_end
+
+    def ruin(module, *arguments):
+        original(module, *arguments)
+        if module.trainer.is_last_batch:
+            module.net.head.weight.data.fill_(3e38)
+
+    monkeypatch.setattr(train.RobustClassifier, "on_train_batch_end", ruin)
+    command(
+        monkeypatch, *QUICK[:-2], "threads=1", "trainer.max_epochs=1", "panels=[]", "regularizers=[]", "health=off",
+        "wandb.mode=disabled", "compare_undefended=false", f"out={tmp_path}", "name=run",
+    )  # fmt: skip
+    folder = tmp_path / "run"
+    assert all(bool(value.isfinite().all()) for key, value in weights(folder).items() if key.startswith("net."))
+    assert not (folder / "checkpoints" / "best.ckpt").exists()
+    assert json.loads((folder / "results.json").read_text())["not_finite"] == ["defended, last epoch"]
+    assert "defended, last epoch (not finite)" in capsys.readouterr().out
+    assert "defended, last epoch (not finite)" in (folder / "report" / "index.html").read_text()
+
+
+GOOD, BAD, OVERFLOWN = ({"net.weight": torch.tensor([1.0, v])} for v in (2.0, float("nan"), float("inf")))
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"last": (7, GOOD), "previous": (6, GOOD)}, "{0}/previous.ckpt holds an earlier step, 6"),
+        ({"last": (7, BAD), "previous": (6, OVERFLOWN), "healthy": (4, GOOD)}, "{0}/healthy.ckpt holds an earlier step, 4"),
+        ({"last": (6, GOOD), "healthy": (4, GOOD), "best": (5, GOOD)}, "{0}/last.ckpt holds an earlier step, 6"),
+        ({"last": (6, {**GOOD, "train_loss.value": torch.tensor(float("nan"))})}, "{0}/last.ckpt holds an earlier step, 6"),
+        ({"last": (7, GOOD), "healthy": (4, BAD)}, "no earlier step was saved; {0}/last.ckpt holds step 7, whose weights"),
+        ({"last": (7, BAD), "previous": (6, BAD)}, "no checkpoint holds finite weights"),
+        ({"last": (6, None), "healthy": (0, GOOD)}, "{0}/healthy.ckpt holds the start"),
+        ({}, "no checkpoint was written"),
+    ],
+)
+def test_the_checkpoint_that_is_named_is_the_newest_that_is_any_good(files, says, tmp_path: Path) -> None:
+    for name, (step, state) in files.items():
+        torch.save({"global_step": step, "state_dict": state}, tmp_path / f"{name}.ckpt")
+        if state is None:
+            (tmp_path / f"{name}.ckpt").write_bytes(b"cut short")
+    assert Checkpoints(tmp_path).holding(7).startswith(says.format(tmp_path))
 
 
 @pytest.mark.parametrize(

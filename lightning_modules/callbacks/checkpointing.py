@@ -10,8 +10,9 @@ import io
 import os
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from pytorch_lightning.callbacks import Checkpoint
@@ -22,7 +23,9 @@ from defenses.health import count_nonfinite
 from interpret.views.page import write_atomic
 from lightning_modules.processes import Poll, leave_sums_to_leader, summed, together
 from lightning_modules.randomness import generator_states, set_generator_states
+from lightning_modules.run_folder import load_checkpoint
 
+HEALTHY: Final = "healthy.ckpt"
 COST = 0.01  # share of the training time that checkpoints inside an epoch may take
 
 
@@ -49,6 +52,12 @@ class DurableIO(TorchCheckpointIO):
             self._told = True
 
 
+def _finite(states: list[dict[str, Any]]) -> bool:
+    """Are the network's weights and statistics?  Sums of the epoch's losses need not be."""
+    held = [value for state in states for key, value in state.items() if not key.startswith("train_")]
+    return all(bool(value.isfinite().all()) for value in held if isinstance(value, torch.Tensor))
+
+
 class Checkpoints(Checkpoint):
     """``last.ckpt`` every few steps and at the end of each epoch, the one before as ``previous.ckpt``, and ``best.ckpt``.
 
@@ -59,7 +68,8 @@ class Checkpoints(Checkpoint):
     Args:
         folder: where the files go.
         every_n_steps: n; None: as often as it takes no more than ``COST`` of the time.
-        monitor: the metric, higher is better, whose best epoch ``best.ckpt`` holds; weights that are not finite are none.
+        monitor: the metric, higher is better, whose best epoch ``best.ckpt`` holds; weights or logits that are not
+            finite are none.
 
     Raises:
         ValueError: ``every_n_steps`` is no whole number >= 1.
@@ -69,6 +79,7 @@ class Checkpoints(Checkpoint):
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise ValueError(f"checkpoint_every: expected null or a whole number >= 1, found {every_n_steps!r}")
         self.best, self.last, self.previous = (folder / f"{name}.ckpt" for name in ("best", "last", "previous"))
+        self.healthy = folder / HEALTHY  # written by the health monitor
         self.every_n_steps, self.monitor = every_n_steps, monitor
         self.best_score: float | None = None
         self.saved_step: int | None = None  # the optimiser step that last.ckpt holds
@@ -84,7 +95,8 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         trainer.strategy.checkpoint_io = self._files  # of every checkpoint of this trainer
         # The leader's, on every process.
-        self.best, self.last, self.previous = trainer.strategy.broadcast((self.best, self.last, self.previous))
+        paths = self.best, self.last, self.previous, self.healthy
+        self.best, self.last, self.previous, self.healthy = trainer.strategy.broadcast(paths)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._whole = Path(trainer.ckpt_path).resolve() == self.last.resolve()
@@ -107,7 +119,9 @@ class Checkpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         score, before = trainer.callback_metrics.get(self.monitor), self.best_score
         # What is not finite answers one class for all, which may well be right more often than a net that is attacked.
-        if score is not None and (before is None or float(score) > before) and not count_nonfinite(pl_module.net)[0]:
+        better = score is not None and (before is None or float(score) > before)
+        if better and not count_nonfinite(pl_module.net)[0] and not pl_module.broken_logits.compute():
+            assert score is not None
             self.best_score = float(score)  # belongs into the file
             if not self.written(trainer, self.best):
                 self.best_score = before  # a later epoch is compared with the file that is there
@@ -142,12 +156,25 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(path)
         return bool(trainer.strategy.broadcast(not self._files.failed))
 
-    def holding(self) -> str:
-        """Which checkpoint there is to go on from, or to look into, in words."""
-        if found := next((path for path in (self.last, self.previous, self.best) if path.is_file()), None):
-            return f"{found} holds an earlier step"
-        healthy = self.last.with_name("healthy.ckpt")
-        return f"no step was saved; {healthy} holds the start" if healthy.is_file() else "no checkpoint was written"
+    def holding(self, step: int) -> str:
+        """Which checkpoint there is to go on from, or to look into, in words: the newest that holds finite weights.
+
+        Args:
+            step: at which the run diverged; a checkpoint of an earlier one is preferred to one of the same.
+        """
+        found: list[tuple[int, Path]] = []
+        written = [path for path in (self.last, self.previous, self.healthy, self.best) if path.is_file()]
+        for path in written:
+            with suppress(Exception):  # what can't be read is nothing to go on from
+                held = load_checkpoint(path)
+                if _finite([held["state_dict"], held.get("current_model_state", {})]):
+                    found.append((int(held["global_step"]), path))
+        if not found:
+            return "no checkpoint holds finite weights" if written else "no checkpoint was written"
+        at, path = max(found, key=lambda pair: (pair[0] < step, pair[0]))
+        if at >= step:
+            return f"no earlier step was saved; {path} holds step {at}, whose weights are finite"
+        return f"{path} holds {f'an earlier step, {at}' if at else 'the start'}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score, "generators": generator_states()}

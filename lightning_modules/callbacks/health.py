@@ -37,7 +37,6 @@ from lightning_modules.logging import RunLog
 from lightning_modules.run_folder import load_checkpoint, unreadable_because
 
 Action = Literal["warn", "stop", "rollback"]
-HEALTHY: Final = "healthy.ckpt"
 LEAST_GRACE: Final = 50  # steps
 
 
@@ -284,7 +283,7 @@ class Health(pl.Callback):
         kept, before = _checkpoints(trainer), self.healthy_step
         if kept is not None:
             self.healthy_step = int(trainer.global_step)  # belongs into the file
-            if not kept.written(trainer, kept.last.with_name(HEALTHY)):
+            if not kept.written(trainer, kept.healthy):
                 self.healthy_step = before
 
     def _healthy(self, trainer: Any) -> tuple[dict[str, Any] | None, str]:
@@ -292,7 +291,7 @@ class Health(pl.Callback):
         kept = _checkpoints(trainer)
         if self.healthy_step < 0 or kept is None:
             return None, ""
-        path = kept.last.with_name(HEALTHY)
+        path = kept.healthy
         try:
             state = load_checkpoint(path)
             if missing := [key for key in _RESTORED[-2:] if key not in state]:
