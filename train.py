@@ -24,6 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from datamodules.images import ImageDataModule
+from defenses.alarms import Limits
 from defenses.evaluation import correct_under
 from defenses.health import count_nonfinite, watched_logits
 from interpret.views.page import ReportPage
@@ -31,13 +32,13 @@ from lightning_modules.callbacks.averaging import averaging
 from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.callbacks.cost import Cost
 from lightning_modules.callbacks.dashboard import Dashboard
-from lightning_modules.callbacks.health import watch
+from lightning_modules.callbacks.health import Health, watch
 from lightning_modules.callbacks.preemption import Preemption, Unkept
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.cards import write_correct
 from lightning_modules.classifier import Diverged, RobustClassifier
 from lightning_modules.console import accuracy_table, clear_errors, console, require_whole, show
-from lightning_modules.entry import run_command
+from lightning_modules.entry import require_class, run_command
 from lightning_modules.hardware import AUTO, settled
 from lightning_modules.logging import RunLog, check_wandb_mode, survive, wandb_logger
 from lightning_modules.networks.build import make_network
@@ -103,6 +104,11 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
     """Train, test, report; returns the best held-out robust accuracy, for sweeps: the test set selects nothing."""
     with clear_errors(cfg.debug):
         folder = RunFolder.existing(cfg.resume) if cfg.resume is not None else None
+        require_class(cfg, "health", Health)
+        require_class(cfg, "health.limits", Limits)
+        for key in ("enable_progress_bar", "enable_checkpointing"):
+            if cfg.trainer.get(key, True) is not True:
+                raise ValueError(f"trainer.{key}: expected true, for train.py brings its own; found {cfg.trainer[key]!r}")
         parts = build(cfg)
         data, module = parts.data, parts.module
         probe = data.probe(cfg.probe.size)
@@ -131,7 +137,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
         if not attacks:
             raise ValueError("test_attacks: expected at least one attack for the final table, found none")
         # refuses bad values
-        checked = instantiate(cfg.trainer, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        checked = instantiate(cfg.trainer, logger=False, callbacks=[ProgressBar(), Checkpoints(Path())])
         if checked.gradient_clip_val and "mixed" in str(cfg.trainer.precision) and cfg.optimizer.get("fused"):
             raise ValueError("optimizer.fused: Lightning cannot clip gradients of it in mixed precision; expected false")
         if launches(checked) and HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -121,11 +121,12 @@ class Defense(nn.Module):
         for key, used in (
             *((key, share != 1) for key, share in shares.items()),
             ("attack_batchnorm", self.attack_batchnorm != "running"),
-            ("awp.gamma", self.awp is not None),
+            ("awp", self.awp is not None),
             ("compile_attack", self.compile_attack is not None),
         ):
             if used and self.attack is None:
-                raise ValueError(f"defense.{key}: is about the adversarial loss, but this defense has no attack")
+                where = "awp.gamma" if key == "awp" else f"defense.{key}"
+                raise ValueError(f"{where}: is about the adversarial loss, but this defense has no attack")
         scheduled = [key for key, share in shares.items() if share != 1]
         if scheduled and not isinstance(self.attack, Scalable):
             raise ValueError(

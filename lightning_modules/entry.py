@@ -43,6 +43,18 @@ def run_command(command: Callable[[], Any], configs: Path, name: str) -> None:
         _end(str(error), 1)
 
 
+def require_class(config: DictConfig, key: str, expected: type) -> None:
+    """Raises ValueError if this entry names another class, or none that there is: Hydra's own words name no key."""
+    entry = OmegaConf.select(config, key)
+    if not isinstance(entry, DictConfig) or not entry:
+        return
+    target, made = entry.get("_target_"), None
+    with suppress(Exception):  # an import may fail in any way
+        made = get_object(str(target))
+    if not (isinstance(made, type) and issubclass(made, expected)):
+        raise ValueError(f"{key}._target_: expected {expected.__module__}.{expected.__qualname__}, found {target!r}")
+
+
 def _end(line: str, code: int) -> None:
     if not is_echo():
         print(f"error: {line}\n(debug=true shows the stack trace)", file=sys.stderr)
@@ -50,10 +62,12 @@ def _end(line: str, code: int) -> None:
 
 
 def refusal(said: str, words: Sequence[str], configs: Path, name: str) -> str:
-    """What Hydra said of these words; of a key that is not there, the keys that are.
+    """What Hydra said of these words; of a key or a choice that is not there, those that are.
 
     Hydra itself proposes to add it with "+": that is repeated only where the class that it configures knows the key.
     """
+    if match := re.match(r"In '[^']+': Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.+)$", said):
+        return f"{match[1]}: expected one of {', '.join(match[3].split())}; found {match[1]}={match[2]}"
     match = re.match(r"Could not override '([^']+)'", said)
     if match is None:
         return said

@@ -23,13 +23,14 @@ from omegaconf import DictConfig
 
 import lightning_modules.callbacks.health as module_under_test
 import train
-from defenses.alarms import ABOUT_ATTACKS, KINDS, remedy
+from defenses.alarms import ABOUT_ATTACKS, KINDS, Limits, remedy
 from defenses.attacks import NFGSM, PGD
 from defenses.terms import Ramp
 from interpret.views.page import ReportPage, read_script
 from lightning_modules.callbacks.averaging import averaging
 from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.callbacks.health import Health, watch
+from lightning_modules.entry import require_class
 from lightning_modules.logging import RunLog, read_events
 from tests.composing import SMALL, config
 from tests.wandb_log import finished
@@ -383,13 +384,31 @@ def built() -> train.Parts:
         ("health.most=-1", r"health\.most"),
         ("health.grace=-1", r"health\.grace: expected a whole number >= 0"),
         ("health.images=100000", r"health\.images: expected 1 to"),
+        ("health.limits=3", r"health\.limits: expected limits by name, .*; found 3"),
+        ("health.limits=null", r"health\.limits: expected limits by name, .*; found None"),
+        ("health.limits._target_=x", r"health\.limits\._target_: expected defenses\.alarms\.Limits, found 'x'"),
+        ("health.limits._target_=builtins.dict", r"health\.limits\._target_: expected .*found 'builtins\.dict'"),
+        ("health._target_=nowhere.Health", r"health\._target_: expected .*Health, found 'nowhere\.Health'"),
+        ("health.actions=warn", r"health\.actions: expected actions by kind of alarm, .*; found 'warn'"),
+        ("health.actions=null", r"health\.actions: expected .*; found None"),
+        ("health.safer=null", r"health\.safer: expected a list, .*; found None"),
+        ("health.safer=noise", r"health\.safer: expected a list, .*; found 'noise'"),
+        ("health.safer=[[noise]]", r"health\.safer: expected any of"),
+        ("health.threat=l2", r"health\.threat: expected a ball .*; found 'l2'"),
+        ("health.threat=null", r"health\.threat: expected a ball .*; found None"),
     ],
 )
 def test_bad_values_are_refused_before_training(override: str, says: str) -> None:
     cfg = config(*TINY, override)
     parts = built()
-    with pytest.raises((ValueError, InstantiationException), match=says):  # Hydra wraps what a constructor says
+
+    def monitor() -> None:
+        require_class(cfg, "health", Health)
+        require_class(cfg, "health.limits", Limits)
         watch(instantiate(cfg.health, _convert_="all"), parts.module, parts.data)
+
+    with pytest.raises((ValueError, InstantiationException), match=says):  # Hydra wraps what a constructor says
+        monitor()
 
 
 def test_off_switches_it_off_and_an_undefended_net_is_not_blamed() -> None:

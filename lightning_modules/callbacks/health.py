@@ -38,6 +38,8 @@ from lightning_modules.run_folder import load_checkpoint, unreadable_because
 
 Action = Literal["warn", "stop", "rollback"]
 LEAST_GRACE: Final = 50  # steps
+DEFAULT: Final = Limits()
+WARN: Final[Mapping[str, Action]] = {}
 
 
 class Health(pl.Callback):
@@ -78,8 +80,8 @@ class Health(pl.Callback):
         steps: int = 5,
         thorough_every: int = 10,
         grace: int | None = None,
-        limits: Limits | None = None,
-        actions: Mapping[str, Action] | None = None,
+        limits: Limits = DEFAULT,
+        actions: Mapping[str, Action] = WARN,
         safer: Sequence[str] = ("noise", "two_steps", "smaller_step"),
         most: int = 5,
     ) -> None:
@@ -93,7 +95,15 @@ class Health(pl.Callback):
                 raise ValueError(f"health.{key}: expected a whole number >= 0, found {value!r}")
         if every_n_epochs is None and every_n_steps is None:
             raise ValueError("health: every_n_epochs and every_n_steps are both null; to switch it off, say health=off")
-        for kind, action in (actions or {}).items():
+        for key, given, expected, example in (
+            ("threat", threat, Threat, "a ball of attacks, such as ${threat}"),
+            ("limits", limits, Limits, "limits by name, such as health.limits.gap=0.2"),
+            ("actions", actions, Mapping, "actions by kind of alarm, such as health.actions.masked=stop"),
+            ("safer", safer, (list, tuple), "a list, such as health.safer=[noise]"),
+        ):
+            if not isinstance(given, expected):
+                raise ValueError(f"health.{key}: expected {example}; found {given!r}")
+        for kind, action in actions.items():
             if kind not in KINDS or action not in get_args(Action):
                 raise ValueError(
                     f"health.actions.{kind}: expected one of {', '.join(KINDS)} and one of {', '.join(get_args(Action))}; "
@@ -105,8 +115,7 @@ class Health(pl.Callback):
         self.threat, self.images, self.background, self.steps = threat, images, background, steps
         self.every_n_epochs, self.every_n_steps, self.thorough_every = every_n_epochs, every_n_steps, thorough_every
         self.grace = grace
-        self.limits = Limits() if limits is None else limits
-        self.actions, self.safer, self.most = dict(actions or {}), tuple(safer), most
+        self.limits, self.actions, self.safer, self.most = limits, dict(actions), tuple(safer), most
         self.log_to: RunLog | None = None
         self.command = "python train.py"  # what trains this run: for proposed command lines
         self.watched: tuple[str, ...] = KINDS
@@ -382,9 +391,15 @@ _RESTORED: Final = ("current_model_state", "averaging_state", "state_dict", "opt
 
 
 def watch(health: Health | None, module: Any, data: Any) -> list[Health]:
-    """The callbacks that ``health`` asks for, ready: none for health=off."""
-    if not isinstance(health, Health):
+    """The callbacks that ``health`` asks for, ready: none for health=off.
+
+    Raises:
+        ValueError: it is something else; as :meth:`Health.prepare`.
+    """
+    if not health:
         return []
+    if not isinstance(health, Health):
+        raise ValueError(f"health: expected health=default or health=off, found {health!r}")
     held_out = data.probe(min(64, len(data.val)) if health.images is None else health.images, key="health.images")
     health.prepare(module, Images(held_out.x, held_out.y, data.sample_training(health.background)))
     return [health]
