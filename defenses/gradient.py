@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from defenses.losses import cross_entropy
 from interpret.modes import undisturbed
@@ -17,6 +19,8 @@ from interpret.modes import undisturbed
 INTERIOR: Final = 0.005  # distance kept from 0 and 1, where a net that clamps its input has a kink
 PARTS, HALVINGS = 8, 12  # of a way, in the search for jumps
 STEP: Final = {torch.float64: 1e-5, torch.float32: 1e-3}  # of every pixel: far above rounding, far below most kinks
+COARSE: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # the largest relative error of their rounding
+ULPS, POINTS = 8, 16  # step of the difference for a net that rounds so, in these errors
 
 
 class Reachable(nn.Module):
@@ -71,17 +75,20 @@ def gradient_error(net: nn.Module, x: Tensor, y: Tensor, directions: int = 4, se
 
     Σ (f′_v − g·v)² / (Σ f′_v² + Σ (g·v)²), f = Z_t − Z_y with the strongest wrong class t, f′_v the central difference
     along v.  Once for v = sign g, where an attack goes, and once summed over random signs; the larger counts.  In float64
-    where the net can be copied so, so that neither rounding nor kinks weigh.
+    where the net can be copied so, so that neither rounding nor kinks weigh.  A net that rounds inside (:func:`rounding`)
+    takes steps far above its rounding, and is averaged over points around each image.
 
     Args:
         x: images in [0,1], (N, C, H, W); 0.005 is kept from 0 and 1, and small noise added to leave the grid of grey levels.
         y: true labels (N,).
     """
-    net, dtype = _sharp(net, x)
+    net, dtype, step = _sharp(net, x)
+    inside = INTERIOR
+    if step > STEP[torch.float32]:  # that of a net that rounds
+        net, inside = Smoothed(net, step), 2 * step
     generator = torch.Generator(x.device).manual_seed(seed)
     noise = torch.rand(x.shape, generator=generator, device=x.device) - 0.5
-    points = (x.detach() + 2 * INTERIOR * noise).clamp(INTERIOR, 1 - INTERIOR).to(dtype)
-    step = STEP[dtype]
+    points = (x.detach() + 2 * INTERIOR * noise).clamp(inside, 1 - inside).to(dtype)
     with undisturbed(net):
         reachable = Reachable(net)
         points.requires_grad_()
@@ -114,7 +121,7 @@ def largest_jump(net: nn.Module, x: Tensor, ends: Tensor) -> Tensor:
     Args:
         x, ends: images in [0,1], (N, C, H, W).
     """
-    net, dtype = _sharp(net, x)
+    net, dtype, _ = _sharp(net, x)
     start, way = x.detach().to(dtype), (ends - x).detach().to(dtype)
     net = Reachable(net)
     with undisturbed(net), torch.no_grad():
@@ -142,18 +149,58 @@ def _missed(slopes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return (true - reported).square().sum(0) / torch.where(whole > 0, whole, 1)
 
 
-def _sharp(net: nn.Module, x: Tensor) -> tuple[nn.Module, torch.dtype]:
-    """The net in float64 if it computes the same there, else as it is."""
+class Smoothed(nn.Module):
+    """The mean of ``net`` over 16 points around each image, at most ``radius`` a pixel apart: roundings average out."""
+
+    def __init__(self, net: nn.Module, radius: float) -> None:
+        super().__init__()
+        self.net, self.radius = net, radius
+
+    def forward(self, x: Tensor) -> Tensor:
+        draw = torch.Generator(x.device).manual_seed(0)
+        moved = (torch.rand(x.shape[1:], generator=draw, device=x.device) * 2 - 1 for _ in range(POINTS))
+        return torch.stack([self.net(x + self.radius * move).float() for move in moved]).mean(0)
+
+
+class _Kinds(TorchDispatchMode):
+    """Notes the types of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        return result
+
+
+def rounding(net: nn.Module, x: Tensor) -> float:
+    """The largest relative error of a rounding inside the forward: 2⁻⁸ for bfloat16, 2⁻¹¹ for float16; 0 without either.
+
+    Seen by the types of all results, under an autocast of the net's own too, which none outside can switch off.
+    """
+    with undisturbed(net), torch.no_grad(), _Kinds() as kinds:
+        Reachable(net)(x.detach())
+    return max((COARSE.get(kind, 0.0) for kind in kinds.seen), default=0.0)
+
+
+def _sharp(net: nn.Module, x: Tensor) -> tuple[nn.Module, torch.dtype, float]:
+    """The net in float64 if it computes the same there, else as it is; and the step of its differences."""
     few = x[:2].detach()
+    if unit := rounding(net, few):
+        return net, torch.float32, ULPS * unit
     try:
         twin = copy.deepcopy(net).double()
         with undisturbed(net), undisturbed(twin), torch.no_grad():
             plain, sharp = net(few), twin(few.double())
         if sharp.dtype == torch.float64 and torch.allclose(plain.double(), sharp, rtol=1e-2, atol=1e-2):
-            return twin, torch.float64
+            return twin, torch.float64, STEP[torch.float64]
     except Exception:  # whatever a foreign net raises here: it was not made for float64, or not for copying
         pass
-    return net, torch.float32
+    return net, torch.float32, STEP[torch.float32]
 
 
 @dataclass

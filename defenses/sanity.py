@@ -15,6 +15,7 @@ fixed before they judged the networks of ``docs/findings.md``, and held on digit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from defenses import losses
 from defenses.attacks import FGSM, PGD, Attack
-from defenses.gradient import Reachable, gradient_error, largest_jump, watched, zero_gradients
+from defenses.gradient import Reachable, gradient_error, largest_jump, rounding, watched, zero_gradients
 from defenses.objectives import CrossEntropy, Margin, Objective
 from defenses.square import Square
 from defenses.threat import Threat
@@ -56,6 +57,8 @@ SAME: Final = 0.01  # difference of two passes, in standard deviations of the lo
 SLOPE: Final = (0.01, 0.1)  # of the slope's energy that a gradient may miss; that makes it a wrong gradient
 ALONE: Final = 8  # images run one by one
 JUMP: Final = 0.01  # in standard deviations of the logits; what a continuous net shows is a hundred-thousandth
+ROUNDED: Final = 16  # roundings of a net that computes in bf16 or fp16, by which its logits may jump and passes differ
+ROUNDED_SLOPE: Final = (0.05, 0.1)
 JUMPS: Final = 16  # images whose ball is searched for jumps
 SUREST: Final = 8  # images that a softmax has to answer in the same way when it is surest
 SLOPES: Final = 32  # images whose gradient is compared with finite differences
@@ -192,6 +195,7 @@ class _Trial:
     y: Tensor
     chunk: int
     tell: Callable[[str], None]
+    unit: float = 0.0  # see :func:`defenses.gradient.rounding`
 
     def logits(self, x: Tensor) -> Tensor:
         with undisturbed(self.net), torch.no_grad():
@@ -239,6 +243,8 @@ def sanity_checks(
         thorough: attack also where outputs or gradients are already found broken, of which no attack can tell more.
         tell: is told what runs.
 
+    A net that computes in bf16 or fp16 inside is suspicious at best, and no more than that for its rounding.
+
     Raises:
         ValueError: fewer than 16 images, images that are not in [0,1], labels or logits of another shape, a ball without
             radius, or no image that is classified rightly.
@@ -251,13 +257,18 @@ def sanity_checks(
         with undisturbed(net), measuring(net) as largest, torch.no_grad():
             _require_logits(net(x[:2]), y)
         # A whole sample in one batch where it fits: the net is judged as it is used.
-        trial = _Trial(Reachable(net), x, y, largest.chunk(x.device), tell)
+        trial = _Trial(Reachable(net), x, y, largest.chunk(x.device), tell, rounding(net, x[:2]))
         tell("outputs")
         logits = trial.logits(x)
         right = logits.argmax(1) == y
         if not right.any():
             raise ValueError(f"sanity: expected some of the {len(x)} images to be classified rightly, found none")
-        checks = [_logits_check(trial, logits, threat), _repeats(trial, logits), _alone(trial, logits)]
+        checks = [
+            _rounding_check(trial.unit),
+            _logits_check(trial, logits, threat),
+            _repeats(trial, logits),
+            _alone(trial, logits),
+        ]
         checks += [*_gradient_checks(net, trial, right, seed), _jumps(net, trial, right, threat, float(logits.std()), seed)]
         stand = {"clean": right}
         if thorough or not any(check.grave for check in checks):
@@ -331,8 +342,9 @@ def _gradient_checks(net: nn.Module, trial: _Trial, right: Tensor, seed: int) ->
     missed = _each(lambda x, y: gradient_error(net, x, y, seed=seed), trial, few)
     calls, cuts = watched(net, trial.x[:2])
     by = f"; the forward cuts the graph by {', '.join(cuts)}" if cuts else ""
-    what = f"have a gradient that misses more than {100 * SLOPE[0]:g} % of the slope{by}"
-    some, much = (int((missed > limit).sum()) for limit in SLOPE)
+    limits = ROUNDED_SLOPE if trial.unit else SLOPE
+    what = f"have a gradient that misses more than {100 * limits[0]:g} % of the slope{by}"
+    some, much = (int((missed > limit).sum()) for limit in limits)
     return [
         share_check("gradients are not zero", int(zero.sum()), int(right.sum()), f"have no gradient{by}"),
         share_check("gradient is the slope", some, len(few), what, much),
@@ -359,7 +371,7 @@ def _jumps(net: nn.Module, trial: _Trial, right: Tensor, threat: Threat, scale: 
         parts = zip(begin.split(trial.chunk), end.split(trial.chunk), strict=True)
         jumps = torch.maximum(jumps, torch.cat([largest_jump(net, *part) for part in parts]) / max(scale, 1e-12))
     what = f"meet jumps of the logits inside the ball, the largest of {float(jumps.max()):.2g} of their standard deviation"
-    return share_check("outputs do not jump", int((jumps > JUMP).sum()), len(few), what)
+    return share_check("outputs do not jump", int((jumps > JUMP + ROUNDED * trial.unit).sum()), len(few), what)
 
 
 def _each(function: Callable[[Tensor, Tensor], Tensor], trial: _Trial, rows: Tensor) -> Tensor:
@@ -412,22 +424,33 @@ def _affine_softmax(trial: _Trial, values: Tensor, threat: Threat) -> tuple[floa
     return float(height.max()), float(floor[rows].mean())
 
 
-def _same(name: str, expected: str, what: str, logits: Tensor, others: Iterable[Tensor]) -> Check:
+def _rounding_check(unit: float) -> Check:
+    """A rounding inside is no defense, but hides steps smaller than it from everything that measures."""
+    found = (
+        f"the forward rounds inside to about {-math.log2(unit):.0f} bits" if unit else "the forward rounds to no half floats"
+    )
+    return Check("full precision inside", not unit, unit, "no half floats", found + (": judge it in fp32" if unit else ""))
+
+
+def _same(name: str, expected: str, what: str, trial: _Trial, logits: Tensor, others: Iterable[Tensor]) -> Check:
     scale = float(logits.double().std().clamp_min(1e-12))
     apart = max(float((logits[: len(other)] - other).abs().max()) for other in others) / scale
     found = f"{what} differ by {apart:.2g} standard deviations of the logits at most"
-    return Check(name, apart <= SAME, apart, expected, found, grave=apart > SAME)
+    allowed = SAME + ROUNDED * trial.unit
+    return Check(name, apart <= allowed, apart, expected, found, grave=apart > allowed)
 
 
 def _repeats(trial: _Trial, logits: Tensor) -> Check:
-    return _same("deterministic", "two passes equal", "two passes over the same images", logits, [trial.logits(trial.x)])
+    return _same(
+        "deterministic", "two passes equal", "two passes over the same images", trial, logits, [trial.logits(trial.x)]
+    )
 
 
 def _alone(trial: _Trial, logits: Tensor) -> Check:
     backwards = trial.logits(trial.x.flip(0)).flip(0)
     single = torch.cat([trial.logits(one) for one in trial.x[:ALONE].split(1)])
     name, what = "independent of the batch", "logits of an image alone, in the batch and in the reversed batch"
-    return _same(name, "an image's logits are its own", what, logits, [single, backwards])
+    return _same(name, "an image's logits are its own", what, trial, logits, [single, backwards])
 
 
 def _require(x: Tensor, y: Tensor, threat: Threat) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defenses.attacks import PGD
-from defenses.gradient import gradient_error, has_gradient, largest_jump, watched, zero_gradients
+from defenses.gradient import gradient_error, has_gradient, largest_jump, rounding, watched, zero_gradients
 from defenses.sanity import LIMITS, Check, SanityReport, lower_limit, sanity_checks, share_check, suite_check
 from defenses.threat import L2, Linf
 from tests.planted import CUTS, DEFENSES, Cut, Planted, Saturated, Shattered
@@ -135,6 +135,51 @@ def test_the_slope_in_single_precision():
     x, _, y = batch(n=6, size=4, channels=2, classes=3)
     assert gradient_error(InSinglePrecision(HalfDetached(False)), x, y).max() < 0.01
     assert gradient_error(InSinglePrecision(HalfDetached(True)), x, y).min() > 0.1
+
+
+class HalfFloats(Planted):
+    """Computes in half floats inside: by autocast, or from a rounded image on."""
+
+    def __init__(self, net: nn.Module, kind: torch.dtype, autocast: bool) -> None:
+        super().__init__(net)
+        self.kind, self.autocast = kind, autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.autocast:
+            return self.net(x.to(self.kind).to(x.dtype))
+        with torch.autocast("cpu", self.kind):
+            return self.net(x).float()
+
+
+HALF_FLOATS = [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)]
+
+
+@pytest.mark.parametrize(("kind", "autocast"), HALF_FLOATS, ids=["bf16 autocast", "bf16 images", "fp16 images"])
+@pytest.mark.parametrize("robust", [False, True], ids=["undefended", "PGD-AT"])
+def test_rounding_inside_is_said_and_is_no_more_than_suspicious(robust, kind, autocast):
+    net = HalfFloats(trained(robust), kind, autocast)
+    assert rounding(net, images(2, seed=1)[0]) == torch.finfo(kind).eps / 2
+    report = judged(net)
+    assert report.verdict == "suspicious"
+    (reason,) = report.reasons
+    assert f"rounds inside to about {8 if kind == torch.bfloat16 else 11} bits" in reason
+    assert "gradients beat Square" in {check.name for check in report.checks}, "the attacks have run"
+
+
+def test_what_a_rounding_net_detaches_is_called_out_all_the_same():
+    class Half(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net((x + x.detach()) / 2)
+
+    class Levels(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x + ((x * 15).round() / 15 - x).detach())
+
+    assert rounding(trained(), images(2, seed=1)[0]) == 0
+    for hidden in (Half(trained()), DEFENSES["detached gate"](trained()), DEFENSES["quantised input"](trained())):
+        report = judged(HalfFloats(hidden, torch.bfloat16, True))
+        assert report.verdict == "invalid", type(hidden)
+    assert judged(Levels(trained(False)), n=16, steps=2, queries=3).verdict != "trusted"
 
 
 def test_zero_gradients():
