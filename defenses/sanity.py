@@ -389,6 +389,9 @@ def _logits_check(trial: _Trial, logits: Tensor, threat: Threat) -> Check:
     affine = _affine_softmax(trial, values, threat)
     if affine is not None:
         scale, shift = affine
+        if math.isnan(shift):
+            found = f"the outputs are {scale:.2g} · probabilities, shifted by class: leave out the softmax"
+            return Check(name, False, scale, expected, found, grave=True)
         rounded = round(shift / scale, 2) * scale
         found = f"the outputs are {scale:.2g} · probabilities {rounded:+.2g}: leave out the softmax"
         return Check(name, False, scale, expected, found, grave=True)
@@ -399,7 +402,7 @@ def _logits_check(trial: _Trial, logits: Tensor, threat: Threat) -> Check:
 
 
 def _affine_softmax(trial: _Trial, values: Tensor, threat: Threat) -> tuple[float, float] | None:
-    """a and b of outputs a · softmax + b; None where they are none.
+    """a and b of outputs a · softmax + b, b NaN where each class has a shift of its own; None where they are none.
 
     Two signs: every row has the same sum, as that of centred logits has too; and where the net is surest, one class is at a
     ceiling and all others at one floor, which logits never reach.  For the second, images are moved far towards the class
@@ -415,13 +418,14 @@ def _affine_softmax(trial: _Trial, values: Tensor, threat: Threat) -> tuple[floa
             trial.logits(attack(trial.net, *part)) for part in zip(x.split(trial.chunk), y.split(trial.chunk), strict=True)
         ]
         values = torch.cat([values, *(part.double() for part in surer)])
-    ordered = values.sort(1, descending=True).values
-    floor = ordered[:, 1:].mean(1)
-    height, rows = (ordered[:, 0] - floor).topk(SUREST)
-    apart = (ordered[rows, 1] - ordered[rows, -1]).max()
-    if max(apart, height.max() - height.min()) > 0.01 * height.max():
-        return None
-    return float(height.max()), float(floor[rows].mean())
+    for own in (False, True):  # a shift for each class: its smallest output
+        ordered = (values - values.amin(0) * own).sort(1, descending=True).values
+        floor = ordered[:, 1:].mean(1)
+        height, rows = (ordered[:, 0] - floor).topk(SUREST)
+        apart = (ordered[rows, 1] - ordered[rows, -1]).max()
+        if max(apart, height.max() - height.min()) <= 0.01 * height.max():
+            return float(height.max()), math.nan if own else float(floor[rows].mean())
+    return None
 
 
 def _rounding_check(unit: float) -> Check:

@@ -388,6 +388,17 @@ def test_a_softmax_is_recognised_behind_a_scale_and_a_shift(robust, scale, shift
 
 
 @pytest.mark.parametrize("robust", [False, True], ids=["undefended", "PGD-AT"])
+def test_a_softmax_is_recognised_behind_a_shift_of_each_class(robust):
+    class Shifted(Planted):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).softmax(1) + torch.linspace(0, 0.1, 5)
+
+    found = outcome(judged(Shifted(trained(robust)), n=32), "outputs are logits")
+    assert found.grave
+    assert found.sentence == "the outputs are 1 · probabilities, shifted by class: leave out the softmax"
+
+
+@pytest.mark.parametrize("robust", [False, True], ids=["undefended", "PGD-AT"])
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_centred_logits_are_logits(robust, classes):
     """Their rows sum to zero, as those of a shifted softmax do; so do those of the two logits z and −z."""
