@@ -381,6 +381,17 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_broken_for_test.py").write_text("import surely_not_installed_anywhere\n")
 
 
+def test_a_callable_that_is_not_there_is_told_beside_at_most_a_dozen_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"net{place:02}" for place in range(20)]
+    source = "from torch import nn, optim\nfrom torch.nn import Linear, Module\nclasses = 10\n"
+    (tmp_path / "many_nets_for_test.py").write_text(source + "".join(f"def {name}(): ...\n" for name in names))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    with pytest.raises(ValueError, match=f"which has {', '.join(names[:12])} and 8 more  Got: no attribute 'nope'"):
+        own(target="many_nets_for_test:nope")
+
+
 @pytest.mark.usefixtures("own_modules")
 def test_a_network_from_the_working_directory() -> None:
     net = own(target="own_nets_for_test:Zoo.linear", args={"classes": 10})

@@ -13,6 +13,8 @@ from torch import nn
 from lightning_modules.networks.check import without_inplace
 from lightning_modules.networks.normalize import Normalize
 
+LISTED = 12  # callables, where the one that was named is not there
+
 
 def imported(
     *,
@@ -47,10 +49,15 @@ def _call(target: str | None, args: Mapping[str, object]) -> nn.Module:
     found = _import(module_name)
     for name in path.split("."):
         if not hasattr(found, name):
-            public = [name for name in vars(found) if not name.startswith("_")] if hasattr(found, "__dict__") else []
+            own = sorted(
+                name
+                for name, value in getattr(found, "__dict__", {}).items()
+                if callable(value) and not name.startswith("_") and getattr(value, "__module__", None) == module_name
+            )
+            more = f" and {len(own) - LISTED} more" if len(own) > LISTED else ""
             raise ValueError(
                 f"network.target: {target!r} must name a callable in {module_name!r}, which has"
-                f" {', '.join(sorted(public)) or 'none'}  Got: no attribute {name!r}"
+                f" {', '.join(own[:LISTED]) or 'none of its own'}{more}  Got: no attribute {name!r}"
             )
         found = getattr(found, name)
     if not callable(found):
