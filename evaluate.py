@@ -56,6 +56,8 @@ from lightning_modules.run_folder import commit, versions
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 SANITY_IMAGES = 256
+ONLY_CHECKS = "the twin serves the sanity checks alone; suite=adaptive attacks by transfer from it too"
+NO_PANELS = "the panels that say why images fall need gradients, and none reaches the images of this net: they were left out"
 KEY_FIGURES = (
     KeyFigure("outcome/clean_acc", "Accuracy, clean", "%"),
     KeyFigure("outcome/robust_acc", "Accuracy under attack", "%"),
@@ -409,11 +411,14 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         if threat.eps <= 0:
             raise ValueError(f"eps: expected a radius above 0, found {threat.eps}")
         terms = instantiate(cfg.regularizers or {}, _convert_="all")
+        left_out = (ONLY_CHECKS,) if twin is not None and cfg.suite != "adaptive" else ()
         if not has_gradient(net, images[:ASKED]):
             if cfg.masking.by is not None:
                 raise ValueError("masking: units are chosen by gradients, and none reaches the images of this net")
             cfg.panels = {}
-            console.print("[yellow]note[/yellow]  no gradient reaches the images: panels, which follow it, are left out")
+            left_out = (*left_out, NO_PANELS)
+        for words in left_out:
+            console.print(f"[yellow]note[/yellow]  {words}")
         if cfg.masking.by is not None:
             require_masking(cfg.masking)
             choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
@@ -441,6 +446,8 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         corruptions=cfg.corruptions,
         fallen=fallen,
     )
+    found = replace(found, notes=(*found.notes, *left_out))
+    console.print(f"attacks done; next sanity checks, accuracy against ε, {len(dashboard.panels)} panels")
     with steps(folder.name) as tell:
         few = stratified_rows(found.labels, min(SANITY_IMAGES, found.n), cfg.seed)
         x, y = images[found.rows[few]].to(device), labels[found.rows[few]].to(device)
@@ -480,7 +487,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         "network": source,
         "suite": f"{cfg.suite}, {threat}",
         "images": f"{found.n} of the {cfg.split} split, hash {found.fingerprint['images']}",
-        "panels": shown(found, explained, dashboard.attack) if views else "none",
+        "panels": shown(found, explained, dashboard.attack) if views else NO_PANELS if NO_PANELS in left_out else "none",
         "seed": cfg.seed,
         "commit": commit(),
     }

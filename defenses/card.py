@@ -211,6 +211,7 @@ def markdown(card: Mapping[str, Any]) -> str:
             for a in suite["attacks"]
         ],
     )
+    lines += _rows(("attack", "settings"), [(a["name"], settings_of(a["settings"])) for a in suite["attacks"]])
     lines += _rows(
         ("class", "images", "clean", "robust"),
         [(c["class"], c["n"], f"{100 * c['clean']:.1f} %", f"{100 * c['robust']:.1f} %") for c in accuracy["by_class"]],
@@ -239,6 +240,29 @@ def markdown(card: Mapping[str, Any]) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in card["versions"].items()),
     }
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in about.items()), ""])
+
+
+def settings_of(settings: Mapping[str, Any]) -> str:
+    """The settings of an attack in one line: class, then what it was given; the ball, which all share, is left out."""
+    settings = dict(settings)
+    own = settings.pop("attack", None)
+    if isinstance(own, Mapping):  # an attack on another net
+        return f"{settings.get('class', '')} of {settings_of(own)}"
+    kind = settings.pop("class", "")
+    if kind == "AutoAttackPart":
+        kind = f"{settings.pop('part', '')} of AutoAttack's standard version"
+        if not kind.startswith("square"):
+            settings.pop("queries", None)
+    if "loss" in settings:
+        settings.pop("objective", None)  # of the class that it extends
+    words = [f"{_called(key)} {_called(value)}" for key, value in settings.items() if key not in ("name", "threat", "rho")]
+    return ", ".join([kind, *words])
+
+
+def _called(value: object) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("class", "…"))
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("_", " ")
 
 
 def _percents(values: Sequence[float]) -> str:

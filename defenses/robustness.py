@@ -116,6 +116,8 @@ class Evaluation:
 class Progress:
     """Told after each batch: the attack and its place, batches done, what stands, and the time left (None: unknown).
 
+    Told once more when all attacks are done and corruptions begin; ``place`` is then ``attacks``.
+
     The time left is for images that never fall, so that it shrinks faster than it passes.
     """
 
@@ -132,6 +134,11 @@ class Progress:
     @property
     def accuracy(self) -> float:
         return self.standing / self.n
+
+    @property
+    def title(self) -> str:
+        """What runs, an attack with its place."""
+        return f"{self.place + 1}/{self.attacks} {self.attack}" if self.place < self.attacks else self.attack
 
 
 def check_images(net: nn.Module, images: Tensor, labels: Tensor, threat: Threat) -> int:
@@ -352,6 +359,9 @@ def evaluate_robustness(
             now = reached
             if path is not None:
                 now.save(path)
+        if corruptions and progress is not None:
+            stand, done = now.felled.count(STANDS), len(chosen.steps)
+            progress(Progress("corruptions", done, done, 0, 1, stand, len(rows), sum(c[2] for c in now.counts), None))
         corrupted = corrupted_accuracy(net, images, labels, batch_size, seed) if corruptions else {}
     felled = torch.tensor(now.felled)
     right, standing = felled != WRONG, felled == STANDS

@@ -37,7 +37,7 @@ def suite_bar() -> Iterator[Callable[[Progress], None]]:
     """
     if not console.is_terminal:
         tell = now_and_then()
-        yield lambda now: tell(f"{now.place + 1}/{now.attacks} {now.attack}, {now.batch} of {now.batches}: {so_far(now)}")
+        yield lambda now: tell(f"{now.title}, {now.batch} of {now.batches}: {so_far(now)}")
         return
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn()
     with Bar(*columns, console=console, transient=True) as bar:
@@ -46,7 +46,7 @@ def suite_bar() -> Iterator[Callable[[Progress], None]]:
         def told(now: Progress) -> None:
             bar.update(
                 task,
-                description=f"{now.place + 1}/{now.attacks} {now.attack}",
+                description=now.title,
                 total=now.batches,
                 completed=now.batch,
                 told=so_far(now),
@@ -56,8 +56,8 @@ def suite_bar() -> Iterator[Callable[[Progress], None]]:
 
 
 def so_far(now: Progress) -> str:
-    """What stands, and the time left."""
-    left = "" if now.left is None else f", at most {datetime.timedelta(seconds=round(now.left))} left"
+    """What stands, and the time left of the attacks."""
+    left = "" if not now.left else f", at most {datetime.timedelta(seconds=round(now.left))} left"
     return f"robust {100 * now.accuracy:.1f} %{left}"
 
 

@@ -22,7 +22,10 @@ import torch
 
 from interpret.views.page import write_atomic
 
-_PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "captum", "wandb", "hydra-core", "numpy")
+_PACKAGES = (
+    *("torch", "torchvision", "pytorch-lightning", "torchmetrics", "captum", "wandb", "hydra-core", "numpy"),
+    "pyautoattack",
+)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 import compare
-from defenses.card import SCHEMA, accuracy_curve, check_card, differences, make_card, markdown, read_card
+from defenses.card import SCHEMA, accuracy_curve, check_card, differences, make_card, markdown, read_card, settings_of
+from defenses.identity import described
 from defenses.robustness import evaluate_robustness
 from defenses.sanity import Check, SanityReport
+from defenses.suite import make_suite
 from defenses.threat import L2, Linf
 from interpret.views.view import Lines
 from lightning_modules.result_cards import cards_tables, cards_view, headline, level_with_the_best, paired_images
@@ -143,6 +145,20 @@ def test_markdown_holds_the_numbers_and_stays_a_table(card: dict[str, Any]) -> N
     for block in text.split("\n\n"):
         rows = [line for line in block.splitlines() if line.startswith("|")]
         assert len({line.replace("\\|", "").count("|") for line in rows}) <= 1
+
+
+def test_markdown_tells_the_settings_of_each_attack(card: dict[str, Any]) -> None:
+    text = markdown(card)
+    assert "| PGD-20 | PGD, steps 20, step size 0.0125, start uniform, restarts 1, objective CrossEntropy, seed 0 |" in text
+    told = {
+        step.name: settings_of(described(step.attack))
+        for step in make_suite("adaptive", Linf(0.1), 10, 3, None, nn.Flatten()).steps
+    }
+    assert told["APGD-T"] == "APGDT, steps 100, restarts 1, seed 3, targets 9, loss dlr"
+    assert told["transfer, CE"] == "Transfer of APGD, steps 100, restarts 1, objective CrossEntropy, seed 3"
+    assert told["Square"] == "square of AutoAttack's standard version, queries 2000, seed 3"
+    first = make_suite("standard", Linf(0.1), 10).steps[0]
+    assert settings_of(described(first.attack)) == "apgd-ce of AutoAttack's standard version, seed 0"
 
 
 def saved(folder: Path, name: str, card: dict[str, Any], standing: list[bool]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from defenses.sanity import LIMITS
 from interpret.views.page import read_script
 from lightning_modules import console, judging
 from lightning_modules.callbacks.dashboard import Dashboard
+from lightning_modules.entry import refusal
 from lightning_modules.networks.build import load_weights
 from lightning_modules.networks.small_cnn import SmallCNN
 from tests.test_evaluate import command
@@ -47,7 +49,7 @@ def judged(folder: Path) -> dict:
 def test_weights_are_judged_and_everything_is_written(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ("suite=probe", "images=20", "corruptions=true", "batch=8")
+    asked = ("suite=probe", "images=20", "corruptions=true", "batch=8", f"twin={weights}")
     command(monkeypatch, evaluate, *NAMED, *asked, f"checkpoint={weights}", f"out={tmp_path / 'out'}")
     found = judged(tmp_path / "out" / "net_probe")
     examples, accuracy, first = found["examples"], found["accuracy"], found["suite"]["attacks"][0]
@@ -57,9 +59,14 @@ def test_weights_are_judged_and_everything_is_written(
     assert accuracy["interval95"][0] <= accuracy["robust"] <= accuracy["interval95"][1]
     assert len(accuracy["by_corruption"]["JPEG"]) == 5
     assert found["data"]["selection"].startswith("unknown")
+    assert found["versions"]["pyautoattack"] == version("pyautoattack")
+    assert evaluate.ONLY_CHECKS in found["notes"]
     assert found["interpretation"]["outcome/clean_acc"] >= 0
     assert found["config"]["threat"]["eps"] == 0.06
-    assert "Robust accuracy" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Robust accuracy" in said
+    assert said.index("attacks done; next sanity checks, accuracy against ε, 2 panels") < said.index("Robust accuracy")
+    assert evaluate.ONLY_CHECKS in said
     with pytest.raises(SystemExit):  # nothing is overwritten
         command(monkeypatch, evaluate, *NAMED, *asked, f"checkpoint={weights}", f"out={tmp_path / 'out'}")
     assert "holds an evaluation already" in capsys.readouterr().err
@@ -128,6 +135,7 @@ def test_an_evaluation_in_l2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (heights[0], heights[-1]) == pytest.approx((accuracy["clean"], 0))
     assert card["sanity"]["verdict"] == "trusted"
     assert {check["name"] for check in card["sanity"]["checks"]} == set(LIMITS) - {"gradients beat transfer"} | {
+        "full precision inside",
         "outputs are logits",
         "deterministic",
         "independent of the batch",
@@ -183,6 +191,8 @@ def test_progress_is_told_with_a_terminal_and_without(terminal: bool, monkeypatc
     with judging.suite_bar() as told:
         for batch, standing, left in ((1, 90, 75.0), (2, 61, 61.0), (3, 50, None), (4, 44, 3.0)):
             told(Progress("APGD-T", 1, 4, batch, 8, standing, 100, 30.0, left))
+        assert judging.so_far(Progress("Square", 3, 4, 8, 8, 44, 100, 30.0, 0.0)) == "robust 44.0 %", "no time is left"
+        assert Progress("corruptions", 4, 4, 0, 1, 44, 100, 30.0, None).title == "corruptions"
     words = seen.getvalue()
     if terminal:
         assert "APGD-T" in words
@@ -288,6 +298,10 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
     assert cut["sanity"]["reasons"][0] == "no gradient reaches the images"  # 8 images are too few for the checks
     assert cut["accuracy"]["by_eps"][-1]["robust"] <= cut["accuracy"]["clean"]
     assert "no gradient reaches the images, so that Square" in capsys.readouterr().out
+    assert cut["interpretation"] == {}
+    assert evaluate.NO_PANELS in cut["notes"]
+    for file in ("card.md", "index.html"):
+        assert evaluate.NO_PANELS in (tmp_path / "out" / "hidden" / file).read_text()
     for change, message in (
         ("model=their_models:hidden weights=null masking.by=margin", "masking: units are chosen by gradients"),
         ("model=their_models:wrong", "model: it must return logits, one floating-point tensor (N, num_classes) = (2, 2)"),
@@ -320,6 +334,14 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
             command(monkeypatch, evaluate, *common, "data=arrays", "data.path=arrays", "out=out", "name=other")
         assert message in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["arrays", "folder", "hidden"]
+
+
+def test_a_radius_is_set_by_eps_where_the_run_brings_the_threat() -> None:
+    words = ("checkpoint=RUN", "suite=fast", "threat.eps=2")
+    said = refusal("Could not override 'threat.eps'.", words, evaluate.CONFIGS, "evaluate")
+    assert said.startswith("threat.eps: nothing is chosen for threat here; expected eps=")
+    said = refusal("Could not override 'threat.epsilon'.", words, evaluate.CONFIGS, "evaluate")
+    assert "expected a key of the config" in said
 
 
 @pytest.mark.parametrize(
