@@ -412,7 +412,7 @@ def test_a_network_from_the_working_directory() -> None:
         (":make_net", {}, "'module:callable'"),
         ("own_missing_for_test:make_net", {}, "'own_missing_for_test'.*Got: no such module"),
         ("own_broken_for_test:make_net", {}, "Got: ModuleNotFoundError: .*surely_not_installed_anywhere"),
-        ("own_nets_for_test:make_nets", {}, "which has .*make_net, .*Got: no attribute 'make_nets'"),
+        ("own_nets_for_test:make_nets", {}, "which has .*make_list, make_net  Got: no attribute 'make_nets'"),
         ("own_nets_for_test:number", {}, "must be callable  Got: int"),
         ("own_nets_for_test:make_list", {}, r"must return a torch\.nn\.Module  Got: list"),
         ("own_nets_for_test:make_net", {"layers": 3}, r"network\.args = {'layers': 3}  Got: TypeError: .*layers"),
