@@ -32,8 +32,9 @@ class Foldable:
     relus: tuple[nn.Module, ...] = ()
 
 
-# By net: its submodules that may take part when it was looked at, and what was found.  Another set is looked at anew.
-_known: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Foldable]] = WeakKeyDictionary()
+# By net: its submodules that may take part and its settings when it was looked at, and what was found.  Others are looked
+# at anew.
+_known: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[object], Foldable]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -62,19 +63,21 @@ def folded(net: nn.Module, x: Tensor) -> Iterator[nn.Module]:
 
 
 def foldable(net: nn.Module, x: Tensor) -> Foldable:
-    """What of a net in eval mode can be folded, found once by running two images and kept until its submodules change.
+    """What of a net in eval mode can be folded, found by running two images and kept until modules or settings change.
 
     A pair is a convolution and a BatchNorm, each of torch's own class and run once, the one's output read by the other
     and by nothing else on the way to the logits.  The net with everything folded must give the same logits for these
     images and let their gradient through, else nothing is: so a net that reads what autograd does not see, or draws random
-    numbers, is left alone.  The path that a net takes must not depend on the images.
+    numbers, is left alone.  The path that a net takes may depend on attributes that are plain values, such as a flag, but
+    not on the images, nor on how many there are.
 
     Only the net's ``forward`` runs, not the hooks on the net itself: this is none of the passes that they count.
     """
     inside = [module for module in net.modules() if module is not net and _takes_part(module)]
+    settings = _settings(net)
     if net in _known:
-        before, found = _known[net]
-        if len(before) == len(inside) and all(a is b for a, b in zip(before, inside, strict=True)):
+        before, then, found = _known[net]
+        if len(before) == len(inside) and all(a is b for a, b in zip(before, inside, strict=True)) and then == settings:
             return found
     found = Foldable()
     if any(type(module) in _NORMS for module in inside):
@@ -83,8 +86,14 @@ def foldable(net: nn.Module, x: Tensor) -> Foldable:
                 found = _found(net, inside, x[:2].detach().clone().requires_grad_())
             except (RuntimeError, ValueError):  # e.g. a net that wants its whole batch
                 found = Foldable()
-    _known[net] = (inside, found)
+    _known[net] = (inside, settings, found)
     return found
+
+
+def _settings(net: nn.Module) -> list[object]:
+    """Attributes of all modules that are plain values: what may switch a path on or off."""
+    plain = (bool, int, float, str, type(None))
+    return [(name, value) for module in net.modules() for name, value in vars(module).items() if type(value) in plain]
 
 
 def _found(net: nn.Module, inside: list[nn.Module], x: Tensor) -> Foldable:

@@ -435,3 +435,27 @@ def test_an_attack_in_low_precision_is_as_strong():
             robust.append(100 * float((net(x_adv).argmax(1) == y).float().mean()))
     assert 30 < robust[0] < 99
     assert robust[1] == pytest.approx(robust[0], abs=0.3)
+
+
+def test_a_flag_that_is_set_later_is_seen():
+    """Another path through the same modules: what was folded for the first would be wrong for the second."""
+
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.skip = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), False
+
+        def forward(self, x):
+            made = self.conv(x)
+            found = self.norm(made)
+            return (found + made if self.skip else found).mean((2, 3))
+
+    torch.manual_seed(0)
+    net, x = Switched().eval(), torch.rand(4, 3, 8, 8)
+    net.norm.running_mean.fill_(0.3)
+    net.norm.weight.data.fill_(1.7)
+    for net.skip in (False, True, False):
+        with torch.no_grad(), folded(net, x) as light:
+            found = light(x)
+        with torch.no_grad():
+            torch.testing.assert_close(found, net(x))
