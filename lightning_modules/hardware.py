@@ -57,7 +57,7 @@ def settled(precision: object, channels_last: object, accelerator: str, shared: 
         shared: the folder of a sweep.  The first member that asks decides for all, also for members on other machines.
 
     Raises:
-        ValueError: another ``channels_last``.
+        ValueError: another ``channels_last``, or a record of the sweep that cannot be read.
     """
     if channels_last not in (True, False, AUTO):
         raise ValueError(f"channels_last: expected true, false or auto, found {channels_last!r}")
@@ -81,4 +81,11 @@ def _first(path: Path, mine: Settings) -> Settings:
         pass
     finally:
         os.unlink(file.name)
-    return Settings(**json.loads(path.read_text(encoding="utf-8")))
+    text = path.read_text(encoding="utf-8")
+    try:
+        return Settings(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"trainer.precision: {path} should hold what the sweep's first member chose, found {text[:60]!r}; "
+            "delete it, or name precision and channels_last instead of auto"
+        ) from error

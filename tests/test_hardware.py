@@ -120,3 +120,10 @@ def test_a_resumed_run_keeps_what_was_decided(monkeypatch, tmp_path: Path):
     train.settle(again)
     assert (again.trainer.precision, again.channels_last) == ("bf16-mixed", True)
     assert train.resumed_config(cfg, ["trainer.precision=32-true"]).trainer.precision == "32-true"
+
+
+@pytest.mark.parametrize("text", ['{"precision": "bf16', "{}", "[]"])
+def test_a_broken_record_of_a_sweep_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "hardware.json").write_text(text)
+    with pytest.raises(ValueError, match=r"trainer.precision: .*hardware\.json .*delete it"):
+        settled("auto", "auto", "cpu", tmp_path)
