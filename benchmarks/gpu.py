@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,15 +38,15 @@ from defenses.objectives import KLToClean
 from defenses.regularizers import PSE, UnitSensitivity
 from defenses.terms import AdversarialCE, CleanCE, Term, TradesKL
 from defenses.threat import Linf
-from interpret.views.pse import PSEPanel
-from interpret.views.sensitivity import SensitivityPanel
-from interpret.views.units import UnitsPanel
+from interpret.views.page import ReportPage, write_atomic
 from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.hardware import Settings, suited
+from lightning_modules.logging import RunLog
 from lightning_modules.networks.resnet import ResNet, resnet18
 from lightning_modules.networks.wide_resnet import wide_resnet
 from lightning_modules.schedules import cosine
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA: dict[str, Any] = {
     "num_classes": 10,
     "in_channels": 3,
@@ -173,14 +176,20 @@ def epochs(
 
 
 def dashboards(make: Callable[[], nn.Module], images: Tensor, labels: Tensor, device: torch.device) -> float:
-    """Seconds of one epoch's pictures of 32 images: regions, units, sensitivity."""
-    x, y = images[:32].float().cpu() / 255, labels[:32].cpu()
-    panels = {"pse": PSEPanel(), "units": UnitsPanel(), "sensitivity": SensitivityPanel()}
+    """Seconds of one epoch's look with all panels of a default run; the first look, which makes what lasts, is not counted."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", ["threat.eps=8/255"])
+    n, more = cfg.probe.size, cfg.probe.training
+    x, y = images[: n + more].float().cpu() / 255, labels[: n + more].cpu()
     names = [str(i) for i in range(10)]
-    dashboard = Dashboard(panels, x, y, [str(i) for i in range(len(x))], PGD(BALL, 20), names)
-    net = make().to(device).eval()
-    dashboard.look(net, device, {})
-    return seconds(lambda: dashboard.look(net, device, {}))
+    with tempfile.TemporaryDirectory() as folder:
+        log = RunLog(Path(folder), ReportPage(Path(folder) / "report", "gpu"))
+        panels = instantiate(cfg.panels, _convert_="all")
+        ids = [str(i) for i in range(n)]
+        dashboard = Dashboard(panels, x[:n], y[:n], ids, PGD(BALL, 20), names, training=(x[n:], y[n:]), log=log)
+        net = make().to(device).eval()
+        dashboard.look(net, device, {})
+        return seconds(lambda: dashboard.look(net, device, {}))
 
 
 def time_to(target: float, data: Arrays, make: Callable[[], nn.Module], device: torch.device, most: int) -> dict[str, Any]:
@@ -240,14 +249,18 @@ def main() -> None:
     print(record["correctness"])
     on_device = images.to(device), labels.to(device)
     print("\nnetwork | defense | extras | seconds an epoch | ÷ bare | GB | share of a bf16 product")
-    record["epochs"] = [
-        row for name, make in nets.items() for row in epochs(name, make, *on_device, batch, device, args.rounds)
-    ]
+    record["epochs"] = []
+    for name, make in nets.items():
+        record["epochs"] += epochs(name, make, *on_device, batch, device, args.rounds)
+        write_atomic(args.out, json.dumps(record, indent=1) + "\n")  # a net that does not fit loses nothing before it
     record["dashboards_s"] = dashboards(first, images, labels, device)
-    print(f"\ndashboards: {record['dashboards_s']:.2f} s an epoch")
+    bare = next(row["epoch_s"] for row in record["epochs"] if row["extras"] == "bare")
+    record["dashboards_share"] = record["dashboards_s"] / bare
+    print(f"\ndashboards: {record['dashboards_s']:.2f} s, {100 * record['dashboards_share']:.1f} % of the first row's epoch")
+    write_atomic(args.out, json.dumps(record, indent=1) + "\n")
     if data is not None:
         record["time_to"] = time_to(args.target, data, first, device, 2 if args.small else args.epochs)
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_atomic(args.out, json.dumps(record, indent=1) + "\n")
     if not record["correctness"]["right"]:
         sys.exit("the device does not agree with the CPU")
 
