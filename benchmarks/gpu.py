@@ -176,7 +176,7 @@ def epochs(
 
 
 def dashboards(make: Callable[[], nn.Module], images: Tensor, labels: Tensor, device: torch.device) -> float:
-    """Seconds of one epoch's look with all panels of a default run; the first look, which makes what lasts, is not counted."""
+    """Seconds of one epoch's look with all panels of a default run; the first, which makes what lasts, is not counted."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", ["threat.eps=8/255"])
     n, more = cfg.probe.size, cfg.probe.training
