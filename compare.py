@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
@@ -29,8 +30,9 @@ from lightning_modules.cards import RunCard, check_comparable, read_cards
 from lightning_modules.comparison import SELECTED, runs_table, settings_of
 from lightning_modules.console import NOT_FINITE, clear_errors, console, show
 from lightning_modules.logging import check_wandb_mode, log_tables
+from lightning_modules.race import Race, race, race_table, rounds_of
 from lightning_modules.result_cards import cards_tables, cards_view, is_result_card, read_result_cards
-from lightning_modules.study import Study, cards_of, members_of, planned, read_study, run_members
+from lightning_modules.study import Study, cards_of, left, members_of, planned, read_study, run_members
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "configs"
@@ -208,25 +210,33 @@ def composed(overrides: tuple[str, ...], seed: int) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard]]:
-    """Train what is left of a study, and read the cards of all its members."""
+def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard], list[Table]]:
+    """Train what is left of a study; the cards of all its members, and how its race went if it is one."""
     with clear_errors(args.debug):
         study = read_study(args.study)
         if args.out is None:
             raise ValueError("--out: a study needs a folder of its own, which it goes on with when called again")
         if args.jobs < 1:
             raise ValueError(f"--jobs: expected a whole number >= 1, found {args.jobs}")
+        rounds = rounds_of(study)
         members = members_of(study, composed, args.runs)
         check_comparable([planned(member) for member in members], args.any_effort)
-        chosen = [m for m in members if fnmatch(m.name, args.only)]
-        if not chosen:
+        if not any(fnmatch(m.name, args.only) for m in members):
             raise ValueError(f"--only: {args.only!r} matches none of {len(members)} members, e.g. {members[0].name}")
+    tell: Callable[[str], object] = lambda line: console.print(line, highlight=False)  # noqa: E731
+    ended: int | None = None
     try:
-        run_members(chosen, args.out, ROOT / "train.py", args.jobs, lambda line: console.print(line, highlight=False))
+        while True:  # a race has rounds, and what was killed or failed once goes on or is tried again
+            cards, waiting = cards_of(members, args.out), left(members, args.out)
+            now = race(study, members, cards, {m.name for m in waiting}) if rounds else Race(members, [])
+            chosen = [m for m in now.members if fnmatch(m.name, args.only)]
+            if ended == 0 or (ended and not any(m in waiting for m in chosen)):
+                break
+            ended = run_members(chosen, args.out, ROOT / "train.py", args.jobs, tell)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         sys.exit(130)
-    return study, cards_of(members, args.out)
+    return study, cards, [race_table(now, rounds)] if now.scores else []
 
 
 def compare_result_cards(paths: list[Path], out: Path | None, debug: bool) -> None:
@@ -269,8 +279,9 @@ def main() -> None:
         return
     with clear_errors(args.debug):
         check_wandb_mode(args.wandb)
+    races: list[Table] = []
     if args.study is not None:
-        study, cards = train_study(args)
+        study, cards, races = train_study(args)
     with clear_errors(args.debug):
         if study is None:
             cards = read_cards(folders)
@@ -294,7 +305,7 @@ def main() -> None:
             baseline = args.baseline or (study.baseline if study is not None else known[0].method)
             caveat = "Runs of unequal training effort are compared." if args.any_effort else ""
             view, tables, lines = ablation_view(cards, baseline, attack, network, caveat)
-            views.insert(0, view)
+            views.insert(0, replace(view, charts=(*view.charts, *races)))
         if not views:
             raise ValueError("runs: none has finished, and cards have no curves; nothing can be compared yet")
     meta = {card.name: f"{card.method} {card.setting}, commit {card.about.get('commit', 'unknown')}" for card in cards[:40]}
@@ -309,10 +320,13 @@ def main() -> None:
     show(tables[0] if tables else results_table(runs))
     for line in lines:
         console.print(line, highlight=False)
-    for path in write_ablation(out, cards, tables, attack, network) if tables else []:
+    for path in write_ablation(out, cards, [*tables, *races], attack, network) if tables else []:
         console.print(path)
     if tables and args.wandb != "disabled":
-        named = dict(zip(("accuracy", "verdicts", "measured"), tables, strict=False))
+        named = {
+            **dict(zip(("accuracy", "verdicts", "measured"), tables, strict=False)),
+            **dict(zip(("race",), races, strict=False)),
+        }
         log_tables(out, "glassarmor", args.wandb, {**named, "runs": runs_table(cards)}, page.one_epoch(0))
     console.print(f"page  {page.index}")
 

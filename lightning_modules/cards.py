@@ -27,6 +27,7 @@ SAME: Final = {  # key of the config → what it is about; only seeds may differ
     "budget": "threat model",
     "val_attack": "selection",
     "test_attacks": "evaluation",
+    "suites": "evaluation",
     "probe": "dashboard images",
 }
 EFFORT: Final = ("trainer.max_epochs", "trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.precision")

@@ -1,6 +1,6 @@
 """A study: methods × grids × seeds from one YAML, trained by ``train.py`` in processes of their own, resumably.
 
-    OUT/members/NAME/   member.json (hash, overrides, attempts), log.txt, lock, run/ (the run folder)
+    OUT/members/NAME/   member.json (hash, overrides, attempts), log.txt, lock, run/ (the run folder), suites/ (evaluations)
     OUT/cards/NAME.json one small card a member, failures included
 
 A member's name ends in the hash of its composed config: what is done is skipped, and a changed config is another member.
@@ -10,6 +10,7 @@ A card is enough to count as done: copied to another machine, the cards carry a 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -22,10 +23,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from interpret.views.page import write_atomic
@@ -54,10 +56,13 @@ class Study:
         name: of the study.
         seeds: each setting is trained with each.
         baseline: the method that the others are judged against.
-        methods: name → ``overrides`` (a list, as on the command line of ``train.py``) and ``grid`` (key → values); a
-            method's settings are all combinations of its grid.
+        methods: name → ``overrides`` (a list, as on the command line of ``train.py``), ``grid`` (key → values; a method's
+            settings are all combinations of it) and, for races, ``base``: the method whose own weights are its control.
         budget: overrides that every member shares: data, network, epochs, ...
-        attack: of ``test_attacks``, whose accuracy is compared; None takes the last.
+        suites: name → overrides of ``evaluate.py``, such as ``suite=standard``: what judges the best epoch of every member
+            after its training, beside ``test_attacks``.
+        rounds: of a race, see :mod:`lightning_modules.race`; without any, every setting is trained with every seed.
+        attack: of ``test_attacks`` or ``suites``, whose accuracy is compared; None takes the last.
         network: row of ``results.json`` that is compared.
 
     Raises:
@@ -69,6 +74,8 @@ class Study:
     baseline: str
     methods: Mapping[str, Mapping[str, Any]]
     budget: tuple[str, ...] = ()
+    suites: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    rounds: tuple[Mapping[str, Any], ...] = ()
     attack: str | None = None
     network: str = SELECTED
 
@@ -82,14 +89,21 @@ class Study:
         if self.baseline not in self.methods:
             raise ValueError(f"study.baseline: expected one of {', '.join(self.methods)}; found {self.baseline!r}")
         for name, method in self.methods.items():
-            unknown = set(method) - {"overrides", "grid"}
+            unknown = set(method) - {"overrides", "grid", "base"}
             if unknown:
-                raise ValueError(f"study.methods.{name}: expected overrides and grid, found {', '.join(sorted(unknown))}")
+                found = ", ".join(sorted(unknown))
+                raise ValueError(f"study.methods.{name}: expected overrides, grid and base, found {found}")
+            if method.get("base", self.baseline) not in self.methods:
+                raise ValueError(
+                    f"study.methods.{name}.base: expected one of {', '.join(self.methods)}; found {method['base']!r}"
+                )
             for key, values in (method.get("grid") or {}).items():
                 if not isinstance(values, list) or not values:
                     raise ValueError(f"study.methods.{name}.grid.{key}: expected a list of values, found {values!r}")
-        for key in ("budget", *(f"methods.{name}.overrides" for name in self.methods)):
-            lines = self.budget if key == "budget" else self.methods[key.split(".")[1]].get("overrides") or ()
+        named: dict[str, Sequence[Any]] = {"budget": self.budget}
+        named |= {f"methods.{name}.overrides": method.get("overrides") or () for name, method in self.methods.items()}
+        named |= {f"suites.{name}": lines for name, lines in self.suites.items()}
+        for key, lines in named.items():
             for line in lines:
                 if not isinstance(line, str) or ("=" not in line and not line.startswith("~")):
                     raise ValueError(f"study.{key}: expected overrides such as defense=trades, found {line!r}")
@@ -104,13 +118,15 @@ def read_study(path: Path) -> Study:
     if not path.is_file():
         raise ValueError(f"--study: expected a YAML file such as configs/study/tiny.yaml, found none at {path}")
     entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {field.name for field in fields(Study)}
+    known = {entry.name for entry in fields(Study)}
     if not isinstance(entries, dict) or set(entries) - known or {"name", "seeds", "baseline", "methods"} - set(entries):
         found = ", ".join(map(str, entries)) if isinstance(entries, dict) else type(entries).__name__
         raise ValueError(
-            f"--study: expected name, seeds, baseline, methods and perhaps budget, attack, network; found {found}"
+            "--study: expected name, seeds, baseline, methods and perhaps budget, suites, rounds, attack, network; found "
+            f"{found}"
         )
-    return Study(**{**entries, "seeds": tuple(entries["seeds"]), "budget": tuple(entries.get("budget") or ())})
+    lists = {key: tuple(entries.get(key) or ()) for key in ("seeds", "budget", "rounds")}
+    return Study(**{**entries, **lists, "suites": entries.get("suites") or {}})
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,7 @@ class Member:
     overrides: tuple[str, ...]
     hash: str
     config: Mapping[str, Any]
+    suites: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -156,7 +173,9 @@ def members_of(study: Study, compose: Compose, further: Sequence[str] = ()) -> l
                     said = " ".join(str(error).split()).partition(" Config search path")[0]  # Hydra goes on for long
                     raise ValueError(f"study.methods.{method}: {said}") from error
                 setting = ", ".join(_short(part) for part in point)
-                member = Member(method, setting, seed, (*overrides, f"seed={seed}"), config_hash(config), config)
+                member = Member(
+                    method, setting, seed, (*overrides, f"seed={seed}"), config_hash(config), config, study.suites
+                )
                 other = members.setdefault(member.hash, member)
                 if other is not member:
                     raise ValueError(
@@ -182,9 +201,10 @@ def _short(part: str) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a member lives."""
+    """Where a member lives, and what judges it after its training."""
 
     folder: Path
+    suites: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def run(self) -> Path:
@@ -201,13 +221,27 @@ class Place:
         write_atomic(self.folder / "member.json", json.dumps({**self.record, **entries}, indent=1) + "\n")
 
     @property
+    def trained(self) -> bool:
+        """A run writes ``results.json`` last."""
+        return (self.run / "results.json").is_file()
+
+    def judged(self, suite: str) -> Path:
+        """The result card of a suite, written last; asked otherwise, it is another."""
+        asked = hashlib.sha256(repr(list(self.suites[suite])).encode()).hexdigest()[:6]
+        return self.folder / "suites" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', suite)}_{asked}" / "card.json"
+
+    @property
+    def unjudged(self) -> list[str]:
+        return [suite for suite in self.suites if not self.judged(suite).is_file()]
+
+    @property
     def state(self) -> State:
-        """Done with ``results.json``, which a run writes last; failed after ``TRIES`` failures of its own."""
-        if (self.run / "results.json").is_file():
+        """Done when trained and judged by every suite; failed after ``TRIES`` failures of its own."""
+        if self.trained and not self.unjudged:
             return "done"
         if self.record.get("failures", 0) >= TRIES:
             return "failed"
-        return "resumable" if (self.run / "checkpoints" / "last.ckpt").is_file() else "new"
+        return "resumable" if self.trained or (self.run / "checkpoints" / "last.ckpt").is_file() else "new"
 
     @property
     def failure(self) -> str:
@@ -236,7 +270,12 @@ class Place:
 
 
 def command(member: Member, place: Place, script: Path) -> list[str]:
-    """What trains, or goes on training, a member."""
+    """What trains, or goes on training, a member, or judges it by the next suite."""
+    if place.trained:
+        suite = place.unjudged[0]
+        folder = place.judged(suite).parent
+        asked = (f"checkpoint={place.run}", f"out={folder.parent}", f"name={folder.name}", "threads=1", *place.suites[suite])
+        return [sys.executable, str(script.with_name("evaluate.py")), *asked]
     if place.state == "resumable":
         return [sys.executable, str(script), f"resume={place.run}"]
     return [sys.executable, str(script), *member.overrides, f"out={place.folder}", "name=run"]
@@ -277,7 +316,7 @@ def finished(place: Place, code: int) -> bool:
     done = place.state == "done"
     if not done and code > 0:
         place.write(failures=place.record.get("failures", 0) + 1)
-        if place.state == "resumable":  # its checkpoint may be what is broken: the second try starts anew
+        if place.state == "resumable" and not place.trained:  # its checkpoint may be broken: the second try starts anew
             shutil.rmtree(place.run)
     place.write(code=code)
     return done
@@ -293,15 +332,18 @@ def run_members(
     jobs: int,
     tell: Callable[[str], object] = print,
     poll: float = 0.5,
-) -> None:
+) -> int:
     """Train what is left, ``jobs`` at a time; what is done is skipped, what fails is noted and left for the next call.
+
+    Returns:
+        How many members ended.
 
     Raises:
         ValueError: a file in ``OUT/cards`` that is no card.
         KeyboardInterrupt: after the members that ran were ended; calling again goes on.
     """
-    places = {member.name: Place(out / "members" / member.name) for member in members}
-    waiting = [m for m in members if places[m.name].state in ("new", "resumable") and not _trained_elsewhere(m, out)]
+    places = {member.name: place_of(member, out) for member in members}
+    waiting = left(members, out)
     skipped = len(members) - len(waiting)
     given_up = sum(places[m.name].state == "failed" for m in members)
     tell(f"{len(members)} members: {skipped - given_up} done, {given_up} failed {TRIES} times, {len(waiting)} to train")
@@ -312,33 +354,47 @@ def run_members(
         while waiting or running:
             while waiting and len(running) < jobs:
                 member = waiting.pop(0)
-                goes_on = places[member.name].state == "resumable"
+                place = places[member.name]
+                begins = "judging " if place.trained else "resumed " if place.state == "resumable" else "started "
                 process = start(member, places[member.name], script)
                 if process is None:
                     tell(f"busy     {member.name}: another process trains it")
                     continue
                 running.append((member, process, time.monotonic()))
-                tell(f"{'resumed' if goes_on else 'started'}  {member.name}")
+                tell(f"{begins} {member.name}")
             for entry in [e for e in running if e[1].poll() is not None]:
                 running.remove(entry)
                 member, process, began = entry
                 seconds, place = time.monotonic() - began, places[member.name]
                 done = finished(place, process.returncode)
+                if not done and process.returncode == 0 and place.trained and process.args != command(member, place, script):
+                    waiting.insert(0, member)  # what judges it comes next
+                    continue
                 _write(member, out)  # at once: what ended is kept, however this ends
                 times.append(seconds)
-                left = len(waiting) + len(running)
-                eta = left * sum(times) / len(times) / max(1, jobs)
+                still = len(waiting) + len(running)
+                eta = still * sum(times) / len(times) / max(1, jobs)
                 said = (
                     f"done     {member.name}"
                     if done
                     else f"FAILED   {member.name}: {place.failure} ({place.folder}/log.txt)"
                 )
-                tell(f"{said}  {seconds:.0f} s; {total - left} of {total}, about {math.ceil(eta / 60)} min left")
+                tell(f"{said}  {seconds:.0f} s; {total - still} of {total}, about {math.ceil(eta / 60)} min left")
             if running:
                 time.sleep(poll)
     except BaseException:
         _end([process for _, process, _ in running])
         raise
+    return len(times)
+
+
+def place_of(member: Member, out: Path) -> Place:
+    return Place(out / "members" / member.name, member.suites)
+
+
+def left(members: Sequence[Member], out: Path) -> list[Member]:
+    """Those that are neither done, here or elsewhere, nor given up."""
+    return [m for m in members if place_of(m, out).state in ("new", "resumable") and not _trained_elsewhere(m, out)]
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -354,17 +410,22 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def planned(member: Member) -> RunCard:
     """The card of a member that has left nothing yet."""
-    kept = settled(member.config)
+    kept = _settled(member)
     return RunCard(
         member.name, member.method, member.setting, member.seed, member.hash, kept, {}, {}, {}, {}, {}, "not started"
     )
+
+
+def _settled(member: Member) -> dict[str, Any]:
+    kept = settled(member.config)
+    return {**kept, "suites": {name: list(lines) for name, lines in member.suites.items()}} if member.suites else kept
 
 
 def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
     """Cards of all members that were started, failures included, in ``OUT/cards``; those of an earlier YAML go."""
     cards = []
     for member in members:
-        if Place(out / "members" / member.name).record:
+        if place_of(member, out).record:
             cards.append(_write(member, out))
         elif carried := _trained_elsewhere(member, out):
             cards.append(carried)
@@ -378,14 +439,14 @@ def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
 def _trained_elsewhere(member: Member, out: Path) -> RunCard | None:
     """The card of a member that was brought here without its run, if it ended well."""
     path = out / "cards" / f"{member.name}.json"
-    if Place(out / "members" / member.name).record or not path.is_file():
+    if place_of(member, out).record or not path.is_file():
         return None
     card = read_card(path)
-    return None if card.failure else card
+    return None if card.failure or card.settled.get("suites", {}) != _settled(member).get("suites", {}) else card
 
 
 def _write(member: Member, out: Path) -> RunCard:
-    card = _card(member, Place(out / "members" / member.name))
+    card = _card(member, place_of(member, out))
     (out / "cards").mkdir(parents=True, exist_ok=True)
     write_card(card, out / "cards" / f"{member.name}.json")
     return card
@@ -397,7 +458,22 @@ def _card(member: Member, place: Place) -> RunCard:
     else:
         card = planned(member)
     about = {**card.about, "overrides": [o for o in member.overrides if portable_override(o)]}
-    return replace(card, config=member.hash, failure="" if place.state == "done" else place.failure, about=about)
+    evaluations = dict(card.evaluations)
+    for suite in [s for s in member.suites if SELECTED in evaluations and s not in place.unjudged]:
+        row, result = evaluations[SELECTED], json.loads(place.judged(suite).read_text(encoding="utf-8"))
+        standing = np.array(result["examples"]["standing"], bool)
+        evaluations[SELECTED] = replace(
+            row, accuracy={**row.accuracy, suite: float(standing.mean())}, correct={**row.correct, suite: standing}
+        )
+        about.setdefault("verdicts", {})[suite] = result["sanity"]["verdict"]
+    return replace(
+        card,
+        config=member.hash,
+        settled=_settled(member),
+        evaluations=evaluations,
+        failure="" if place.state == "done" else place.failure,
+        about=about,
+    )
 
 
 def portable_override(override: str) -> bool:

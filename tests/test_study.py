@@ -28,6 +28,7 @@ from lightning_modules.study import (
     Place,
     Study,
     cards_of,
+    left,
     members_of,
     planned,
     portable_override,
@@ -131,6 +132,49 @@ def test_cards_that_were_brought_along_count_as_done(tmp_path: Path, script: Pat
     assert [card.method for card in read_cards([there / "cards"])] == [card.method for card in read_cards([here / "cards"])]
 
 
+JUDGE = """
+import json, sys
+from pathlib import Path
+given = dict(a.split("=", 1) for a in sys.argv[1:])
+folder = Path(given["out"]) / given["name"]
+folder.mkdir(parents=True, exist_ok=True)
+with (folder.parents[1] / "calls").open("a") as file: file.write(given["suite"] + "\\n")
+if given["suite"] == "bad": sys.exit("ValueError: no such suite")
+standing = [True, False, False, True] if given["suite"] == "one" else [False, False, False, True]
+(folder / "card.json").write_text(json.dumps({"examples": {"standing": standing}, "sanity": {"verdict": "trusted"}}))
+"""
+
+
+def test_suites_judge_every_member_after_its_training(tmp_path: Path, script: Path) -> None:
+    script.with_name("evaluate.py").write_text(JUDGE)
+    both = {"AA": ["suite=one"], "adaptive": ["suite=two"]}
+    members = [replace(fake("good", seed), suites=both) for seed in (0, 1)]
+    out = tmp_path / "out"
+    said = go(members, out, script, jobs=1)
+    assert [line.split()[0] for line in said[1:]] == ["started", "judging", "judging", "done"] * 2
+    assert calls(out, members[0]) == ["start", "one", "two"]
+    (card, _) = cards_of(members, out)
+    found = card.evaluations["defended, best epoch"]
+    assert found.accuracy == {"clean": 0.9, "PGD-20": 0.5, "AA": 0.5, "adaptive": 0.25}
+    assert found.correct["AA"].tolist() == [True, False, False, True]
+    assert card.about["verdicts"] == {"AA": "trusted", "adaptive": "trusted"}
+    # Asked for more, only that is done; cards brought along count only if they hold it.
+    more = [replace(m, suites={**both, "third": ["suite=one", "images=5"]}) for m in members]
+    shutil.copytree(out / "cards", tmp_path / "there" / "cards")
+    assert left(more, tmp_path / "there")
+    go(more, out, script)
+    assert calls(out, members[0]) == ["start", "one", "two", "one"]
+    shutil.copytree(out / "cards", tmp_path / "there" / "cards", dirs_exist_ok=True)
+    assert not left(more, tmp_path / "there")
+    with pytest.raises(ValueError, match=r"suites.*differs, the evaluation"):
+        check_comparable([planned(members[0]), planned(more[1])])
+    bad = replace(fake("good", 2), suites={"AA": ["suite=bad"]})
+    for _ in range(3):
+        go([bad], out, script)
+    assert calls(out, bad) == ["start", "bad", "bad"]  # judged in vain TRIES times, trained once
+    assert "no such suite" in cards_of([bad], out)[0].failure
+
+
 def test_a_checkpoint_that_cannot_be_resumed_is_given_up_for_a_fresh_start(tmp_path: Path, script: Path) -> None:
     member = fake("broken")
     for _ in range(3):
@@ -218,10 +262,12 @@ def test_a_changed_config_is_another_member_and_a_moved_folder_is_not() -> None:
         ({"seeds": [1, 1]}, "study.seeds"),
         ({"baseline": "C"}, "study.baseline: expected one of A, B; found 'C'"),
         ({"methods": {"A": {"grid": {"k": 3}}}}, "study.methods.A.grid.k: expected a list of values, found 3"),
-        ({"methods": {"A": {"weights": [3]}}}, "study.methods.A: expected overrides and grid, found weights"),
+        ({"methods": {"A": {"weights": [3]}}}, "study.methods.A: expected overrides, grid and base, found weights"),
         ({"budget": ["trades"]}, "study.budget: expected overrides such as defense=trades, found 'trades'"),
         ({"methods": {"A": {"overrides": [{"a": 1}]}}}, "study.methods.A.overrides"),
         ({"methods": {"A": {}, "B": {}}}, "the same config"),
+        ({"methods": {"A": {}, "B": {"base": "C"}}}, "study.methods.B.base: expected one of A, B; found 'C'"),
+        ({"suites": {"AA": ["standard"]}}, "study.suites.AA: expected overrides such as defense=trades, found 'standard'"),
     ],
 )
 def test_what_a_study_must_not_say(changes, words) -> None:
@@ -279,7 +325,7 @@ def test_a_wrong_override_names_its_method(
 
 @pytest.mark.long
 def test_a_tiny_study_from_yaml_to_table_and_page(tmp_path: Path) -> None:
-    """configs/study/tiny.yaml with 2 seeds and fewer images: one member is killed on the way, a second call completes it."""
+    """configs/study/tiny.yaml with fewer images: one member is killed and goes on; a second call trains nothing."""
     out = tmp_path / "study"
     line = [sys.executable, "compare.py", "--study", "configs/study/tiny.yaml", "--out", str(out), "--jobs", "2"]
     line += ["trainer.max_epochs=3", "data.train_limit=300", "data.test_limit=100", "probe.size=16"]
@@ -295,35 +341,38 @@ def test_a_tiny_study_from_yaml_to_table_and_page(tmp_path: Path) -> None:
         text = runner.communicate()[0]
     assert runner.returncode == 0
     assert f"FAILED   {folder.name}" in text
+    assert f"resumed  {folder.name}" in text
     again = subprocess.run(line, cwd=CONFIGS.parent, env=env, capture_output=True, text=True, check=True).stdout
-    assert "8 members: 7 done, 0 failed 2 times, 1 to train" in again
-    assert f"resumed  {folder.name}" in again
+    assert "9 members: 9 done, 0 failed 2 times, 0 to train" in again
     page = out / "comparison"
     for name in ("tables.md", "tables.tex", "runs.csv", "fronts.svg", "fronts.png", "sweep.svg", "index.html"):
         assert (page / name).stat().st_size > 500, name
     view = read_script(page / "data" / "epoch_00000.js")["views"][0]
     tables = [chart for chart in view["charts"] if chart["type"] == "table"]
-    assert [row[:3] for row in tables[0]["rows"]][::2] == [
-        ["TRADES", tables[0]["rows"][0][1], "2"],
-        ["TRADES + PSE", tables[0]["rows"][2][1], "2"],
-    ]
-    assert tables[1]["rows"][0][0].startswith("TRADES + PSE · pse.weight=")
+    seeds = {(row[0], row[2]) for row in tables[0]["rows"]}
+    (winner,) = [method for method, count in seeds if count == "2" and method != "TRADES"]
+    (loser,) = [method for method, count in seeds if count == "1"]
+    assert {winner, loser} == {"TRADES + PSE", "TRADES + sensitivity"}
+    assert {row[0].partition(" ·")[0] for row in tables[1]["rows"]} == {winner, loser}
+    assert [(row[0], row[-1]) for row in tables[-1]["rows"]] == [(winner, "finished"), (loser, "out after round 1")]
     with (page / "runs.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["network"] == "defended, best epoch"]
-    assert len(rows) == 8
+    assert len(rows) == 9
     for row in rows:
+        assert 0 <= float(row["AutoAttack"]) <= 1
         assert 0 <= float(row["PGD-20"]) <= float(row["FGSM"]) <= float(row["clean"]) <= 1
         assert float(row["cpu_seconds"]) > 0
         assert float(row["passes"]) == 5 + 3  # TRADES: K + 3
         assert 0 <= float(row["pse/share_promotion"]) <= 1
     cards = sorted((out / "cards").glob("*.json"))
-    assert len(cards) == 8
+    assert len(cards) == 9
     for path in cards:
         assert path.stat().st_size < 12_000
         assert str(tmp_path) not in path.read_text()
         card = read_card(path)
         best = card.evaluations["defended, best epoch"]
         assert best.correct["PGD-20"].mean() == pytest.approx(best.accuracy["PGD-20"], abs=1e-6)
-        assert len(best.correct["clean"]) == 100
+        assert len(best.correct["clean"]) == len(best.correct["AutoAttack"]) == 100
+        assert best.accuracy["AutoAttack"] <= best.accuracy["PGD-20"] + 0.02
         assert {"commit", "versions", "overrides"} <= card.about.keys()
     assert json.loads(cards[0].read_text())["settled"]["trainer.max_epochs"] == 3
