@@ -57,7 +57,8 @@ class Study:
         seeds: each setting is trained with each.
         baseline: the method that the others are judged against.
         methods: name → ``overrides`` (a list, as on the command line of ``train.py``), ``grid`` (key → values; a method's
-            settings are all combinations of it) and, for races, ``base``: the method whose own weights are its control.
+            settings are all combinations of it), ``seeds`` (it is trained with the first so many; all by default) and, for
+            races, ``base``: the method whose own weights are its control.
         budget: overrides that every member shares: data, network, epochs, ...
         suites: name → overrides of ``evaluate.py``, such as ``suite=standard``: what judges the best epoch of every member
             after its training, beside ``test_attacks``.
@@ -89,10 +90,14 @@ class Study:
         if self.baseline not in self.methods:
             raise ValueError(f"study.baseline: expected one of {', '.join(self.methods)}; found {self.baseline!r}")
         for name, method in self.methods.items():
-            unknown = set(method) - {"overrides", "grid", "base"}
+            unknown = set(method) - {"overrides", "grid", "seeds", "base"}
             if unknown:
                 found = ", ".join(sorted(unknown))
-                raise ValueError(f"study.methods.{name}: expected overrides, grid and base, found {found}")
+                raise ValueError(f"study.methods.{name}: expected overrides, grid, seeds and base, found {found}")
+            if type(method.get("seeds", 1)) is not int or not 1 <= method.get("seeds", 1) <= len(self.seeds):
+                raise ValueError(
+                    f"study.methods.{name}.seeds: expected some of {len(self.seeds)} seeds, found {method['seeds']!r}"
+                )
             if method.get("base", self.baseline) not in self.methods:
                 raise ValueError(
                     f"study.methods.{name}.base: expected one of {', '.join(self.methods)}; found {method['base']!r}"
@@ -161,8 +166,10 @@ def members_of(study: Study, compose: Compose, further: Sequence[str] = ()) -> l
         ValueError: a config that does not compose, or two settings that are the same.
     """
     members: dict[str, Member] = {}
-    for seed in study.seeds:
+    for place, seed in enumerate(study.seeds):
         for method, entry in study.methods.items():
+            if place >= entry.get("seeds", len(study.seeds)):
+                continue
             grid = entry.get("grid") or {}
             for values in itertools.product(*grid.values()):
                 point = [f"{key}={_word(value)}" for key, value in zip(grid, values, strict=True)]

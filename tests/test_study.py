@@ -236,6 +236,8 @@ def test_members_are_methods_by_grid_by_seed() -> None:
     ]
     assert found[2].overrides == ("e=5", "k.w=2", "x=1", "seed=0")
     assert len({m.name for m in found}) == 6
+    few = study(methods={"A": {}, "B": {"overrides": ["k=1"], "seeds": 1}})
+    assert [(m.method, m.seed) for m in members_of(few, compose)] == [("A", 0), ("B", 0), ("A", 1)]
     two = study(methods={"A": {}, "B": {"grid": {"p": [1, None], "q": [True, "[a,b]"]}}})
     assert [m.setting for m in members_of(two, compose)[1:5]] == [
         "p=1, q=true",
@@ -262,11 +264,12 @@ def test_a_changed_config_is_another_member_and_a_moved_folder_is_not() -> None:
         ({"seeds": [1, 1]}, "study.seeds"),
         ({"baseline": "C"}, "study.baseline: expected one of A, B; found 'C'"),
         ({"methods": {"A": {"grid": {"k": 3}}}}, "study.methods.A.grid.k: expected a list of values, found 3"),
-        ({"methods": {"A": {"weights": [3]}}}, "study.methods.A: expected overrides, grid and base, found weights"),
+        ({"methods": {"A": {"weights": [3]}}}, "study.methods.A: expected overrides, grid, seeds and base, found weights"),
         ({"budget": ["trades"]}, "study.budget: expected overrides such as defense=trades, found 'trades'"),
         ({"methods": {"A": {"overrides": [{"a": 1}]}}}, "study.methods.A.overrides"),
         ({"methods": {"A": {}, "B": {}}}, "the same config"),
         ({"methods": {"A": {}, "B": {"base": "C"}}}, "study.methods.B.base: expected one of A, B; found 'C'"),
+        ({"methods": {"A": {"seeds": 3}}}, "study.methods.A.seeds: expected some of 2 seeds, found 3"),
         ({"suites": {"AA": ["standard"]}}, "study.suites.AA: expected overrides such as defense=trades, found 'standard'"),
     ],
 )
