@@ -320,7 +320,7 @@ def main() -> None:
     show(tables[0] if tables else results_table(runs))
     for line in lines:
         console.print(line, highlight=False)
-    for path in write_ablation(out, cards, [*tables, *races], attack, network) if tables else []:
+    for path in write_ablation(out, cards, [*tables, *races], baseline, attack, network) if tables else []:
         console.print(path)
     if tables and args.wandb != "disabled":
         named = {

@@ -159,10 +159,12 @@ def _numbers(point: str) -> dict[str, float]:
     return found
 
 
-def write_ablation(out: Path, cards: Sequence[RunCard], tables: Sequence[Table], attack: str, network: str) -> list[Path]:
+def write_ablation(
+    out: Path, cards: Sequence[RunCard], tables: Sequence[Table], baseline: str, attack: str, network: str
+) -> list[Path]:
     """``tables.md``, ``tables.tex``, ``runs.csv``, ``fronts.svg|png``, ``sweep.svg|png`` in ``out``; returns the paths."""
     settings = settings_of(cards)
-    figures = {"fronts": fronts_figure(_fronts(settings, attack, network), attack)}
+    figures = {"fronts": fronts_figure(_fronts(settings, attack, network), attack, baseline)}
     names, rows, methods = _sweep(settings, attack, network)
     if len(rows) > 1:
         figures["sweep"] = parallel_figure(names, rows, methods, attack)
