@@ -15,6 +15,13 @@ from torch import Tensor
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``.  A GPU gets it from pinned memory: from any other the copy waits for all that is queued."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> Tensor:
     """Zero-pad by ``pad`` on every side, cut out one window of the original size per sample, mirror where asked.
 
@@ -57,5 +64,5 @@ class Augment:
         # Both are drawn whatever the settings: switching the flip off leaves the crops as they were.
         offsets = torch.randint(0, 2 * self.pad + 1, (2, n), generator=generator, device=generator.device)
         flip = torch.rand(n, generator=generator, device=generator.device) < (0.5 if self.flip else 0.0)
-        top, left = offsets.to(images.device)
-        return crop_and_flip(images, top, left, flip.to(images.device), self.pad)
+        top, left, mirrored = send(torch.cat((offsets, flip[None])), images.device)
+        return crop_and_flip(images, top, left, mirrored.bool(), self.pad)

@@ -271,7 +271,8 @@ class ImageDataModule(pl.LightningDataModule, ABC):
 
     def _loader(self, part: Images, batch_size: int, *, training: bool) -> TensorLoader:
         trainer = self.trainer
-        device = trainer.strategy.root_device if self.on_device and trainer is not None else part.images.device
+        target = part.images.device if trainer is None else trainer.strategy.root_device
+        device = target if self.on_device else part.images.device
         return TensorLoader(
             part.images.to(device),
             part.labels.to(device),
@@ -283,6 +284,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
             current_epoch=None if trainer is None else lambda: trainer.current_epoch,
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
+            pinned=target.type == "cuda" and device.type == "cpu",
         )
 
     def probe(self, n: int, split: Literal["val", "test"] = "val", key: str = "probe.size") -> ProbeBatch:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.augment import Augmentation
+from datamodules.augment import Augmentation, send
 
 
 def seeded(*entropy: int) -> torch.Generator:
@@ -39,6 +39,7 @@ class TensorLoader:
         current_epoch: asked at the beginning of each pass, e.g. ``lambda: trainer.current_epoch``; without it the loader
             counts its whole passes.
         augment: applied to the uint8 batch, with a CPU generator from (seed, epoch, batch, rank).
+        pinned: yield batches in pinned memory, from which a GPU takes them without waiting; for images on the CPU.
 
     Raises:
         ValueError: with ``drop_last``, no full batch fits.
@@ -57,11 +58,12 @@ class TensorLoader:
         current_epoch: Callable[[], int] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        pinned: bool = False,
     ) -> None:
         self.images, self.labels = images, labels
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.augment, self.seed, self.current_epoch = augment, seed, current_epoch
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.pinned = rank, world_size, pinned
         self._epoch = 0
         self._position = 0  # of the batch that comes next
         self._resumed = False
@@ -93,17 +95,19 @@ class TensorLoader:
 
     def _order(self, epoch: int) -> Tensor:
         n = len(self.images)
-        return torch.randperm(n, generator=seeded(_ORDER, self.seed, epoch)) if self.shuffle else torch.arange(n)
+        order = torch.randperm(n, generator=seeded(_ORDER, self.seed, epoch)) if self.shuffle else torch.arange(n)
+        return send(order, self.images.device)
 
     def _batch(self, order: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         together = self.batch_size * self.world_size
         joint = order[index * together : (index + 1) * together]
         mine = joint.tensor_split(self.world_size)[self.rank]
-        rows = (mine if len(mine) else joint[:1]).to(self.images.device)
+        rows = mine if len(mine) else joint[:1]
         images = self.images[rows]
         if self.augment is not None:
             images = self.augment(images, seeded(_AUGMENT, self.seed, epoch, index, self.rank))
-        return images.float().div_(255), self.labels[rows]
+        x, y = images.float().div_(255), self.labels[rows]
+        return (x.pin_memory(), y.pin_memory()) if self.pinned else (x, y)
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of the next pass. A resumed position is kept if it lies in this epoch."""

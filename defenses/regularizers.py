@@ -223,6 +223,7 @@ class UnitSensitivity(Term):
         self.at, self.samples = at, samples
         self.concepts, self.mode = concepts, mode
         self.concept_data: ConceptData | None = None
+        self.dissecting = False
         self.running = nn.ModuleList()
         self.noise_corrected, self.noise, self.step = noise_corrected, nn.ModuleList(), 0
         self.turning: _Turning | None = None
@@ -242,8 +243,9 @@ class UnitSensitivity(Term):
         if self.concepts is not None:
             channels, *sides = obs.adv.x.shape[1:]
             self.concept_data = self.concepts(size=min(sides), channels=channels)
-            # A buffer, so that a resumed run dissects when an uninterrupted one would.
+            # A buffer, so that a resumed run dissects when an uninterrupted one would.  Steps ask ``dissecting``, no device.
             self.register_buffer("dissect_next", torch.tensor(False, device=device))
+            self.register_load_state_dict_post_hook(_read_dissecting)
 
     def reseed(self, step: int) -> None:
         self.step = step
@@ -261,7 +263,7 @@ class UnitSensitivity(Term):
                 self.get_buffer(f"omega{i}").copy_(sensitivity / (sensitivity.mean() + EPS))
                 running.reset()
                 if self.concept_data is not None:
-                    self.get_buffer("dissect_next").fill_(True)
+                    self._dissect_next(True)
         if self.turning is not None:
             self.turning.end_epoch()
 
@@ -269,7 +271,7 @@ class UnitSensitivity(Term):
         """(N,)."""
         if self.training and self.turning is not None:
             self.turning.update(obs, self.layers)
-        if self.training and self.concept_data is not None and self.get_buffer("dissect_next"):
+        if self.training and self.concept_data is not None and self.dissecting:
             self._weigh_by_concepts(obs, self.concept_data)
         if self.training and self.noise_corrected:
             self._feel_noise(obs)
@@ -289,7 +291,7 @@ class UnitSensitivity(Term):
         assert obs.net is not None
         assert obs.x is not None
         x, x_adv, y = (part[:NOISE_IMAGES].detach() for part in (obs.x, obs.adv.x, obs.y))
-        noisy = equal_norm_noise(x, x_adv, torch.Generator().manual_seed(self.step))
+        noisy = equal_norm_noise(x, x_adv, torch.Generator(x.device).manual_seed(self.step))
         with evaluating(obs.net):
             beside = observe(obs.net, x, noisy, y, layers=self.layers, joined=True)
         for layer, running in zip(self.layers, self.noise, strict=True):
@@ -305,7 +307,16 @@ class UnitSensitivity(Term):
             weighted = omega * concept_weights(found[layer], self.mode).to(omega.device)
             if weighted.sum() > 0:
                 omega.copy_(weighted / weighted.mean())
-        self.get_buffer("dissect_next").fill_(False)
+        self._dissect_next(False)
+
+    def _dissect_next(self, asked: bool) -> None:
+        self.get_buffer("dissect_next").fill_(asked)
+        self.dissecting = asked
+
+
+def _read_dissecting(module: nn.Module, _: object) -> None:
+    assert isinstance(module, UnitSensitivity)
+    module.dissecting = bool(module.get_buffer("dissect_next"))
 
 
 class _Turning(nn.Module):

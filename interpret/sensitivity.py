@@ -162,9 +162,9 @@ def equal_norm_noise(x: Tensor, x_adv: Tensor, generator: torch.Generator) -> Te
     An attack so large that noise in [0,1] cannot reach its norm gets the longest there is.
 
     Args:
-        generator: on the CPU, so that every device sees the same noise.
+        generator: on the CPU, so that every device sees the same noise; or on the images' device, so that none waits.
     """
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+    noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=torch.float64).to(x.device)
     clean = x.double()
     norm = (x_adv.double() - clean).flatten(1).norm(dim=1)
 

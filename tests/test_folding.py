@@ -349,10 +349,22 @@ def test_an_attack_casts_each_weight_once():
     ],
     ids=["pgd_at", "trades", "mart"],
 )
-def test_a_step_never_waits_for_the_device(loss, low):
-    """No value of a tensor decides anything in Python, so an accelerator's queue never runs dry."""
+@pytest.mark.parametrize(
+    "sensitivity",
+    [
+        UnitSensitivity,
+        lambda: UnitSensitivity(noise_corrected=True),
+        lambda: UnitSensitivity(concepts=lambda size, channels: [], at="turning"),  # asked whether to dissect
+    ],
+    ids=["", "noise", "concepts"],
+)
+def test_a_step_never_waits_for_the_device(loss, sensitivity, low):
+    """No value of a tensor decides anything in Python, so an accelerator's queue never runs dry.
+
+    What the loader sends, tests/test_on_device.py looks at.
+    """
     net = alive(conv_bn()).train()
-    defense = Defense(PGD(Linf(0.1), steps=2), loss(), {"pse": PSE(), "sensitivity": UnitSensitivity()})
+    defense = Defense(PGD(Linf(0.1), steps=2), loss(), {"pse": PSE(), "sensitivity": sensitivity()})
     x, _, y = batch(n=6)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     for _ in range(2):
