@@ -39,7 +39,7 @@ from lightning_modules.cards import write_correct
 from lightning_modules.classifier import Diverged, RobustClassifier
 from lightning_modules.console import accuracy_table, clear_errors, console, require_whole, show
 from lightning_modules.entry import require_class, run_command
-from lightning_modules.hardware import AUTO, settled
+from lightning_modules.hardware import AUTO, settled, wandb_sweep
 from lightning_modules.logging import RunLog, check_wandb_mode, survive, wandb_logger
 from lightning_modules.networks.build import make_network
 from lightning_modules.processes import any_process, check_processes, is_leader, launches
@@ -273,7 +273,7 @@ def main(cfg: DictConfig) -> float:
     with clear_errors(cfg.debug):
         if cfg.resume is not None:
             cfg = resumed_config(cfg, overrides)
-        settle(cfg, Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else None)
+        settle(cfg, Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else wandb_sweep(cfg.out))
     words = [word for word in overrides if not word.startswith(("name=", "resume="))]
     return train(cfg, what, shlex.join(["python", "train.py", *words]))
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import sleep
+from typing import Any
 
 import torch
 
@@ -57,8 +61,11 @@ def settled(precision: object, channels_last: object, accelerator: str, shared: 
         shared: the folder of a sweep.  The first member that asks decides for all, also for members on other machines.
 
     Raises:
-        ValueError: another ``channels_last``, or a record of the sweep that cannot be read.
+        ValueError: another ``channels_last``, fp16 where there is no GPU, or a record of the sweep that cannot be read.
     """
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if str(precision).startswith("16") and (accelerator == "cpu" or (accelerator == AUTO and not gpu)):
+        raise ValueError(f"trainer.precision: {precision} needs a GPU; expected bf16-mixed or 32-true, or auto")
     if channels_last not in (True, False, AUTO):
         raise ValueError(f"channels_last: expected true, false or auto, found {channels_last!r}")
     if AUTO not in (precision, channels_last):
@@ -70,18 +77,44 @@ def settled(precision: object, channels_last: object, accelerator: str, shared: 
     )
 
 
+def decisions(config: Mapping[str, Any], shared: Path) -> dict[str, object]:
+    """Keys of a composed config that say ``auto``, and what that stands for: decided once for all who share a folder."""
+    trainer = config.get("trainer") or {}
+    asked = {"trainer.precision": trainer.get("precision"), "channels_last": config.get("channels_last", False)}
+    if AUTO not in asked.values():
+        return {}
+    precision, layout = asked.values()
+    found = settled(precision, layout, trainer.get("accelerator", AUTO), shared)
+    return {key: value for key, value in zip(asked, found, strict=True) if asked[key] == AUTO}
+
+
+def wandb_sweep(out: str | Path) -> Path | None:
+    """What the members of one W&B sweep share: a folder beside their run folders, in ``out``; None outside a sweep."""
+    name = os.environ.get("WANDB_SWEEP_ID")
+    return Path(out) / f".sweep-{name}" if name else None
+
+
 def _first(path: Path, mine: Settings) -> Settings:
     """What the first caller wrote into ``path``, whoever calls at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    record = json.dumps(asdict(mine))
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(asdict(mine), file)
+        file.write(record)
     try:
         os.link(file.name, path)  # whole or not at all, and only where there is none
     except FileExistsError:
         pass
+    except OSError:  # a file system without hard links
+        with suppress(FileExistsError), path.open("x", encoding="utf-8") as own:
+            own.write(record)
     finally:
         os.unlink(file.name)
     text = path.read_text(encoding="utf-8")
+    for _ in range(50):  # without links, the first caller may still be writing
+        if text:
+            break
+        sleep(0.1)
+        text = path.read_text(encoding="utf-8")
     try:
         return Settings(**json.loads(text))
     except (TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
     OUT/members/NAME/   member.json (hash, overrides, attempts), log.txt, lock, run/ (the run folder), suites/ (evaluations)
     OUT/cards/NAME.json one small card a member, failures included
+    OUT/hardware.json   what ``auto`` stands for, decided by the first member for all (not part of any hash)
 
 A member's name ends in the hash of its composed config: what is done is skipped, and a changed config is another member.
 A card is enough to count as done: copied to another machine, the cards carry a study on there.
@@ -42,6 +43,7 @@ from lightning_modules.cards import (
     write_card,
 )
 from lightning_modules.comparison import SELECTED
+from lightning_modules.hardware import decisions
 
 TRIES = 2  # a member that fails by itself so often stays failed: the same config and seed fail alike
 GRACE = 20.0  # seconds that members have to end after Ctrl-C
@@ -224,6 +226,10 @@ class Place:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return found
 
+    def decided(self, member: Member) -> dict[str, object]:
+        """What ``auto`` stands for in all members of this study."""
+        return decisions(member.config, self.folder.parents[1])
+
     def write(self, **entries: Any) -> None:
         write_atomic(self.folder / "member.json", json.dumps({**self.record, **entries}, indent=1) + "\n")
 
@@ -285,7 +291,8 @@ def command(member: Member, place: Place, script: Path) -> list[str]:
         return [sys.executable, str(script.with_name("evaluate.py")), *asked]
     if place.state == "resumable":
         return [sys.executable, str(script), f"resume={place.run}"]
-    return [sys.executable, str(script), *member.overrides, f"out={place.folder}", "name=run"]
+    fixed = [f"{key}={_word(value)}" for key, value in place.decided(member).items()]
+    return [sys.executable, str(script), *member.overrides, *fixed, f"out={place.folder}", "name=run"]
 
 
 def start(member: Member, place: Place, script: Path) -> subprocess.Popen[bytes] | None:
@@ -417,15 +424,15 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def planned(member: Member) -> RunCard:
     """The card of a member that has left nothing yet."""
-    kept = _settled(member)
+    kept = {**settled(member.config), **_suites(member)}
     return RunCard(
         member.name, member.method, member.setting, member.seed, member.hash, kept, {}, {}, {}, {}, {}, "not started"
     )
 
 
-def _settled(member: Member) -> dict[str, Any]:
-    kept = settled(member.config)
-    return {**kept, "suites": {name: list(lines) for name, lines in member.suites.items()}} if member.suites else kept
+def _suites(member: Member) -> dict[str, Any]:
+    """What judges it, as an entry of ``settled``."""
+    return {"suites": {name: list(lines) for name, lines in member.suites.items()}} if member.suites else {}
 
 
 def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
@@ -449,7 +456,7 @@ def _trained_elsewhere(member: Member, out: Path) -> RunCard | None:
     if place_of(member, out).record or not path.is_file():
         return None
     card = read_card(path)
-    return None if card.failure or card.settled.get("suites", {}) != _settled(member).get("suites", {}) else card
+    return None if card.failure or card.settled.get("suites", {}) != _suites(member).get("suites", {}) else card
 
 
 def _write(member: Member, out: Path) -> RunCard:
@@ -464,6 +471,8 @@ def _card(member: Member, place: Place) -> RunCard:
         card = card_of(place.run, member.method, member.setting, member.name, place.failure)
     else:
         card = planned(member)
+        fixed = {key: value for key, value in place.decided(member).items() if key in card.settled}
+        card = replace(card, settled={**card.settled, **fixed})
     about = {**card.about, "overrides": [o for o in member.overrides if portable_override(o)]}
     evaluations = dict(card.evaluations)
     for suite in [s for s in member.suites if SELECTED in evaluations and s not in place.unjudged]:
@@ -476,7 +485,7 @@ def _card(member: Member, place: Place) -> RunCard:
     return replace(
         card,
         config=member.hash,
-        settled=_settled(member),
+        settled={**card.settled, **_suites(member)},
         evaluations=evaluations,
         failure="" if place.state == "done" else place.failure,
         about=about,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 import train
 from lightning_modules import hardware
-from lightning_modules.hardware import Settings, settled, suited
+from lightning_modules.hardware import Settings, settled, suited, wandb_sweep
 from tests.composing import SMALL, config
 
 PLAIN, FAST = Settings("32-true", False), Settings("bf16-mixed", True)
@@ -75,6 +76,30 @@ def test_only_auto_is_decided(monkeypatch, given, expected):
     assert settled(*given, "auto") == expected
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true", 16])
+def test_fp16_without_a_gpu_is_refused(monkeypatch, precision):
+    """Lightning would train in bf16, and the config would say something else."""
+    machine(monkeypatch)
+    for accelerator in ("cpu", "auto"):
+        with pytest.raises(ValueError, match=rf"^trainer\.precision: {precision} needs a GPU; expected bf16-mixed"):
+            settled(precision, False, accelerator)
+    machine(monkeypatch, cuda=(7, 5))
+    assert settled(precision, False, "auto") == (precision, False)
+    with pytest.raises(ValueError, match="needs a GPU"):
+        settled(precision, False, "cpu")
+
+
+def test_the_first_member_of_a_wandb_sweep_decides_for_all(monkeypatch, tmp_path: Path):
+    assert wandb_sweep(tmp_path) is None
+    monkeypatch.setenv("WANDB_SWEEP_ID", "ab12")
+    machine(monkeypatch, cuda=(9, 0))
+    assert settled("auto", "auto", "auto", wandb_sweep(tmp_path)) == ("bf16-mixed", True)
+    machine(monkeypatch, cpu="AVX2")
+    assert settled("auto", "auto", "auto", wandb_sweep(tmp_path)) == ("bf16-mixed", True)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "cd34")
+    assert settled("auto", "auto", "auto", wandb_sweep(tmp_path)) == ("32-true", False)
+
+
 def test_another_layout_is_refused():
     with pytest.raises(ValueError, match="channels_last: expected true, false or auto, found 'maybe'"):
         settled("auto", "maybe", "auto")
@@ -89,12 +114,20 @@ def test_the_first_member_of_a_sweep_decides_for_all(monkeypatch, tmp_path: Path
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["hardware.json"]
 
 
-def test_members_that_start_together_agree(monkeypatch, tmp_path: Path):
+def no_links(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_members_that_start_together_agree(links, monkeypatch, tmp_path: Path):
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
     answers = iter([FAST, PLAIN] * 20)
     monkeypatch.setattr(hardware, "suited", lambda _accelerator: next(answers))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: settled("auto", "auto", "auto", tmp_path), range(40)))
     assert len(set(found)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hardware.json"]
 
 
 def test_the_composed_config_holds_what_was_decided(monkeypatch):

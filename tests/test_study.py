@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 import compare
 from interpret.views.page import read_script
+from lightning_modules import hardware
 from lightning_modules.cards import check_comparable, config_hash, read_card, read_cards
 from lightning_modules.study import (
     TRIES,
@@ -28,6 +29,7 @@ from lightning_modules.study import (
     Place,
     Study,
     cards_of,
+    command,
     left,
     members_of,
     planned,
@@ -295,7 +297,7 @@ def test_every_study_composes_and_its_members_compare(path: Path) -> None:
     """One point of each method's grid; what a comparison would refuse is refused before any training."""
     found = read_study(path)
     methods = {
-        name: {**entry, "grid": {key: values[:1] for key, values in (entry.get("grid") or {}).items()}}
+        name: {**entry, "seeds": 1, "grid": {key: values[:1] for key, values in (entry.get("grid") or {}).items()}}
         for name, entry in found.methods.items()
     }
     one = replace(found, methods=methods, seeds=found.seeds[:1])
@@ -379,3 +381,55 @@ def test_a_tiny_study_from_yaml_to_table_and_page(tmp_path: Path) -> None:
         assert best.accuracy["AutoAttack"] <= best.accuracy["PGD-20"] + 0.02
         assert {"commit", "versions", "overrides"} <= card.about.keys()
     assert json.loads(cards[0].read_text())["settled"]["trainer.max_epochs"] == 3
+
+
+def test_auto_is_decided_once_for_all_members_and_is_no_part_of_a_hash(
+    tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first member decides for the folder, whatever a later runner's machine has; what is named stays as it is named."""
+    both, layout = ["trainer.precision=auto", "channels_last=auto"], ["channels_last=auto"]
+    asked = {"A": {"overrides": both}, "B": {"overrides": layout}}
+    named = {"A": {"overrides": ["trainer.precision=bf16-mixed"]}}
+
+    def started(methods: dict[str, Any], out: Path) -> tuple[list[str], list[list[str]]]:
+        members = members_of(study(methods=methods, seeds=[0], budget=["defense=none"]), compare.composed)
+        lines = [command(member, Place(out / "members" / member.name), script) for member in members]
+        added = [[word for word in line[2:-2] if word not in m.overrides] for m, line in zip(members, lines, strict=True)]
+        return [member.hash for member in members], added
+
+    monkeypatch.setattr(hardware, "suited", lambda _: hardware.Settings("bf16-mixed", True))
+    first = started(asked, tmp_path)
+    assert first[1] == [["trainer.precision=bf16-mixed", "channels_last=true"], ["channels_last=true"]]
+    monkeypatch.setattr(hardware, "suited", lambda _: hardware.Settings("32-true", False))
+    assert started(asked, tmp_path) == first
+    elsewhere = started(asked, tmp_path / "other")
+    assert elsewhere[1] == [["trainer.precision=32-true", "channels_last=false"], ["channels_last=false"]]
+    assert elsewhere[0] == first[0]
+    assert started(named, tmp_path / "third")[1] == [[]]
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_member_that_never_began_has_the_precision_of_the_others_on_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "suited", lambda _: hardware.Settings("bf16-mixed", True))
+    config = {"trainer": {"precision": "auto"}, "channels_last": "auto"}
+    member = Member("bad", "", 0, ("act=diverge", "seed=0"), "hash", config)
+    script = tmp_path / "fake.py"
+    script.write_text("raise ValueError('no')")
+    go([member], tmp_path, script)
+    (card,) = read_cards([tmp_path / "cards"])
+    assert card.settled["trainer.precision"] == "bf16-mixed"
+    assert card.config == "hash"
+
+
+CARDS = sorted((CONFIGS.parent / "docs" / "study").glob("*/cards/*.json"))[::10]
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_the_cards_that_are_kept_are_still_those_of_their_configs(path: Path) -> None:
+    """Or a search that goes on from them would train all of them again."""
+    card = read_card(path)
+    overrides = tuple(o for o in card.about["overrides"] if not o.startswith("seed="))
+    assert config_hash(compare.composed((*overrides, "data.path=nowhere"), card.seed)) == card.config
+    assert path.stem.endswith(card.config)
