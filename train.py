@@ -42,7 +42,7 @@ from lightning_modules.entry import require_class, run_command
 from lightning_modules.hardware import AUTO, settled, wandb_sweep
 from lightning_modules.logging import RunLog, check_wandb_mode, survive, wandb_logger
 from lightning_modules.networks.build import make_network
-from lightning_modules.processes import any_process, check_processes, is_leader, launches
+from lightning_modules.processes import any_process, be_patient, check_processes, check_same_step, is_leader, launches
 from lightning_modules.run_folder import RunFolder
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -149,6 +149,9 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
         check_processes(checked, module.net, module.defense, few.x, few.y, len(data.train) // data.batch_size)
         if module.defense.replays > 1 and checked.accumulate_grad_batches > 1:
             raise ValueError("trainer.accumulate_grad_batches: each replay of Free-AT is an optimiser step; expected 1")
+        step = checked.world_size, data.batch_size, checked.accumulate_grad_batches
+        if folder is not None:
+            check_same_step(folder.info, *step)
         point = folder.resume_point() if folder is not None else None
         require_whole({"checkpoint_every": cfg.get("checkpoint_every")}, {"checkpoint_every": 1})
         if not is_leader():  # one folder a run: what another process would write or say goes nowhere
@@ -156,7 +159,8 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
             folder = RunFolder.scratch(what)
         elif folder is None:
             composed = OmegaConf.to_yaml(cfg, resolve=True)
-            folder = RunFolder.create(cfg.out, cfg.name, what, composed, probe=probe.hash, command=command)
+            many = {"processes": step[0], "images_a_step": math.prod(step)}
+            folder = RunFolder.create(cfg.out, cfg.name, what, composed, probe=probe.hash, command=command, **many)
 
     info = folder.info
     dashboard.command = info.get("command", dashboard.command)
@@ -196,6 +200,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
             callbacks=[*average, *health, dashboard, ProgressBar(), Cost(folder.path), kept, preemption],
             default_root_dir=str(folder.path),
         )
+        be_patient(trainer)
         start = None if point is None or point.path is None else str(point.path)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from lightning_fabric.plugins.collectives.torch_collective import default_pg_timeout
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from torchmetrics import Metric
 
 from defenses.defense import Defense
 from interpret.modes import evaluating, undisturbed
+
+PATIENCE: Final = timedelta(hours=6)  # that others wait while the leader draws or judges; trainer/ddp.yaml says the same
 
 
 def is_leader() -> bool:
@@ -38,6 +42,15 @@ def launches(trainer: Any) -> bool:
     """Whether this trainer will start further processes, by running the command again."""
     environment = trainer._accelerator_connector.cluster_environment
     return trainer.world_size > 1 and not environment.creates_processes_externally
+
+
+def be_patient(trainer: Any) -> None:
+    """Let its processes wait for each other as long as under ``trainer=ddp``, where they would wait torch's half hour.
+
+    That is where the config names a strategy by a word: auto, ddp, ddp_find_unused_parameters_true, …
+    """
+    if getattr(trainer.strategy, "_timeout", None) == default_pg_timeout:
+        trainer.strategy._timeout = PATIENCE
 
 
 def grouped() -> bool:
@@ -75,7 +88,7 @@ class Poll:
         if not grouped():
             return mine
         if self._group is None:  # of its own, on the CPU, however gradients travel
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         if self._asked is not None:
             work, answer = self._asked
             self._asked = None
@@ -107,6 +120,27 @@ def _metrics(module: nn.Module) -> list[Metric]:
     """Those that a checkpoint holds and that processes share."""
     found = [part for part in module.modules() if isinstance(part, Metric)]
     return [metric for metric in found if metric.sync_on_compute and any(metric._persistent.values())]
+
+
+def check_same_step(began: Mapping[str, Any], processes: int, batch_size: int, accumulated: int) -> None:
+    """With other processes than before, a resumed run's steps are over as many images as before.
+
+    Args:
+        began: ``run.json``, whose ``processes`` and ``images_a_step`` runs of older versions lack.
+        processes, batch_size, accumulated: those of now; a step is over their product.
+
+    Raises:
+        ValueError: other processes, and another number of images a step.
+    """
+    before, images = began.get("processes", processes), began.get("images_a_step", 0)
+    if before == processes or images == processes * batch_size * accumulated:
+        return
+    other, rest = divmod(images, processes * accumulated)
+    raise ValueError(
+        f"trainer.devices: this run began with {before} processes and {images} images a step; found {processes} processes "
+        f"and {processes * batch_size * accumulated} images; expected {before} processes"
+        + ("" if rest else f", or data.batch_size={other}")
+    )
 
 
 def check_processes(trainer: Any, net: nn.Module, defense: Defense, x: Tensor, y: Tensor, batches: int) -> None:

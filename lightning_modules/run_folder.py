@@ -103,7 +103,7 @@ class RunFolder:
         return ResumePoint(None, 0, 0, ())
 
     @classmethod
-    def create(cls, out: str | Path, name: str | None, what: str, config: str, **info: str) -> RunFolder:
+    def create(cls, out: str | Path, name: str | None, what: str, config: str, **info: str | int) -> RunFolder:
         """Make a new folder and write what is known at the start.
 
         Args:

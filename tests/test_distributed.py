@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
+from torch.distributed import distributed_c10d
+from torch.distributed.nn.functional import all_reduce
 
 import train
 from defenses.evaluation import correct_under
@@ -20,9 +25,10 @@ from defenses.weights import averaged
 from interpret.metrics import ClassCentroids, KindShares, RunningSensitivity
 from interpret.observation import Observation, observe
 from interpret.pse import region_effects
+from lightning_modules import processes
 from lightning_modules.callbacks.averaging import averaging
 from lightning_modules.cards import read_evaluations
-from lightning_modules.processes import Poll, check_processes
+from lightning_modules.processes import PATIENCE, Poll, be_patient, check_processes, check_same_step
 from tests.composing import SMALL, config
 from tests.faulty import raise_signal, run, start_two, train_here, wait_for
 from tests.reference.nets import batch, conv_bn
@@ -97,6 +103,32 @@ class Idle(Plain):
         self.second = nn.Linear(12, 10)
 
 
+class BothNorm(nn.BatchNorm2d):
+    """BatchNorm over the images of both processes: what SyncBatchNorm does on GPUs, on CPUs, where torch has none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        count = 2 * x.numel() / x.shape[1]
+        mean = all_reduce(x.mean((0, 2, 3))) / 2
+        variance = all_reduce((x - mean[:, None, None]).square().mean((0, 2, 3))) / 2
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        normal = (x - mean[:, None, None]) / (variance[:, None, None] + self.eps).sqrt()
+        return self.weight[:, None, None] * normal + self.bias[:, None, None]
+
+
+class Normed(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = (layer for layer in self.body if isinstance(layer, nn.Conv2d))
+        self.body = nn.Sequential(first, BothNorm(8), nn.ReLU(), second, BothNorm(12), nn.ReLU())
+
+
 # In an L2 ball from the image itself: no sign flips with the last bit, and no start that depends on the process.
 SMOOTH = (
     *SMALL[1:],
@@ -117,6 +149,13 @@ TERMS = {
         "awp.gamma=0.01",
         "regularizers=[pse,sensitivity]",
         "regularizers.sensitivity.weight=1e-12",  # divides by the spread within a process's batch; kept running here
+    ),
+    "MART, BatchNorm over both": (
+        "network.target=tests.test_distributed:Normed",
+        "defense=mart",
+        "defense.attack.steps=2",
+        "+defense.attack.start=none",
+        "regularizers=[pse]",
     ),
     "Free-AT": ("defense=free_at", "defense.attack.replays=2", "regularizers=[]"),
 }
@@ -161,6 +200,82 @@ def test_two_processes_train_as_one_with_both_batches(kind, tmp_path: Path) -> N
             torch.testing.assert_close(found["metrics"][name], alone["metrics"][name], rtol=1e-4, atol=1e-6, msg=name)
         for key, value in found["weights"].items():
             assert torch.equal(value, both[1 - rank]["weights"][key]), "bit for bit on every process"
+
+
+class Draws(pl.Callback):
+    """The leader is long over its pictures; then all are asked something, as at every step."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.poll = seconds, Poll()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.poll.any(False)
+        if trainer.is_global_zero and trainer.current_epoch == 0:
+            time.sleep(self.seconds)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.poll.any(False)
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.poll.any(False)
+
+
+def wait_for_drawing(rank: int, out: Path, patience: bool) -> None:
+    """Two seconds stand for torch's half hour, wherever nobody says otherwise, and four for a drawing that takes longer."""
+    short = timedelta(seconds=2)
+    distributed_c10d.default_pg_timeout = processes.default_pg_timeout = short  # type: ignore[attr-defined]
+    parts = train.build(config(*SMOOTH, *TERMS["Free-AT"], "data.batch_size=24", "val_attack.steps=1"))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=DDPStrategy(timeout=short),
+        max_epochs=2,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        callbacks=[Draws(4)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if patience:
+        be_patient(trainer)
+    trainer.fit(parts.module, datamodule=parts.data)
+    (out / f"{rank}.done").touch()
+
+
+@pytest.mark.parametrize("patience", [True, False])
+def test_others_wait_while_the_leader_draws(patience, tmp_path: Path) -> None:
+    codes = wait_for(start_two(tmp_path / "said", wait_for_drawing, tmp_path, patience), tmp_path / "said")
+    assert (codes == [0, 0]) is patience, [(tmp_path / "said" / f"{rank}").read_text()[-1500:] for rank in range(2)]
+    assert len(list(tmp_path.glob("*.done"))) == 2 * patience
+
+
+def test_a_strategy_named_by_a_word_waits_as_long_as_trainer_ddp() -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "devices": 2}
+    assert train.instantiate(config("trainer=ddp").trainer.strategy)._timeout == PATIENCE
+    for strategy in ("auto", "ddp_find_unused_parameters_true"):
+        trainer = pl.Trainer(strategy=strategy, **quiet)
+        be_patient(trainer)
+        assert trainer.strategy._timeout == PATIENCE
+    own = pl.Trainer(strategy=DDPStrategy(timeout=timedelta(minutes=5)), **quiet)
+    be_patient(own)
+    assert own.strategy._timeout == timedelta(minutes=5)
+    be_patient(pl.Trainer(**{**quiet, "devices": 1}))
+
+
+def test_a_resumed_run_has_as_many_images_a_step() -> None:
+    began = {"processes": 2, "images_a_step": 64}
+    for same in ((2, 32, 1), (1, 64, 1), (4, 16, 1), (1, 32, 2), (2, 16, 1)):  # the last: the config says so
+        check_same_step(began, *same)
+    check_same_step({}, 4, 32, 1)  # of an older version
+    for now, rest in (((1, 32, 1), ", or data.batch_size=64$"), ((4, 32, 1), ", or data.batch_size=16$"), ((3, 32, 1), "$")):
+        found = f"found {now[0]} processes and {now[0] * now[1]} images; expected 2 processes{rest}"
+        with pytest.raises(
+            ValueError, match=rf"^trainer\.devices: this run began with 2 processes and 64 .* a step; {found}"
+        ):
+            check_same_step(began, *now)
 
 
 WHOLE = (
@@ -259,6 +374,12 @@ def test_a_signal_to_the_leader_ends_both_and_both_go_on_where_they_were(runs, t
         for name, value in other.items():  # sums of an epoch that was cut in its middle: those of both processes
             assert bool(row[name]) == bool(value), name
             assert not value or float(row[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+
+
+def test_one_process_does_not_go_on_with_half_the_images(runs, tmp_path: Path) -> None:
+    _, two = runs
+    assert run(tmp_path / "log", f"resume={two}", "trainer.devices=1") == 2
+    assert "error: trainer.devices: this run began with 2 processes and 32 images a step" in (tmp_path / "log").read_text()
 
 
 def test_an_error_in_the_configuration_is_said_once(tmp_path: Path) -> None:
