@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import machine, paired, ratio, rows, seconds, trace
+from benchmarks.timing import machine, paired, ratio, rows, seconds, trace, whole
 from defenses.attacks import PGD
 from defenses.defense import Defense
 from defenses.health import Images, measure
@@ -255,10 +255,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT[:3])
     parser.add_argument("--network", choices=list(NETS), default="resnet18")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=whole, default=64)
+    parser.add_argument("--steps", type=whole, default=10)
+    parser.add_argument("--rounds", type=whole, default=5)
+    parser.add_argument("--threads", type=whole, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bench = Bench(args.network, args.batch)

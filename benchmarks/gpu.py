@@ -27,7 +27,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.throughput import Unfolded, passes
-from benchmarks.timing import machine, matmul_rate, paired, ratio, seconds
+from benchmarks.timing import machine, matmul_rate, paired, ratio, seconds, whole
 from datamodules.arrays import Arrays
 from datamodules.augment import Augment
 from datamodules.loader import TensorLoader
@@ -220,10 +220,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--data", help="folder of train*.npz and test.npz")
     parser.add_argument("--small", action="store_true", help="a small net and a few images")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=whole, default=128)
+    parser.add_argument("--rounds", type=whole, default=3)
     parser.add_argument("--target", type=float, default=0.5, help="robust accuracy to reach")
-    parser.add_argument("--epochs", type=int, default=30, help="at most, to reach it")
+    parser.add_argument("--epochs", type=whole, default=30, help="at most, to reach it")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     args = parser.parse_args()
     device = torch.device(args.device)

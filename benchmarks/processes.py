@@ -20,7 +20,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import machine
+from benchmarks.timing import machine, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,10 +45,10 @@ def trained(out: Path, name: str, arguments: list[str]) -> tuple[dict[str, list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=whole, default=64)
+    parser.add_argument("--epochs", type=whole, default=3)
     parser.add_argument("--network", default="small_cnn")
-    parser.add_argument("--limit", type=int, default=2000)
+    parser.add_argument("--limit", type=whole, default=2000)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--path", help="folder of --data arrays")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from matplotlib.figure import Figure
 
-from benchmarks.timing import line, machine, paired
+from benchmarks.timing import line, machine, paired, whole
 from defenses.attacks import PGD
 from defenses.defense import Defense
 from defenses.regularizers import UnitSensitivity
@@ -96,8 +96,8 @@ def draw(found: dict[str, tuple[list[float], list[float], tuple[float, float, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=whole, default=5)
+    parser.add_argument("--threads", type=whole, default=1)
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("scaling.svg"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -22,22 +22,26 @@ import evaluate
 from benchmarks.throughput import Unfolded
 from benchmarks.timing import machine
 from defenses.attacks import PGD
+from lightning_modules.console import clear_errors, require_whole
 from lightning_modules.networks.build import load_weights, make_network
 
 
 def main() -> None:
-    with initialize_config_dir(str(evaluate.CONFIGS), version_base="1.3"):
-        cfg = compose("evaluate", sys.argv[1:])
-    with open_dict(cfg):
-        count, batch, steps = cfg.pop("count", 2000), cfg.pop("batch", 250), cfg.pop("steps", 20)
-    weights, run = evaluate.located(cfg.checkpoint)
-    cfg = evaluate.completed(cfg, run)
-    data = instantiate(cfg.data, _convert_="all")
-    data.setup("fit")
-    net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")))
-    load_weights(net, weights)
+    with clear_errors(debug="debug=true" in sys.argv):
+        with initialize_config_dir(str(evaluate.CONFIGS), version_base="1.3"):
+            cfg = compose("evaluate", sys.argv[1:])
+        with open_dict(cfg):
+            given = {"count": cfg.pop("count", 2000), "batch": cfg.pop("batch", 250), "steps": cfg.pop("steps", 20)}
+        require_whole(given, dict.fromkeys(given, 1))
+        count, batch, steps = given.values()
+        weights, run = evaluate.located(cfg.checkpoint)
+        cfg = evaluate.completed(cfg, run)
+        data = instantiate(cfg.data, _convert_="all")
+        data.setup("fit")
+        net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")))
+        load_weights(net, weights)
+        threat = instantiate(cfg.threat, _convert_="all")
     net.eval()
-    threat = instantiate(cfg.threat, _convert_="all")
     images = data.test.images[:count].float() / 255, data.test.labels[:count]
     print(f"{machine()}; {weights}, {len(images[1])} test images, PGD-{steps}, {threat}\n")
     print("| attack | robust accuracy, judged in fp32 | images decided otherwise than by the first |\n|---|---|---|")

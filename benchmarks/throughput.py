@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import Times, machine, matmul_rate, paired, ratio, rows, trace, version
+from benchmarks.timing import Times, machine, matmul_rate, paired, ratio, rows, trace, version, whole
 from defenses.attacks import PGD
 from defenses.defense import Defense
 from defenses.objectives import KLToClean
@@ -264,10 +264,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT[:3])
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=whole, default=64)
+    parser.add_argument("--steps", type=whole, default=10)
+    parser.add_argument("--rounds", type=whole, default=3)
+    parser.add_argument("--threads", type=whole, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

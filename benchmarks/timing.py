@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import time
@@ -12,6 +13,14 @@ from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+
+def whole(text: str) -> int:
+    """A number of something, for argparse: at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, found {text}")
+    return int(text)
+
 
 Times = dict[str, list[float]]  # by name, seconds of each round
 

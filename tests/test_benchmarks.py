@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import timing
+from benchmarks import strength, throughput, timing
 from benchmarks.attacks import Found
 from benchmarks.extras import BASES, DATA, Given, Peak
 from benchmarks.throughput import passes
@@ -16,6 +17,29 @@ from benchmarks.timing import line, paired, ratio, rows
 from defenses.defense import Defense
 from defenses.regularizers import PSE
 from lightning_modules.networks.resnet import ResNet
+
+
+def test_nothing_is_measured_no_times_or_on_no_images(monkeypatch, capsys):
+    for option in ("--batch", "--rounds", "--steps"):
+        monkeypatch.setattr(sys, "argv", ["throughput.py", option, "0"])
+        with pytest.raises(SystemExit):
+            throughput.main()
+        assert f"error: argument {option}: expected a whole number >= 1, found 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "checkpoint: expected a run folder or a file of weights, e.g. checkpoint=runs/NAME; found none"),
+        (["checkpoint=runs/nowhere"], "checkpoint: expected a run folder or a file of weights, found none at runs/nowhere"),
+        (["+steps=0"], "steps: expected a whole number >= 1, found 0"),
+    ],
+)
+def test_the_strength_of_no_checkpoint_is_an_error_of_one_line(arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["strength.py", *arguments])
+    with pytest.raises(SystemExit):
+        strength.main()
+    assert capsys.readouterr().err.startswith(f"error: {words}\n")
 
 
 def test_a_line_is_found_with_its_fit():

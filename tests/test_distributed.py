@@ -363,8 +363,10 @@ def test_a_signal_to_the_leader_ends_both_and_both_go_on_where_they_were(runs, t
     assert torch.load(last, weights_only=True)["global_step"] == 2, "all stop at the step after"
     said = [(tmp_path / "said" / f"{rank}").read_text() for rank in range(2)]
     assert "SIGTERM: last.ckpt holds step 2" in said[0]
+    assert (tmp_path / "cut" / "stopped").read_text() == "SIGTERM: last.ckpt holds step 2\n", "what a SLURM job asks"
     assert "Traceback" not in said[0] + said[1]
     assert together(tmp_path, f"resume={tmp_path / 'cut'}") == [0, 0], (tmp_path / "said" / "0").read_text()
+    assert not (tmp_path / "cut" / "stopped").exists()
     states = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in (two, tmp_path / "cut")]
     for key, value in states[0].items():
         if key.startswith("net."):

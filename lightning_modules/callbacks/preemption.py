@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,6 +16,7 @@ from lightning_modules.console import console
 from lightning_modules.processes import Poll, is_leader
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, worth starting again
+STOPPED = "stopped"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -41,10 +44,11 @@ class Preemption(Checkpoint):
 
     Args:
         checkpoints: the run's; listed before this callback.
-        folder: the run folder, for the message.
+        folder: the run folder, named in the message.  A file ``stopped`` lies in it from when the run was ended so until
+            it goes on: what launches several processes may tell another exit code than the leader's.
     """
 
-    def __init__(self, checkpoints: Checkpoints, folder: Any) -> None:
+    def __init__(self, checkpoints: Checkpoints, folder: Path) -> None:
         self.checkpoints, self.folder = checkpoints, folder
         self.received: signal.Signals | None = None
         self._training = False
@@ -52,6 +56,7 @@ class Preemption(Checkpoint):
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Preemption:
+        (self.folder / STOPPED).unlink(missing_ok=True)
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
@@ -70,6 +75,8 @@ class Preemption(Checkpoint):
         held = "no step was saved" if step is None else f"last.ckpt holds step {step}"
         name = "another process's signal" if self.received is None else self.received.name
         console.print(f"\n{name}: {held}; go on with  python train.py resume={self.folder}  (exit code {EXIT_CODE})")
+        with suppress(OSError):  # a full disk must not keep it from ending
+            (self.folder / STOPPED).write_text(f"{name}: {held}\n", encoding="utf-8")
         return Preempted()
 
     def _asked(self) -> bool:
