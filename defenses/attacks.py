@@ -135,7 +135,7 @@ class PGD:
 
     def _lightened(self, net: nn.Module, x: Tensor) -> AbstractContextManager[nn.Module]:
         """The net for the steps of one call, as cheap as what they read of it allows: its logits, here."""
-        return folded(net, x)
+        return folded(net, x, self.steps * self.restarts)
 
     def _value(self, net: nn.Module, x: Tensor, y: Tensor) -> Value:
         """What is maximised, as a function of x' alone; whatever it needs of x is computed here, once a call."""

@@ -20,7 +20,8 @@ from defenses.regularizers import PSE, UnitSensitivity
 from defenses.terms import AdversarialCE, CleanCE, MartBCE, MartKL, TradesKL
 from defenses.threat import Linf
 from defenses.weights import moved
-from interpret.folding import foldable, folded
+from interpret import folding
+from interpret.folding import Foldable, foldable, folded
 from interpret.modes import batchnorm_as_found, undisturbed
 from lightning_modules.networks.resnet import PreActResNet, ResNet
 from lightning_modules.networks.small_cnn import SmallCNN
@@ -226,6 +227,20 @@ class Whole(nn.Module):
         return self.body(x)
 
 
+class Choosy(nn.Module):
+    """Takes another path, which reads the convolution a second time, for bright images or for many."""
+
+    def __init__(self, by: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.by = by
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), alive(nn.BatchNorm2d(4)), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x)
+        found = self.norm(maps)
+        return self.head((found * maps if self.by(x) else found).mean((2, 3)))
+
+
 def parametrized() -> nn.Module:
     net = conv_bn()
     parametrizations.weight_norm(net.conv1)
@@ -247,6 +262,58 @@ def test_what_cannot_be_folded_is_left_alone(make, expected):
         torch.manual_seed(5)
         with folded(net, x):
             torch.testing.assert_close(net(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "by",
+    [lambda x: bool(x.mean() > 0.5), lambda x: x.mean().item() > 0.5, lambda x: max(x.flatten().tolist()) > 1.5],
+    ids=["bool", "item", "list"],
+)
+def test_a_path_that_may_depend_on_the_images_is_not_folded(by):
+    net = Choosy(by).eval()
+    assert foldable(net, torch.full((2, 3, 8, 8), 0.1)) == Foldable()
+    bright = torch.rand(6, 3, 8, 8) + 1
+    with torch.no_grad(), folded(net, bright):
+        found = net(bright)
+    torch.testing.assert_close(found, _unfolded(net, bright))
+
+
+@pytest.mark.parametrize("by", [lambda x: len(x) > 4, lambda x: x.shape[0] == 1], ids=["many", "one"])
+def test_a_path_that_depends_on_the_number_of_images_is_seen(by):
+    net = Choosy(by).eval()
+    images = torch.rand(6, 3, 8, 8)
+    assert len(foldable(net, images[:4]).pairs) == 1
+    assert len(foldable(net, images[:3]).pairs) == 1
+    for x in (images, images[:1], images[:4]):
+        with torch.no_grad(), folded(net, x):
+            found = net(x)
+        torch.testing.assert_close(found, _unfolded(net, x))
+    assert foldable(net, images[:4]) == Foldable()
+
+
+def test_the_logits_are_compared_once_for_each_larger_batch(monkeypatch):
+    net, compared = alive(conv_bn()).eval(), []
+    agree = folding._agree
+    monkeypatch.setattr(folding, "_agree", lambda net, found, x: compared.append(len(x)) or agree(net, found, x))
+    for n in (4, 8, 6, 8, 2, 1, 5, 9):
+        x = torch.rand(n, 3, 8, 8)
+        with undisturbed(net), folded(net, x):
+            net(x)
+    assert compared == [4, 8, 1, 9]
+
+
+def test_few_gradients_of_few_images_are_not_worth_it():
+    """conv_bn scales 3·6·9 + 6·8·9 = 594 weights; of 4 × 4 pixels its BatchNorms make 6·16 + 8·4 = 128 values an image."""
+    net = conv_bn().eval()
+    for n in (1, 5):
+        found = foldable(net, torch.rand(n, 3, 4, 4))  # and compares, which what follows must not count
+    assert (found.weights, found.share) == (594, 128 / 48)
+    for n, steps, norms in ((5, 1, 0), (4, 1, 2), (2, 2, 4), (3, 2, 0), (1, 2, 4), (1, 3, 0)):
+        net.train()
+        with Calls() as seen:
+            PGD(Linf(0.1), steps)(net, torch.rand(n, 3, 4, 4), torch.zeros(n).long())
+        forwards = sum(count for op, count in seen.names().items() if "batch_norm" in op and "backward" not in op)
+        assert forwards == norms, (n, steps)
 
 
 def test_a_convolution_with_a_hook_gives_what_it_gives():
