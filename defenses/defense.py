@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.attacks import Attack, Scalable
+from defenses.compiling import Compiled, ways
 from defenses.free import Free
 from defenses.terms import Ramp, Term, at_epoch
 from defenses.weights import AWP, moved
@@ -49,8 +50,9 @@ class Defense(nn.Module):
         attack_batchnorm: the statistics that the attack sees: "running", or "batch", as some published codes do.
         eps_share: of the attack's ε in training, a number or a ramp over epochs, e.g. a warm-up; its steps shrink with it.
         step_share: of the attack's step size, likewise.
-        compile_attack: a backend of ``torch.compile`` for the net that the attack sees in training, e.g. "inductor"; None
-            leaves it as it is.  For GPUs: on CPUs it was not seen to pay.  Everything else sees the net itself.
+        compile_attack: how ``torch.compile`` treats the net that the attack sees in training, e.g. "inductor", or
+            "reduce-overhead" for CUDA graphs too (:func:`defenses.compiling.ways`); None leaves it as it is.  Everything
+            else sees the net itself.  ``benchmarks/recommend.py`` measures whether it pays.
 
     Raises:
         ValueError: no base loss, a name used twice, a term that needs an attack without one, or options that make no
@@ -134,9 +136,9 @@ class Defense(nn.Module):
                 "expected PGD or one of its one-step kin"
             )
         if self.compile_attack is not None:
-            if self.compile_attack not in (backends := torch._dynamo.list_backends(None)):
+            if self.compile_attack not in ways():
                 raise ValueError(
-                    f"defense.compile_attack: expected null or one of {', '.join(backends)}; found {self.compile_attack!r}"
+                    f"defense.compile_attack: expected null or one of {', '.join(ways())}; found {self.compile_attack!r}"
                 )
             if self.attack_batchnorm != "running" or isinstance(self.attack, Free):
                 raise ValueError("defense.compile_attack: needs an attack that makes passes, and attack_batchnorm=running")
@@ -263,9 +265,7 @@ class Defense(nn.Module):
         if self.compile_attack is None or not self.training:
             return net
         if not self._compiled or self._compiled[0] is not net:
-            wrapper = torch.compile(net, backend=self.compile_attack, dynamic=False)
-            assert isinstance(wrapper, nn.Module)
-            self._compiled = [net, wrapper]
+            self._compiled = [net, Compiled(net, self.compile_attack)]
         return self._compiled[1]
 
     def _step(self, net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, terms: Mapping[str, Term]) -> StepOutput:

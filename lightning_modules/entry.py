@@ -17,12 +17,13 @@ from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from defenses.compiling import NotCompiled
 from lightning_modules.classifier import Diverged
 from lightning_modules.processes import is_echo
 
 
 def run_command(command: Callable[[], Any], configs: Path, name: str) -> None:
-    """Call a Hydra main on this process's arguments; exit code 2 for arguments that it refuses, 1 for a diverged run.
+    """Call a Hydra main on this process's arguments; exit code 2 for arguments that it refuses, 1 where it cannot go on.
 
     With ``debug=true``, or with ``HYDRA_FULL_ERROR=1`` around it, errors are left as they are.
 
@@ -39,7 +40,7 @@ def run_command(command: Callable[[], Any], configs: Path, name: str) -> None:
     except HydraException as error:
         said = " ".join(str(error).partition("Config search path")[0].split())
         _end(refusal(said, words, configs, name), 2)
-    except Diverged as error:
+    except (Diverged, NotCompiled) as error:
         _end(str(error), 1)
 
 

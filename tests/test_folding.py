@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from defenses.attacks import PGD
+from defenses.compiling import NotCompiled
 from defenses.defense import Defense
 from defenses.regularizers import PSE, UnitSensitivity
 from defenses.terms import AdversarialCE, CleanCE, MartBCE, MartKL, TradesKL
@@ -465,6 +467,58 @@ def test_a_compiled_net_is_attacked_as_the_net_itself(low):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     assert len(list(compiled.modules())) == len(list(plain.modules()))
+
+
+def test_hooks_on_a_compiled_net_run_outside_of_it():
+    """One that counts passes, as a run's cost is counted, is compiled neither into the graph nor anew for each count."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    net = alive(conv_bn()).train()
+    defense = Defense(PGD(Linf(0.1), steps=3), {"ce": AdversarialCE()}, compile_attack="aot_eager")
+    x, _, y = batch(n=6)
+    defense.prepare(net, x, y)
+    seen: list[int] = []
+    for _ in range(2):
+        handle = net.register_forward_pre_hook(lambda _net, inputs: seen.append(len(inputs[0])))
+        defense(net, x, y)
+        handle.remove()
+        defense(net, x, y)
+    assert seen == [6] * 8
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert "forward" not in vars(net)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler is installed")
+@pytest.mark.parametrize("way", ["inductor", "reduce-overhead"])
+def test_compiled_kernels_attack_as_the_net_does(way):
+    torch._dynamo.reset()
+    net = alive(conv_bn()).train()
+    x, _, y = batch(n=6)
+    found = []
+    for how in (None, way):
+        defense = Defense(PGD(Linf(0.1), steps=3), {"ce": AdversarialCE()}, compile_attack=how)
+        with unchanged(net), torch.no_grad():
+            found.append(defense._attacked(net, x, y))
+    # A gradient that is nearly 0 may round to the other sign; a pixel is then elsewhere in the ball.
+    assert ((found[0] - found[1]).abs() < 1e-5).float().mean() > 0.999
+
+
+def test_a_net_that_does_not_compile_says_so():
+    from torch._dynamo import register_backend
+
+    @register_backend(name="failing")
+    def failing(graph: object, inputs: object) -> object:
+        raise RuntimeError("no kernel for this\nand more lines")
+
+    torch._dynamo.reset()
+    net = alive(conv_bn()).train()
+    defense = Defense(PGD(Linf(0.1), steps=1), {"ce": AdversarialCE()}, compile_attack="failing")
+    x, _, y = batch(n=6)
+    said = r"defense.compile_attack: torch cannot compile Sequential here with failing; expected null.* no kernel for this"
+    with unchanged(net), pytest.raises(NotCompiled, match=said):
+        defense(net, x, y)
+    assert "forward" not in vars(net)
 
 
 def test_what_cannot_be_compiled_is_refused():
