@@ -1,7 +1,10 @@
-"""Which precision and memory layout are fastest for a config on this machine: measures a few steps, changes nothing.
+"""Which precision and memory layout are fastest for a config on this machine, and whether compiling the attack's net pays.
+
+Measures a few steps, changes nothing.
 
     python benchmarks/recommend.py network=resnet18 data.batch_size=64      # any overrides of train.py
     python benchmarks/recommend.py +rounds=5 +images=64
+    python benchmarks/recommend.py +compile=false                           # leaves compiling out, which takes minutes
 
 ``auto`` in a config never measures: it goes by the hardware's capabilities.  This command shows whether that pays here, for
 this network, and says what to write.
@@ -20,6 +23,7 @@ from omegaconf import DictConfig, open_dict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
+from benchmarks.compiling import compare, ways
 from benchmarks.timing import machine, paired, ratio, rows
 from lightning_modules.hardware import suited
 
@@ -30,12 +34,16 @@ WAYS = {
 }
 
 
-def step(cfg: DictConfig, precision: str, channels_last: bool, images: int | None) -> Callable[[], None]:
-    """One training step of the config, in this precision and layout, after one that warms it up."""
+def step(
+    cfg: DictConfig, precision: str, channels_last: bool, images: int | None, way: str | None = None
+) -> Callable[[], None]:
+    """One training step of the config, in this precision and layout, its attack's net compiled in this way."""
     cfg = cfg.copy()
     cfg.trainer.precision, cfg.channels_last = precision, channels_last
+    with open_dict(cfg.defense):
+        cfg.defense.compile_attack = way
     parts = train.build(cfg)
-    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+    device = device_of(cfg)
     net = parts.module.net.to(device).train()
     defense = parts.module.defense.to(device)
     optimizer = parts.module.make_optimizer(net.parameters())
@@ -48,23 +56,38 @@ def step(cfg: DictConfig, precision: str, channels_last: bool, images: int | Non
         loss.backward()
         optimizer.step()
 
-    run()
     return run
+
+
+def device_of(cfg: DictConfig) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
 
 
 def main() -> None:
     with initialize_config_dir(str(train.CONFIGS), version_base="1.3"):
         cfg = compose("train", sys.argv[1:])
     with open_dict(cfg):
-        rounds, images = cfg.pop("rounds", 5), cfg.pop("images", None)
+        rounds, images, compiles = cfg.pop("rounds", 5), cfg.pop("images", None), cfg.pop("compile", True)
     train.settle(cfg)
-    times = paired({name: step(cfg, *way, images) for way, name in WAYS.items()}, rounds)
+    runs = {name: step(cfg, *way, images) for way, name in WAYS.items()}
+    for run in runs.values():
+        run()  # warms up
+    times = paired(runs, rounds)
     best = min(WAYS.values(), key=lambda name: ratio(times, name, WAYS["32-true", False]))
     precision, channels_last = next(way for way, name in WAYS.items() if name == best)
     found = suited(cfg.trainer.accelerator)
     print(f"{machine()}, {rounds} rounds\n\n{rows(times, WAYS['32-true', False])}\n")
     print(f"fastest:  trainer.precision={precision} channels_last={str(channels_last).lower()}")
     print(f"auto is:  trainer.precision={found.precision} channels_last={str(found.channels_last).lower()}")
+    if not compiles:
+        return
+    try:
+        step(cfg, precision, channels_last, images, "inductor")
+    except ValueError as error:
+        print(f"compiling: not for this config: {error}")
+        return
+    compared = compare(lambda way: step(cfg, precision, channels_last, images, way), ways(device_of(cfg)), rounds)
+    print(f"\nThe attack's net compiled, in {WAYS[precision, channels_last]}\n\n{compared}\n\n{compared.advice()}")
 
 
 if __name__ == "__main__":

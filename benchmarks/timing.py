@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import platform
 import time
 import warnings
@@ -40,10 +41,16 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def paired(runs: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """Each round runs all, in turn forwards and backwards, so that a drift of the machine meets them alike."""
+def paired(runs: Mapping[str, Callable[[], object]], rounds: int, limit: float = math.inf) -> Times:
+    """Each round runs all, in turn forwards and backwards, so that a drift of the machine meets them alike.
+
+    No further round begins after ``limit`` seconds.
+    """
     times: Times = {name: [] for name in runs}
+    begun = time.perf_counter()
     for index in range(rounds):
+        if index and time.perf_counter() - begun > limit:
+            break
         for name in list(runs)[:: 1 if index % 2 == 0 else -1]:
             times[name].append(seconds(runs[name]))
     return times

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import strength, throughput, timing
+from benchmarks import compiling, gpu, strength, throughput, timing
 from benchmarks.attacks import Found
+from benchmarks.compiling import AS_IT_IS, Compared, compare
 from benchmarks.extras import BASES, DATA, Given, Peak
 from benchmarks.throughput import passes
 from benchmarks.timing import line, paired, ratio, rows
@@ -59,6 +62,95 @@ def test_rounds_alternate_and_ratios_are_taken_round_by_round(monkeypatch):
     drifting = {"slow": [2.0, 20.0, 200.0], "fast": [1.0, 10.0, 100.0]}
     assert ratio(drifting, "slow", "fast") == 2
     assert "| fast | 10.000 | 1.000–100.000 | 6.4 | 0.50 | 0.50–0.50 |" in rows(drifting, "slow", 64)
+
+
+def test_no_round_begins_after_its_time(monkeypatch):
+    clock = itertools.count(step=10)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing, "seconds", lambda run: 1.0)
+    assert len(paired({"a": lambda: None}, 9, limit=25)["a"]) == 3
+    assert len(paired({"a": lambda: None}, 9)["a"]) == 9
+
+
+def test_compiling_is_advised_where_it_pays_and_says_when():
+    times = {AS_IT_IS: [2.0, 2.2], "inductor": [1.0, 1.1], "cudagraphs": [1.98, 2.15]}
+    found = Compared(times, {AS_IT_IS: 3.0, "inductor": 62.0, "cudagraphs": 4.0})
+    assert found.best == "inductor"
+    assert found.repaid == 57  # (62 - 3) / (2.1 - 1.05), rounded up
+    assert "+defense.compile_attack=inductor" in found.advice()
+    del times["inductor"]
+    assert found.best is None
+    assert "does not pay" in found.advice()
+
+
+def test_a_way_that_fails_is_left_out_with_its_reason(monkeypatch):
+    monkeypatch.setattr(timing, "seconds", lambda run: run() or 1.0)
+    done: list[str | None] = []
+
+    def make(way):
+        def run():
+            if way == "bad":
+                raise RuntimeError("no\nkernel")
+            done.append(way)
+
+        return run
+
+    found = compare(make, ["bad", "good"], 2)
+    assert found.failed == {"bad": "no kernel"}
+    assert list(found.times) == list(found.first) == [AS_IT_IS, "good"]
+    assert done.count("good") == done.count(None) == 3 + 2
+    with pytest.raises(RuntimeError):
+        compare(lambda way: make("bad"), [], 1)
+    assert set(compiling.ways(torch.device("cuda"))) > set(compiling.ways(torch.device("cpu")))
+
+
+def test_a_later_call_goes_on_with_what_is_left(tmp_path):
+    out, record, ran = tmp_path / "gpu.json", {"of": {}, "found": {}}, []
+    works = {"memory": False}
+
+    def item(name, found):
+        def run():
+            ran.append(name)
+            if name == "large" and not works["memory"]:
+                raise RuntimeError("out of memory")
+            return found
+
+        return run
+
+    items = {"small": item("small", 1), "large": item("large", 2), "stopped": item("stopped", None)}
+    assert gpu.measure(items, record, out, time.perf_counter() + 60) == ["large", "stopped"]
+    assert json.loads(out.read_text())["found"] == {"small": 1}
+    assert gpu.measure(items, json.loads(out.read_text()), out, time.perf_counter()) == ["large", "stopped"]  # no time
+    works["memory"] = True
+    assert gpu.measure(items, json.loads(out.read_text()), out, time.perf_counter() + 60) == ["stopped"]
+    assert ran == ["small", "large", "stopped", "large", "stopped"]
+
+
+class Off(ResNet):
+    """Its logits are larger by a factor, as those of a device with a bug might be."""
+
+    factor: float
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+def test_a_device_that_computes_otherwise_is_seen():
+    def make(factor):
+        made = itertools.count()
+
+        def net():
+            result = Off((1, 1), (4, 8), **DATA)
+            result.factor = factor ** next(made)
+            return result
+
+        return net
+
+    x, y = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+    found = gpu.correctness(make(1.0), x, y, torch.device("cpu"))
+    assert found["right"]
+    assert found["TRADES"]["bare, fp32"]["cosine"] == pytest.approx(1)
+    assert not gpu.correctness(make(1.3), x, y, torch.device("cpu"))["right"]
 
 
 def test_the_peak_of_live_tensors_is_counted():
