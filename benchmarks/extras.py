@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import machine, paired, ratio, rows, seconds, trace, whole
+from benchmarks.timing import machine, paired, positive, ratio, rows, seconds, trace
 from defenses.attacks import PGD
 from defenses.defense import Defense
 from defenses.health import Images, measure
@@ -160,7 +160,7 @@ def steps(bench: Bench, network: str, attack_steps: int, rounds: int) -> None:
         whole = {name: [a + b for a, b in zip(times["attack"], times[name], strict=True)] for name in extras}
         print(f"\n{base}, whole step\n\n{rows(whole, 'bare', len(bench.x))}\n")
         print(f"{base}, without its attack\n\n{rows({name: times[name] for name in ('attack', *extras)}, 'bare')}\n")
-        added = 100 * (ratio(whole, "+ PSE, sensitivity", "bare") - 1)
+        added = 100 * (ratio(positive, "+ PSE, sensitivity", "bare") - 1)
         print(f"{base}: PSE and sensitivity add {added:.1f} % to the step", end="")
         if base == "PGD-AT":
             share = ratio(times, "+ PSE, sensitivity", "bare") - 1
@@ -255,10 +255,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT[:3])
     parser.add_argument("--network", choices=list(NETS), default="resnet18")
-    parser.add_argument("--batch", type=whole, default=64)
-    parser.add_argument("--steps", type=whole, default=10)
-    parser.add_argument("--rounds", type=whole, default=5)
-    parser.add_argument("--threads", type=whole, default=1)
+    parser.add_argument("--batch", type=positive, default=64)
+    parser.add_argument("--steps", type=positive, default=10)
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bench = Bench(args.network, args.batch)

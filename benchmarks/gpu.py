@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.compiling import AS_IT_IS, compare, ways
 from benchmarks.extras import Given
 from benchmarks.throughput import Unfolded, passes
-from benchmarks.timing import machine, matmul_rate, paired, ratio, seconds, whole
+from benchmarks.timing import machine, matmul_rate, paired, positive, ratio, seconds
 from datamodules.arrays import Arrays
 from datamodules.augment import Augment
 from datamodules.loader import TensorLoader
@@ -379,11 +379,11 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser.add_argument("--data", help="folder of train*.npz and test.npz")
     parser.add_argument("--small", action="store_true", help="a small net and a few images")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
-    parser.add_argument("--batch", type=whole, default=128)
-    parser.add_argument("--rounds", type=whole, default=3, help="at most; fewer where they take over two minutes")
+    parser.add_argument("--batch", type=positive, default=128)
+    parser.add_argument("--rounds", type=positive, default=3, help="at most; fewer where they take over two minutes")
     parser.add_argument("--compile", help="compile_attack in epochs and time_to, e.g. what compile found to pay")
     parser.add_argument("--target", type=float, default=0.5, help="robust accuracy to reach")
-    parser.add_argument("--epochs", type=whole, default=30, help="of the training that is to reach it")
+    parser.add_argument("--epochs", type=positive, default=30, help="of the training that is to reach it")
     parser.add_argument(
         "--minutes", type=float, default=6, help="after which nothing begins, so that a call stays below ten"
     )

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from matplotlib.figure import Figure
 
-from benchmarks.timing import line, machine, paired, whole
+from benchmarks.timing import line, machine, paired, positive
 from defenses.attacks import PGD
 from defenses.defense import Defense
 from defenses.regularizers import UnitSensitivity
@@ -96,10 +96,12 @@ def draw(found: dict[str, tuple[list[float], list[float], tuple[float, float, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=whole, default=5)
-    parser.add_argument("--threads", type=whole, default=1)
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("scaling.svg"))
     args = parser.parse_args()
+    if not args.figure.parent.is_dir():
+        parser.error(f"argument --figure: expected a file in a folder that is there, found {args.figure}")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"{machine()}; fp32, median of {args.rounds} rounds\n")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import Times, machine, matmul_rate, paired, ratio, rows, trace, version, whole
+from benchmarks.timing import Times, machine, matmul_rate, paired, positive, ratio, rows, trace, version
 from defenses.attacks import PGD
 from defenses.defense import Defense
 from defenses.objectives import KLToClean
@@ -264,10 +264,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT[:3])
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--batch", type=whole, default=64)
-    parser.add_argument("--steps", type=whole, default=10)
-    parser.add_argument("--rounds", type=whole, default=3)
-    parser.add_argument("--threads", type=whole, default=1)
+    parser.add_argument("--batch", type=positive, default=64)
+    parser.add_argument("--steps", type=positive, default=10)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--threads", type=positive, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

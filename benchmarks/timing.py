@@ -15,15 +15,14 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-
-def whole(text: str) -> int:
-    """A number of something, for argparse: at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, found {text}")
-    return int(text)
-
-
 Times = dict[str, list[float]]  # by name, seconds of each round
+
+
+def positive(text: str) -> int:
+    """An argument that counts something: for argparse, which says on one line what is wrong with another."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from benchmarks import compiling, gpu, strength, throughput, timing
 from benchmarks.attacks import Found
 from benchmarks.compiling import AS_IT_IS, Compared, compare
 from benchmarks.extras import BASES, DATA, Given, Peak
+from benchmarks.processes import messages, volume
 from benchmarks.throughput import passes
-from benchmarks.timing import line, paired, ratio, rows
+from benchmarks.timing import line, paired, positive, ratio, rows
 from defenses.defense import Defense
 from defenses.regularizers import PSE
 from lightning_modules.networks.resnet import ResNet
@@ -27,7 +30,7 @@ def test_nothing_is_measured_no_times_or_on_no_images(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["throughput.py", option, "0"])
         with pytest.raises(SystemExit):
             throughput.main()
-        assert f"error: argument {option}: expected a whole number >= 1, found 0" in capsys.readouterr().err
+        assert f"error: argument {option}: expected a whole number of at least 1, found '0'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -35,7 +38,7 @@ def test_nothing_is_measured_no_times_or_on_no_images(monkeypatch, capsys):
     [
         ([], "checkpoint: expected a run folder or a file of weights, e.g. checkpoint=runs/NAME; found none"),
         (["checkpoint=runs/nowhere"], "checkpoint: expected a run folder or a file of weights, found none at runs/nowhere"),
-        (["+steps=0"], "steps: expected a whole number >= 1, found 0"),
+        (["+steps=0"], "steps: expected a whole number of at least 1, found '0'"),
     ],
 )
 def test_the_strength_of_no_checkpoint_is_an_error_of_one_line(arguments, words, monkeypatch, capsys):
@@ -209,3 +212,28 @@ def test_agreement_and_who_alone_fells_are_counted_over_all_seeds():
     assert ours.row(ours) == "50.00 % | 50.0, 50.0 |  |  |  | 2.0"
     near, far = (Found([torch.ones(3).bool()], [torch.tensor(lengths)]) for lengths in ([1.0, 2, 3], [2.0, 2, 9]))
     assert far.row(near).startswith("100.00 %, median L2 2.0000 | 100.0 | 100.0 %; ours shorter on 67 %")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
+def test_counts_begin_at_one(text):
+    assert positive("12") == 12
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
+        positive(text)
+
+
+def test_messages_of_a_step_a_checkpoint_and_the_rest_are_told_apart():
+    """Two epochs of three steps: gradients at each, before the last a checkpoint's sum, between the epochs a question."""
+
+    def call(name: str, kind: str, *shape: int) -> tuple[str, dict[str, list[object]]]:
+        return f"gloo:{name}", {"Input type": [kind], "Input Dims": [list(shape)]}
+
+    step = [("[Strategy]DDPStrategy.backward", {}), call("all_reduce", "float", 10, 5)]
+    checkpoint = [call("all_gather", "double"), ("gloo:barrier", {})]
+    epoch = [*step, *step, *checkpoint, *step]
+    order = [*epoch, call("broadcast", "unsigned char", 4), *epoch]
+    found = messages([{"ts": at, "name": name, "args": args} for at, (name, args) in enumerate(order)], steps=6)
+    summed, asked = ("all_gather", "double", 1), ("broadcast", "unsigned char", 4)
+    assert found[0] == Counter({("all_reduce", "float", 50): 1})
+    assert found[1] == Counter({summed: 1, ("barrier", "", 0): 1})
+    assert found[2] == Counter({summed: 2, ("barrier", "", 0): 2, asked: 1})
+    assert [volume(part) for part in found] == [200, 8, 20]
