@@ -1,7 +1,10 @@
 """Robust training of a ResNet-18 against the same training driven by other libraries, paired in one process.
 
-    python benchmarks/throughput.py [--what step attack trades profile] [--peers ART …]
-        [--batch 64] [--rounds 3] [--threads 1]
+    python benchmarks/throughput.py [--what step attack trades folding profile layers optimizer] [--peers ART …]
+        [--batch 64] [--steps 10] [--rounds 3] [--threads 1]
+
+Of ours alone: what folding gains in an attack; where an attack's time goes, by operator, and layer by layer beside what
+torch could do for each; ways to make an optimiser's step.
 
 Each library as its users run it, fp32 in torch's own layout, and again in bf16 with channels last (autocast around it).
 Peers are found by import; where one is absent its rows are left out.  They go into a folder of their own:
@@ -20,9 +23,12 @@ import contextlib
 import copy
 import io
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +42,13 @@ from defenses.defense import Defense
 from defenses.objectives import KLToClean
 from defenses.terms import AdversarialCE, CleanCE, TradesKL
 from defenses.threat import Linf
+from interpret.folding import folded
 from lightning_modules.networks.resnet import resnet18
+from lightning_modules.networks.small_cnn import SmallCNN
 
-WHAT = ["step", "attack", "trades", "profile"]
+WHAT = ["step", "attack", "trades", "folding", "profile", "layers", "optimizer"]
 EPS, STEP = 8 / 255, 2 / 255
+IMAGES: dict[str, Any] = {"in_channels": 3, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 Run = Callable[[Tensor, Tensor], object]
 
 
@@ -260,6 +269,131 @@ def compare(what: str, peers: list[str], net: nn.Module, x: Tensor, y: Tensor, s
     return paired(runs, rounds)
 
 
+# --- Where the rest is ------------------------------------------------------------------------------------------------
+
+
+def relus_kept(net: nn.Module) -> nn.Module:
+    """Its ReLUs have hooks now, so that folding leaves them as they are."""
+    for module in net.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_hook(lambda *_: None)
+    return net
+
+
+def folding(net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> str:
+    """The attack on the net as it is, with BatchNorm folded, and with ReLUs in place as well; the new weights alone."""
+    runs: dict[str, Callable[[], object]] = {}
+    for low in (True, False):
+        kind = "bf16 channels last" if low else "fp32"
+        runs[f"as it is, {kind}"] = bound(lambda own: ours(own, steps, False, Unfolded), net, low, x, y)
+        runs[f"BatchNorm folded, {kind}"] = bound(lambda own: ours(relus_kept(own), steps, False), net, low, x, y)
+        runs[f"ReLUs in place too, {kind}"] = bound(lambda own: ours(own, steps, False), net, low, x, y)
+        runs[f"the new weights alone, {kind}"] = bound(weights_alone, net, low, x, y)
+    return rows(paired(runs, rounds), "ReLUs in place too, bf16 channels last")
+
+
+def weights_alone(net: nn.Module) -> Run:
+    def run(x: Tensor, y: Tensor) -> None:
+        with folded(net.eval(), x):
+            pass
+
+    return run
+
+
+def convolutions(net: nn.Module, x: Tensor) -> Counter[tuple[int, ...]]:
+    """How often each kind runs: channels in and out, kernel, stride, height of its input."""
+    found: Counter[tuple[int, ...]] = Counter()
+
+    def note(conv: nn.Conv2d, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        found[conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], inputs[0].shape[-1]] += 1
+
+    handles = [conv.register_forward_hook(note) for conv in net.modules() if isinstance(conv, nn.Conv2d)]
+    with torch.no_grad():
+        net(x[:1])
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def convolved(image: Tensor, weight: Tensor, stride: int) -> dict[str, Callable[[], Tensor]]:
+    """A convolution's passes as an attack runs them, and as torch could (packed and fused: what its compiler emits)."""
+    pad = weight.shape[-1] // 2
+    place = [pad, pad], [stride, stride], [1, 1], 1
+    gradient = F.conv2d(image, weight, None, stride, pad)
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *place, list(image.shape))
+    fused = torch.ops.mkldnn._convolution_pointwise
+    turned = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+    def backward() -> Tensor:
+        found: Tensor = torch.ops.aten.convolution_backward(
+            gradient, image, weight, None, *reversed(place[:2]), [1, 1], False, [0, 0], 1, [True, False, False]
+        )[0]
+        return found
+
+    return {
+        "forward": lambda: F.conv2d(image, weight, None, stride, pad),
+        "weights packed before": lambda: fused(image, packed, None, *place, "none", [], ""),
+        "and ReLU fused": lambda: fused(image, packed, None, *place, "relu", [], ""),
+        "gradient of the input": backward,
+        "by turned weights": backward if stride > 1 else lambda: F.conv2d(gradient, turned, None, 1, pad),
+    }
+
+
+def layers(net: nn.Module, x: Tensor, rounds: int) -> str:
+    """A Markdown table: milliseconds of each kind of convolution in bf16, channels last, times how often it runs."""
+    total: Counter[str] = Counter()
+    lines: list[str] = []
+    for (inside, out, size, stride, height), often in convolutions(net, x).items():
+        image, weight = (
+            torch.randn(shape).to(torch.bfloat16, memory_format=torch.channels_last)
+            for shape in ((len(x), inside, height, height), (out, inside, size, size))
+        )
+        runs = convolved(image, weight, stride)
+        for run in runs.values():
+            run()
+        spent = {name: 1000 * often * median(found) for name, found in paired(runs, rounds).items()}
+        total.update(spent)
+        rate = 2 * often * runs["forward"]().numel() * inside * size**2 / spent["forward"] / 1e6
+        cells = " | ".join(f"{value:.1f}" for value in spent.values())
+        lines.append(f"| {often} of {size}×{size}, {inside} → {out}, stride {stride}, {height}² | {cells} | {rate:.0f} |")
+    head = f"| ms | {' | '.join(total)} | GFLOP/s, forward |"
+    everything = f"| all | {' | '.join(f'{value:.0f}' for value in total.values())} | |"
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *lines, everything])
+
+
+def sgd_step(net: nn.Module, way: str, repeats: int) -> tuple[Callable[[], None], list[nn.Parameter]]:
+    """So many steps on gradients of one, by a copy of the net, whose parameters come with it."""
+    parameters = list(copy.deepcopy(net).parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    sgd = torch.optim.SGD(
+        parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4, foreach=way == "foreach", fused=way == "fused"
+    )
+
+    def run() -> None:
+        for _ in range(repeats):
+            sgd.step()
+
+    run()
+    return run, parameters
+
+
+def optimizers(nets: dict[str, nn.Module], rounds: int) -> str:
+    """A Markdown table: milliseconds of an SGD step in torch's three ways, and whether all end at the same bits."""
+    lines = ["| SGD step | loop, ms | foreach | fused | loop ÷ fused | its range | the same bits |", "|---" * 7 + "|"]
+    for name, net in nets.items():
+        repeats = 1 + 50_000_000 // sum(p.numel() for p in net.parameters())
+        made = {way: sgd_step(net, way, repeats) for way in ("loop", "foreach", "fused")}
+        times = paired({way: run for way, (run, _) in made.items()}, rounds)
+        ratios = [a / b for a, b in zip(times["loop"], times["fused"], strict=True)]
+        same = all(torch.equal(a, b) for _, ends in made.values() for a, b in zip(ends, made["fused"][1], strict=True))
+        cells = " | ".join(f"{1000 * median(found) / repeats:.3f}" for found in times.values())
+        lines.append(
+            f"| {name} | {cells} | {median(ratios):.2f} | {min(ratios):.2f}–{max(ratios):.2f} | {'yes' if same else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT[:3])
@@ -271,7 +405,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    net = resnet18(num_classes=10, in_channels=3, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    net = resnet18(num_classes=10, **IMAGES)
     x, y = torch.rand(args.batch, 3, 32, 32), torch.arange(args.batch) % 10
     print(f"{machine()}; ResNet-18, {args.batch} images of 3×32×32, {args.steps} attack steps, {args.rounds} rounds")
     if "profile" in args.what:
@@ -281,7 +415,15 @@ def main() -> None:
             for name, kind in attacks.items()
         }
         print(f"\nattack alone, bf16 channels last\n\n{trace(runs, repeats=1)}")
-    for what in [what for what in args.what if what != "profile"]:
+    if "folding" in args.what:
+        print(f"\nattack alone\n\n{folding(net, x, y, args.steps, args.rounds)}")
+    if "layers" in args.what:
+        print(f"\nits convolutions, bf16 channels last\n\n{layers(net, x, args.rounds)}")
+        print(f"\nfastest bf16 matrix product: {matmul_rate(torch.device('cpu'), torch.bfloat16) / 1e9:.0f} GFLOP/s")
+    if "optimizer" in args.what:
+        nets = {"ResNet-18": net, "small CNN": SmallCNN(num_classes=10, **IMAGES)}
+        print(f"\n{optimizers(nets, args.rounds)}")
+    for what in [what for what in args.what if what in WHAT[:3]]:
         times = compare(what, args.peers, net, x, y, args.steps, args.rounds)
         mine, full = "ours, bf16 channels last", "ours, fp32"
         print(f"\n{what}\n\n{rows(times, mine, args.batch)}\n")
