@@ -52,18 +52,19 @@ def trained(out: Path, name: str, arguments: list[str]) -> tuple[dict[str, list[
     return cost, usage.ru_maxrss / 1024
 
 
-def messages(events: list[dict[str, Any]], steps: int) -> list[Counter[Message]]:
+def messages(events: list[dict[str, Any]]) -> list[Counter[Message]]:
     """How often the leader sent what: in a step, for a checkpoint, and in the whole run beside its steps.
 
-    A step: from one backward to the next.  Before the last backward of an epoch a checkpoint is written.
+    A step: from one backward to the next.  Before the last backward of an epoch a checkpoint is written.  The run counts
+    from the second backward, for in the first step DDP still puts all gradients into one bucket and agrees on others.
     """
     sent = [(event["ts"], _message(event)) for event in events if event.get("name", "").startswith("gloo:")]
-    last = sorted(event["ts"] for event in events if event.get("name", "").endswith("Strategy.backward"))[-3:]
-    step, with_checkpoint = (
-        Counter(message for at, message in sent if begin <= at < end) for begin, end in itertools.pairwise(last)
-    )
-    everything = Counter(message for _, message in sent)
-    return [step, with_checkpoint - step, everything - Counter({m: steps * times for m, times in step.items()})]
+    starts = sorted(event["ts"] for event in events if event.get("name", "").endswith("Strategy.backward"))
+    spans = itertools.pairwise(starts[-3:])
+    step, with_checkpoint = (Counter(message for at, message in sent if a <= at < b) for a, b in spans)
+    later = Counter(message for at, message in sent if at >= starts[1])
+    steps = Counter({message: times * (len(starts) - 1) for message, times in step.items()})
+    return [step, with_checkpoint - step, later - steps]
 
 
 def _message(event: dict[str, Any]) -> Message:
@@ -89,7 +90,7 @@ def counted(folder: Path, arguments: list[str]) -> None:
     short += [f"{attack}.steps=1" for attack in ("defense.attack", "val_attack", "probe.attack")]
     trained(folder, "messages", [*arguments, *short, f"+trainer.profiler={{{','.join(profiler)}}}"])
     trace = next(folder.glob("fit-trace-0-*.json"))
-    found = messages(json.loads(trace.read_text())["traceEvents"], steps=8)
+    found = messages(json.loads(trace.read_text())["traceEvents"])
     print("\n| call | elements | bytes | a step | a checkpoint | two epochs beside their steps |\n|---|---|---|---|---|---|")
     for message in sorted(found[0] | found[2], key=lambda m: (-found[0][m], m)):
         call, kind, count = message

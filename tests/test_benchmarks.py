@@ -230,8 +230,9 @@ def test_messages_of_a_step_a_checkpoint_and_the_rest_are_told_apart():
     step = [("[Strategy]DDPStrategy.backward", {}), call("all_reduce", "float", 10, 5)]
     checkpoint = [call("all_gather", "double"), ("gloo:barrier", {})]
     epoch = [*step, *step, *checkpoint, *step]
-    order = [*epoch, call("broadcast", "unsigned char", 4), *epoch]
-    found = messages([{"ts": at, "name": name, "args": args} for at, (name, args) in enumerate(order)], steps=6)
+    buckets = step[0], call("all_reduce", "float", 60), call("broadcast", "int", 3)  # of the first step alone
+    order = [*buckets, *epoch, call("broadcast", "unsigned char", 4), *epoch]
+    found = messages([{"ts": at, "name": name, "args": args} for at, (name, args) in enumerate(order)])
     summed, asked = ("all_gather", "double", 1), ("broadcast", "unsigned char", 4)
     assert found[0] == Counter({("all_reduce", "float", 50): 1})
     assert found[1] == Counter({summed: 1, ("barrier", "", 0): 1})
