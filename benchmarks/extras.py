@@ -160,7 +160,7 @@ def steps(bench: Bench, network: str, attack_steps: int, rounds: int) -> None:
         whole = {name: [a + b for a, b in zip(times["attack"], times[name], strict=True)] for name in extras}
         print(f"\n{base}, whole step\n\n{rows(whole, 'bare', len(bench.x))}\n")
         print(f"{base}, without its attack\n\n{rows({name: times[name] for name in ('attack', *extras)}, 'bare')}\n")
-        added = 100 * (ratio(positive, "+ PSE, sensitivity", "bare") - 1)
+        added = 100 * (ratio(whole, "+ PSE, sensitivity", "bare") - 1)
         print(f"{base}: PSE and sensitivity add {added:.1f} % to the step", end="")
         if base == "PGD-AT":
             share = ratio(times, "+ PSE, sensitivity", "bare") - 1
