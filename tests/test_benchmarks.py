@@ -38,7 +38,7 @@ def test_nothing_is_measured_no_times_or_on_no_images(monkeypatch, capsys):
     [
         ([], "checkpoint: expected a run folder or a file of weights, e.g. checkpoint=runs/NAME; found none"),
         (["checkpoint=runs/nowhere"], "checkpoint: expected a run folder or a file of weights, found none at runs/nowhere"),
-        (["+steps=0"], "steps: expected a whole number of at least 1, found '0'"),
+        (["+steps=0"], "steps: expected a whole number >= 1, found 0"),
     ],
 )
 def test_the_strength_of_no_checkpoint_is_an_error_of_one_line(arguments, words, monkeypatch, capsys):
