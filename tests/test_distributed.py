@@ -245,7 +245,7 @@ def wait_for_drawing(rank: int, out: Path, patience: bool) -> None:
     (out / f"{rank}.done").touch()
 
 
-@pytest.mark.parametrize("patience", [True, False])
+@pytest.mark.parametrize("patience", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_others_wait_while_the_leader_draws(patience, tmp_path: Path) -> None:
     codes = wait_for(start_two(tmp_path / "said", wait_for_drawing, tmp_path, patience), tmp_path / "said")
     assert (codes == [0, 0]) is patience, [(tmp_path / "said" / f"{rank}").read_text()[-1500:] for rank in range(2)]
