@@ -22,7 +22,9 @@ from omegaconf import OmegaConf
 import compare
 from interpret.views.page import read_script
 from lightning_modules import hardware
+from interpret.views.text import markdown
 from lightning_modules.cards import check_comparable, config_hash, read_card, read_cards
+from lightning_modules.comparison import accuracy_table, settings_of
 from lightning_modules.study import (
     TRIES,
     Member,
@@ -433,3 +435,14 @@ def test_the_cards_that_are_kept_are_still_those_of_their_configs(path: Path) ->
     overrides = tuple(o for o in card.about["overrides"] if not o.startswith("seed="))
     assert config_hash(compare.composed((*overrides, "data.path=nowhere"), card.seed)) == card.config
     assert path.stem.endswith(card.config)
+
+
+@pytest.mark.parametrize("folder", sorted((CONFIGS.parent / "docs" / "study").glob("*/")), ids=lambda folder: folder.name)
+def test_the_tables_of_the_documents_are_what_their_cards_say(folder: Path) -> None:
+    cards = read_cards([folder / "cards"])
+    table = accuracy_table(settings_of(cards))
+    written = (folder / "comparison" / "tables.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in markdown(table).splitlines() if line.startswith("|")]
+    first = written.index(rows[0])
+    assert sorted(written[first : first + len(rows)]) == sorted(rows)
+    assert {card.method for card in cards} <= set(read_study(CONFIGS / "study" / f"{folder.name}.yaml").methods)
