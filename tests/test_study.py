@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 
 import compare
 from interpret.views.page import read_script
-from lightning_modules import hardware
 from interpret.views.text import markdown
+from lightning_modules import hardware
 from lightning_modules.cards import check_comparable, config_hash, read_card, read_cards
 from lightning_modules.comparison import accuracy_table, settings_of
 from lightning_modules.study import (
