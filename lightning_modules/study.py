@@ -362,6 +362,7 @@ def run_members(
     given_up = sum(places[m.name].state == "failed" for m in members)
     tell(f"{len(members)} members: {skipped - given_up} done, {given_up} failed {TRIES} times, {len(waiting)} to train")
     running: list[tuple[Member, subprocess.Popen[bytes], float]] = []
+    spent: dict[str, float] = {}  # seconds
     times: list[float] = []
     total = len(waiting)
     try:
@@ -379,13 +380,14 @@ def run_members(
             for entry in [e for e in running if e[1].poll() is not None]:
                 running.remove(entry)
                 member, process, began = entry
-                seconds, place = time.monotonic() - began, places[member.name]
+                spent[member.name] = spent.get(member.name, 0.0) + time.monotonic() - began  # training and every suite
+                place = places[member.name]
                 done = finished(place, process.returncode)
                 if not done and process.returncode == 0 and place.trained and process.args != command(member, place, script):
                     waiting.insert(0, member)  # what judges it comes next
                     continue
                 _write(member, out)  # at once: what ended is kept, however this ends
-                times.append(seconds)
+                times.append(spent[member.name])
                 still = len(waiting) + len(running)
                 eta = still * sum(times) / len(times) / max(1, jobs)
                 said = (
@@ -393,7 +395,7 @@ def run_members(
                     if done
                     else f"FAILED   {member.name}: {place.failure} ({place.folder}/log.txt)"
                 )
-                tell(f"{said}  {seconds:.0f} s; {total - still} of {total}, about {math.ceil(eta / 60)} min left")
+                tell(f"{said}  {times[-1]:.0f} s; {total - still} of {total}, about {math.ceil(eta / 60)} min left")
             if running:
                 time.sleep(poll)
     except BaseException:
