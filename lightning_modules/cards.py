@@ -52,7 +52,8 @@ class RunCard:
     """One run.  ``settled``: the config's entries that must agree, without seeds and places.
 
     ``selected``: epoch, clean and robust held-out accuracy of the best epoch; ``measured``: what the dashboards said of the
-    epoch drawn last up to it; ``cost``: seconds and cpu_seconds of training, passes over the batch a step, steps an epoch.
+    first epoch drawn from it on (the last where few are drawn: an earlier one would be of a net that has hardly learnt);
+    ``cost``: seconds and cpu_seconds of training, passes over the batch a step, steps an epoch.
     ``failure``: why there are no evaluations, empty where there are.
     """
 
@@ -157,7 +158,7 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
     metrics, evaluations = read_metrics(folder), read_evaluations(folder)
     best = max(metrics, key=lambda row: row.get("val/robust_acc", -math.inf), default={})
     drawn = [row for row in metrics if any(_is_measure(key) for key in row)]
-    shown = [row for row in drawn if row["epoch"] <= best.get("epoch", 0)][-1:] or drawn[-1:] or [{}]
+    shown = [row for row in drawn if row["epoch"] >= best.get("epoch", 0)][:1] or drawn[-1:] or [{}]
     selected = ("epoch", "val/robust_acc", "val/clean_acc")
     return RunCard(
         name=name or folder.name,

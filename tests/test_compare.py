@@ -374,3 +374,13 @@ def test_thirty_methods_are_named_apart() -> None:
     assert {text.xy for text in axes.texts} == {tuple(100 * mean[1]) for mean in means}
     marks = {(line.get_color(), line.get_marker()) for line in axes.lines if len(line.get_xdata()) == 3}
     assert len(marks - {m for m in marks if m[1] == "None"}) >= 30
+
+
+def test_measures_are_of_the_best_epoch_or_the_first_drawn_after_it(tmp_path: Path) -> None:
+    """With probe.every_n_epochs=100 the first and the last are drawn; the first is of a net that has hardly learnt."""
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "run.json").write_text("{}")
+    lines = ["epoch,step,val/robust_acc,val/clean_acc,pse/gap", "0,5,0.1,0.2,1", "1,10,0.4,0.5,", "2,15,0.3,0.5,3"]
+    for rows, expected in ((lines, 3.0), ([*lines[:2], "1,10,0.4,0.5,2", lines[3]], 2.0), (lines[:3], 1.0)):
+        (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+        assert card_of(tmp_path).measured == {"pse/gap": expected}
