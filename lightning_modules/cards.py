@@ -157,7 +157,7 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
     info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     metrics, evaluations = read_metrics(folder), read_evaluations(folder)
     best = max(metrics, key=lambda row: row.get("val/robust_acc", -math.inf), default={})
-    drawn = [row for row in metrics if any(_is_measure(key) for key in row)]
+    drawn = [row for row in metrics if any(_is_measure(key) and not key.startswith("health/") for key in row)]
     shown = [row for row in drawn if row["epoch"] >= best.get("epoch", 0)][:1] or drawn[-1:] or [{}]
     selected = ("epoch", "val/robust_acc", "val/clean_acc")
     return RunCard(
