@@ -17,14 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from benchmarks.compiling import compare, ways
+from benchmarks.composing import composed, help_if_asked
 from benchmarks.timing import machine, paired, ratio, rows
+from lightning_modules.console import clear_errors, require_whole
 from lightning_modules.hardware import suited
 
 WAYS = {
@@ -64,14 +65,17 @@ def device_of(cfg: DictConfig) -> torch.device:
 
 
 def main() -> None:
-    with initialize_config_dir(str(train.CONFIGS), version_base="1.3"):
-        cfg = compose("train", sys.argv[1:])
-    with open_dict(cfg):
-        rounds, images, compiles = cfg.pop("rounds", 5), cfg.pop("images", None), cfg.pop("compile", True)
-    train.settle(cfg)
-    runs = {name: step(cfg, *way, images) for way, name in WAYS.items()}
-    for run in runs.values():
-        run()  # warms up
+    help_if_asked(__doc__)
+    with clear_errors(debug="debug=true" in sys.argv):
+        cfg, own = composed(train.CONFIGS, "train", {"rounds": 5, "images": None, "compile": True})
+        require_whole(own, {"rounds": 1, "images": 1})
+        rounds, images, compiles = own.values()
+        if not isinstance(compiles, bool):
+            raise ValueError(f"compile: expected true or false, found {compiles!r}")
+        train.settle(cfg)
+        runs = {name: step(cfg, *way, images) for way, name in WAYS.items()}
+        for run in runs.values():
+            run()  # warms up
     times = paired(runs, rounds)
     best = min(WAYS.values(), key=lambda name: ratio(times, name, WAYS["32-true", False]))
     precision, channels_last = next(way for way, name in WAYS.items() if name == best)

@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import open_dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate
+from benchmarks.composing import composed, help_if_asked
 from benchmarks.throughput import Unfolded
 from benchmarks.timing import machine
 from defenses.attacks import PGD
@@ -27,11 +26,9 @@ from lightning_modules.networks.build import load_weights, make_network
 
 
 def main() -> None:
+    help_if_asked(__doc__)
     with clear_errors(debug="debug=true" in sys.argv):
-        with initialize_config_dir(str(evaluate.CONFIGS), version_base="1.3"):
-            cfg = compose("evaluate", sys.argv[1:])
-        with open_dict(cfg):
-            given = {"count": cfg.pop("count", 2000), "batch": cfg.pop("batch", 250), "steps": cfg.pop("steps", 20)}
+        cfg, given = composed(evaluate.CONFIGS, "evaluate", {"count": 2000, "batch": 250, "steps": 20})
         require_whole(given, dict.fromkeys(given, 1))
         count, batch, steps = given.values()
         weights, run = evaluate.located(cfg.checkpoint)

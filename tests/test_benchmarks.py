@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import compiling, gpu, strength, throughput, timing
+from benchmarks import compiling, gpu, recommend, strength, throughput, timing
 from benchmarks.attacks import Found
 from benchmarks.compiling import AS_IT_IS, Compared, compare
 from benchmarks.extras import BASES, DATA, Given, Peak
@@ -23,6 +24,9 @@ from benchmarks.timing import line, paired, positive, ratio, rows
 from defenses.defense import Defense
 from defenses.regularizers import PSE
 from lightning_modules.networks.resnet import ResNet
+
+ONE_LINE = r"[^\n]+"
+HOW = r"\(debug=true shows the stack trace\)"
 
 
 def test_nothing_is_measured_no_times_or_on_no_images(monkeypatch, capsys):
@@ -39,13 +43,48 @@ def test_nothing_is_measured_no_times_or_on_no_images(monkeypatch, capsys):
         ([], "checkpoint: expected a run folder or a file of weights, e.g. checkpoint=runs/NAME; found none"),
         (["checkpoint=runs/nowhere"], "checkpoint: expected a run folder or a file of weights, found none at runs/nowhere"),
         (["+steps=0"], "steps: expected a whole number >= 1, found 0"),
+        (["steps=3"], r"steps: expected a \+ in front, \+steps=3; found steps=3"),
+        (["network=foo"], rf"network: expected one of {ONE_LINE}; found network=foo"),
     ],
 )
 def test_the_strength_of_no_checkpoint_is_an_error_of_one_line(arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["strength.py", *arguments])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         strength.main()
-    assert capsys.readouterr().err.startswith(f"error: {words}\n")
+    assert end.value.code == 2
+    assert re.fullmatch(rf"error: {words}\n{HOW}\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["network=foo"], rf"network: expected one of {ONE_LINE}; found network=foo"),
+        (["data=arrays", "data.path=/nowhere"], rf"{ONE_LINE}/nowhere{ONE_LINE}"),
+        (["rounds=3"], r"rounds: expected a \+ in front, \+rounds=3; found rounds=3"),
+        (["+rounds=0"], "rounds: expected a whole number >= 1, found 0"),
+        (["+rounds=x"], "rounds: expected a whole number >= 1, found 'x'"),
+        (["+images=0"], "images: expected a whole number >= 1, found 0"),
+        (["+compile=maybe"], "compile: expected true or false, found 'maybe'"),
+        (["channels_last=maybe"], "channels_last: expected true, false or auto, found 'maybe'"),
+        (["seed=x"], "seed: expected a whole number >= 0, found 'x'"),
+        (["--multirun"], ONE_LINE),
+    ],
+)
+def test_what_cannot_be_recommended_is_an_error_of_one_line(arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recommend.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        recommend.main()
+    assert end.value.code == 2
+    assert re.fullmatch(rf"error: {words}\n{HOW}\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", [recommend, strength])
+def test_help_says_how_a_command_is_used(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code is None
+    assert f"python benchmarks/{command.__name__.rpartition('.')[2]}.py" in capsys.readouterr().out
 
 
 def test_a_line_is_found_with_its_fit():
