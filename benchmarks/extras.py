@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import machine, paired, positive, ratio, rows, seconds, trace
+from benchmarks.timing import machine, operators, paired, positive, ratio, rows, seconds, traced
 from defenses.attacks import PGD
 from defenses.defense import Defense
 from defenses.health import Images, measure
@@ -128,19 +128,19 @@ class Bench:
         return PGD(BALL, steps, **({"start": "gaussian", "objective": KLToClean()} if base == "TRADES" else {}))
 
     def step(self, attack: Any, base: str, extra: str) -> tuple[Callable[[], None], list[Tensor]]:
-        """One step after two that warm it up, and the tensors that outlive it."""
+        """One step, run once before, and the tensors that outlive it."""
         net = copy.deepcopy(self.net).train()
         defense = Defense(attack, BASES[base](), EXTRAS[extra]())
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
 
-        def run(n: int | None = None) -> None:
+        def run() -> None:
             with self.autocast():
-                loss = defense(net, self.x[:n], self.y[:n]).loss
+                loss = defense(net, self.x, self.y).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-        run(4)
+        run()  # of the whole batch: folding compares logits when it first sees one so large
         momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
         grads = [p.grad for p in net.parameters() if p.grad is not None]
         return run, [*net.parameters(), *net.buffers(), *momenta, *grads, self.x, self.y]
@@ -156,6 +156,7 @@ def steps(bench: Bench, network: str, attack_steps: int, rounds: int) -> None:
             with bench.autocast():
                 attack(net, bench.x, bench.y)
 
+        attacked()  # warms up
         times = paired({"attack": attacked, **runs}, rounds)
         whole = {name: [a + b for a, b in zip(times["attack"], times[name], strict=True)] for name in extras}
         print(f"\n{base}, whole step\n\n{rows(whole, 'bare', len(bench.x))}\n")
@@ -172,7 +173,7 @@ def profiled(bench: Bench) -> None:
     """Where the time of a step goes, its attack left out, bare and with PSE and sensitivity."""
     for base in BASES:
         runs = {name: bench.step(Given(bench.x_adv), base, name)[0] for name in ("bare", "+ PSE, sensitivity")}
-        print(f"\n{base}, a step without its attack\n\n{trace(runs)}")
+        print(f"\n{base}, a step without its attack\n\n{operators(traced(runs))}")
 
 
 def memory(bench: Bench, network: str) -> None:
@@ -232,6 +233,7 @@ def epoch(bench: Bench, attack_steps: int, rounds: int, images: int = 50_000) ->
     # Thorough every tenth time: nine of ten readings are the short ones.
     held_out = Images(x.repeat(2, 1, 1, 1), y.repeat(2), (training[0][:128], training[1][:128]))
     layers = feature_layers(net, x)
+    measure(net, held_out, BALL, layers, thorough=True)  # warms up
     short, long = (
         seconds(lambda thorough=thorough: measure(net, held_out, BALL, layers, thorough=thorough))
         for thorough in (False, True)

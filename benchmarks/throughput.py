@@ -1,10 +1,10 @@
 """Robust training of a ResNet-18 against the same training driven by other libraries, paired in one process.
 
-    python benchmarks/throughput.py [--what step attack trades folding profile layers optimizer] [--peers ART …]
+    python benchmarks/throughput.py [--what step attack trades folding few profile layers optimizer] [--peers ART …]
         [--batch 64] [--steps 10] [--rounds 3] [--threads 1]
 
-Of ours alone: what folding gains in an attack; where an attack's time goes, by operator, and layer by layer beside what
-torch could do for each; ways to make an optimiser's step.
+Of ours alone: what folding gains in an attack, and where it takes few gradients of few images; where an attack's time goes,
+by operator, and layer by layer beside what torch could do for each; ways to make an optimiser's step.
 
 Each library as its users run it, fp32 in torch's own layout, and again in bf16 with channels last (autocast around it).
 Peers are found by import; where one is absent its rows are left out.  They go into a folder of their own:
@@ -36,17 +36,18 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import Times, machine, matmul_rate, paired, positive, ratio, rows, trace, version
+from benchmarks.timing import Times, machine, matmul_rate, operators, paired, positive, ratio, rows, shares, traced, version
 from defenses.attacks import PGD
 from defenses.defense import Defense
 from defenses.objectives import KLToClean
 from defenses.terms import AdversarialCE, CleanCE, TradesKL
 from defenses.threat import Linf
-from interpret.folding import folded
+from interpret.folding import foldable, folded
 from lightning_modules.networks.resnet import resnet18
 from lightning_modules.networks.small_cnn import SmallCNN
 
-WHAT = ["step", "attack", "trades", "folding", "profile", "layers", "optimizer"]
+WHAT = ["step", "attack", "trades", "folding", "few", "profile", "layers", "optimizer"]
+FEW = ((1, 1), (1, 4), (1, 8), (1, 16), (1, 32), (2, 1), (3, 1), (4, 1))  # gradients, images
 EPS, STEP = 8 / 255, 2 / 255
 IMAGES: dict[str, Any] = {"in_channels": 3, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 Run = Callable[[Tensor, Tensor], object]
@@ -57,6 +58,13 @@ class Unfolded(PGD):
 
     def _lightened(self, net: nn.Module, x: Tensor) -> AbstractContextManager[nn.Module]:
         return nullcontext(net)
+
+
+class Folded(PGD):
+    """PGD on the folded net, also where folding is known not to pay."""
+
+    def _lightened(self, net: nn.Module, x: Tensor) -> AbstractContextManager[nn.Module]:
+        return folded(net, x)
 
 
 def optimizer_of(net: nn.Module, fused: bool = False) -> torch.optim.Optimizer:
@@ -214,7 +222,7 @@ def low_precision(low: bool) -> Iterator[None]:
 
 
 def bound(make: Callable[[nn.Module], Run], net: nn.Module, low: bool, x: Tensor, y: Tensor) -> Callable[[], object]:
-    """One run on a net of its own, after a first small one."""
+    """One run on a net of its own, after a first, in which folding looks at a batch so large, and what lasts is made."""
     own = copy.deepcopy(net)
     run = make(own.to(memory_format=torch.channels_last) if low else own)  # type: ignore[call-overload]
 
@@ -222,8 +230,7 @@ def bound(make: Callable[[nn.Module], Run], net: nn.Module, low: bool, x: Tensor
         with low_precision(low):
             run(x, y)
 
-    with low_precision(low):
-        run(x[:4], y[:4])
+    once()
     return once
 
 
@@ -298,6 +305,27 @@ def weights_alone(net: nn.Module) -> Run:
             pass
 
     return run
+
+
+def few(nets: dict[str, nn.Module], rounds: int) -> str:
+    """A Markdown table: the time of an attack on the folded net over that on the net as it is, in fp32 and in bf16."""
+    heads, rule = "| fp32 / bf16 |", "| values that BatchNorms make of an image, weights scaled |"
+    lines = [f"| {steps} gradient{'s' * (steps > 1)} of {images} image{'s' * (images > 1)} |" for steps, images in FEW]
+    for name, net in nets.items():
+        image = torch.rand(2, 3, 32, 32)
+        found = foldable(copy.deepcopy(net).eval(), image)
+        heads, rule = f"{heads} {name} |", f"{rule} {found.share * image[0].numel():,.0f}, {found.weights:,} |"
+        for row, (steps, images) in enumerate(FEW):
+            x, y = torch.rand(images, 3, 32, 32), torch.arange(images) % 10
+            ratios = []
+            for low in (False, True):
+                runs = {
+                    kind.__name__: bound(lambda own, kind=kind: ours(own, steps, False, kind), net, low, x, y)  # noqa: B023
+                    for kind in (Unfolded, Folded)
+                }
+                ratios.append(ratio(paired(runs, rounds), "Folded", "Unfolded"))
+            lines[row] += f" {ratios[0]:.2f} / {ratios[1]:.2f} |"
+    return "\n".join([heads, "|---" * (1 + len(nets)) + "|", rule, *lines])
 
 
 def convolutions(net: nn.Module, x: Tensor) -> Counter[tuple[int, ...]]:
@@ -414,14 +442,17 @@ def main() -> None:
             name: bound(lambda own, kind=kind: ours(own, args.steps, False, kind), net, True, x, y)
             for name, kind in attacks.items()
         }
-        print(f"\nattack alone, bf16 channels last\n\n{trace(runs, repeats=1)}")
+        spent = traced(runs, repeats=1)
+        print(f"\nattack alone, bf16 channels last\n\n{shares(spent)}\n\n{operators(spent)}")
     if "folding" in args.what:
         print(f"\nattack alone\n\n{folding(net, x, y, args.steps, args.rounds)}")
+    nets = {"small CNN": SmallCNN(num_classes=10, **IMAGES), "ResNet-18": net}
+    if "few" in args.what:
+        print(f"\nattack alone, folded ÷ as it is; above 1 folding costs more than it saves\n\n{few(nets, args.rounds)}")
     if "layers" in args.what:
         print(f"\nits convolutions, bf16 channels last\n\n{layers(net, x, args.rounds)}")
         print(f"\nfastest bf16 matrix product: {matmul_rate(torch.device('cpu'), torch.bfloat16) / 1e9:.0f} GFLOP/s")
     if "optimizer" in args.what:
-        nets = {"ResNet-18": net, "small CNN": SmallCNN(num_classes=10, **IMAGES)}
         print(f"\n{optimizers(nets, args.rounds)}")
     for what in [what for what in args.what if what in WHAT[:3]]:
         times = compare(what, args.peers, net, x, y, args.steps, args.rounds)

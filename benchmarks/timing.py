@@ -6,16 +6,25 @@ import argparse
 import importlib.metadata
 import math
 import platform
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Final
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 Times = dict[str, list[float]]  # by name, seconds of each round
+Spent = dict[str, dict[str, float]]  # by name, milliseconds in each operator
+KINDS: Final = {  # patterns in the profiler's names
+    "convolutions, forward and backward": "conv",
+    "BatchNorm, forward and backward": "batch_?norm",
+    "ReLU, forward and backward": "relu|threshold_backward|aten::clamp_min",  # the last is what a ReLU runs on a CPU
+    "sums": r"aten::add_?$|AddBackward",
+}
 
 
 def positive(text: str) -> int:
@@ -74,15 +83,19 @@ def rows(times: Times, reference: str, work: float = 0.0, unit: str = "images/s"
     return "\n".join(lines)
 
 
-def trace(runs: Mapping[str, Callable[[], object]], repeats: int = 3, top: int = 12) -> str:
-    """A Markdown table of where the time goes: milliseconds a run in each operator itself, by torch's profiler."""
-    spent: dict[str, dict[str, float]] = {}
+def traced(runs: Mapping[str, Callable[[], object]], repeats: int = 3) -> Spent:
+    """Where the time goes, by torch's profiler: milliseconds a run in each operator itself."""
+    spent: Spent = {}
     for name, run in runs.items():
-        with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU]) as found:
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), profile(activities=[ProfilerActivity.CPU]) as found:
             for _ in range(repeats):
                 run()
         spent[name] = {event.key: event.self_cpu_time_total / 1e3 / repeats for event in found.key_averages()}
+    return spent
+
+
+def operators(spent: Spent, top: int = 12) -> str:
+    """A Markdown table of milliseconds by operator, those that take most first."""
     keys = sorted(
         {key for times in spent.values() for key in times}, key=lambda k: -max(t.get(k, 0) for t in spent.values())
     )
@@ -91,6 +104,23 @@ def trace(runs: Mapping[str, Callable[[], object]], repeats: int = 3, top: int =
     for name, members in groups.items():
         values = (sum(times.get(key, 0) for key in members) for times in spent.values())
         lines.append(f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |")
+    return "\n".join(lines)
+
+
+def kind(operator: str) -> str:
+    """Which of :data:`KINDS` the profiler's name of an operator, of the forward or the backward, belongs to."""
+    return next((name for name, pattern in KINDS.items() if re.search(pattern, operator, re.IGNORECASE)), "all others")
+
+
+def shares(spent: Spent) -> str:
+    """A Markdown table of milliseconds by kind of operator, and their shares of the run."""
+    lines = ["| ms in | " + " | ".join(f"{name} | share" for name in spent) + " |", "|---" * (2 * len(spent) + 1) + "|"]
+    for name in (*KINDS, "all others"):
+        cells = []
+        for times in spent.values():
+            value = sum(taken for operator, taken in times.items() if kind(operator) == name)
+            cells.append(f"{value:,.0f} | {100 * value / sum(times.values()):.1f} %")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -243,6 +243,47 @@ def test_passes_count_the_products_of_a_linear_net():
     assert forward == inputs == weights == 2 * 8 * 30 * 20
 
 
+def test_the_profilers_operators_are_told_apart_by_kind():
+    expected = {
+        "convolutions, forward and backward": ("mkldnn_convolution", "convolution_backward", "ConvolutionBackward0"),
+        "BatchNorm, forward and backward": ("native_batch_norm", "batch_norm", "NativeBatchNormBackward0"),
+        "ReLU, forward and backward": ("relu_", "threshold_backward", "clamp_min"),
+        "sums": ("add", "add_", "AddBackward0"),
+        "all others": ("addmm", "copy_", "clamp", "AddmmBackward0"),
+    }
+    for name, operators in expected.items():
+        assert {timing.kind(f"aten::{operator}") for operator in operators} == {name}
+    spent = {"a": {"aten::conv2d": 30.0, "aten::add": 10.0}, "b": {"aten::relu": 5.0, "ConvolutionBackward0": 15.0}}
+    table = timing.shares(spent)
+    assert "| convolutions, forward and backward | 30 | 75.0 % | 15 | 75.0 % |" in table
+    assert "| sums | 10 | 25.0 % | 0 | 0.0 % |" in table
+
+
+def test_a_profile_of_a_net_has_all_kinds():
+    net = ResNet((1,), (4,), **DATA).eval()
+    spent = timing.traced({"net": lambda: net(torch.rand(2, 3, 8, 8)).sum().backward()}, repeats=1)
+    assert {timing.kind(name) for name in spent["net"]} == {*timing.KINDS, "all others"}
+
+
+def test_few_gradients_are_timed_on_nets_that_are_folded(monkeypatch):
+    monkeypatch.setattr(throughput, "FEW", ((1, 1),))
+    spent = {}
+
+    def clock(run):
+        run()
+        return spent.setdefault(run, 1.0 + len(spent) % 2)
+
+    monkeypatch.setattr(timing, "seconds", clock)
+    seen = []
+    real = throughput.folded
+    monkeypatch.setattr(throughput, "folded", lambda *arguments: seen.append(len(arguments)) or real(*arguments))
+    table = throughput.few({"net": ResNet((1,), (4,), **DATA)}, 1)
+    assert len(seen) == 2 * 2  # in fp32 and bf16, warmed up and timed
+    values, weights = 3 * 4 * 32 * 32, 3 * 4 * 9 + 2 * 4 * 4 * 9
+    assert f"| {values:,}, {weights:,} |" in table
+    assert "| 1 gradient of 1 image | 2.00 / 2.00 |" in table
+
+
 def test_agreement_and_who_alone_fells_are_counted_over_all_seeds():
     """Of four images: both fell one, one stands against both, and each fells one that the other leaves."""
     ours = Found([torch.tensor([False, True]), torch.tensor([False, True])], [], 2.0)
