@@ -6,7 +6,9 @@
     python benchmarks/gpu.py --device cpu --small    # the same code on a few images, to see that it runs
 
 In short calls: what a call has measured is in ``--out``, the same command again goes on with what is left, and says so.
-Nothing begins after ``--minutes``; the training of time_to is then stopped, and resumed by the next call.
+Nothing begins after ``--minutes``; the training of time_to is then stopped, and resumed by the next call.  What failed is
+recorded and not tried again without ``--again``.  Exit code 0: all is measured; 75: something is left, call again; 1:
+something failed, or the device is wrong; 2: bad arguments.
 
 correctness  each net against the CPU: logits, what each attack gains, losses and gradients of each defense with its extras
 compile      a PGD-10 step with the attack's net as it is, compiled, and in CUDA graphs: +defense.compile_attack
@@ -23,6 +25,8 @@ import argparse
 import csv
 import itertools
 import json
+import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,11 +58,13 @@ from defenses.compiling import ways as allowed_ways
 from defenses.defense import Defense
 from defenses.objectives import KLToClean, Objective
 from defenses.regularizers import PSE, UnitSensitivity
+from defenses.robustness import full_precision
 from defenses.terms import AdversarialCE, CleanCE, Term, TradesKL
 from defenses.threat import Linf
 from interpret.modes import buffers_kept
 from interpret.views.page import ReportPage, write_atomic
 from lightning_modules.callbacks.dashboard import Dashboard
+from lightning_modules.callbacks.preemption import EXIT_CODE
 from lightning_modules.hardware import Settings, suited
 from lightning_modules.logging import RunLog
 from lightning_modules.networks.resnet import ResNet, resnet18
@@ -142,15 +148,16 @@ def correctness(make: Callable[[], nn.Module], x: Tensor, y: Tensor, device: tor
     torch.manual_seed(0)
     cpu, other = make(), make().to(device)
     other.load_state_dict(cpu.state_dict())
-    precisions = {"fp32": nullcontext, "auto": lambda: autocast(device, settings)}
+    precisions = {"fp32": lambda: full_precision(device), "auto": lambda: autocast(device, settings)}
     away = x.to(device), y.to(device)
     cpu.eval(), other.eval()
     attack = PGD(BALL, 5, "2/255", start="none")
-    plain = Unfolded(BALL, 5, "2/255", start="none")(other, *away)
-    with torch.no_grad():
-        logits = cpu(x)
-        worst = float((logits - other(away[0]).cpu()).abs().max() / logits.abs().max())
-    elsewhere = float(((attack(other, *away) - plain).abs() > 1e-5).float().mean())
+    with full_precision(device):
+        plain = Unfolded(BALL, 5, "2/255", start="none")(other, *away)
+        elsewhere = float(((attack(other, *away) - plain).abs() > 1e-5).float().mean())
+        with torch.no_grad():
+            logits = cpu(x)
+            worst = float((logits - other(away[0]).cpu()).abs().max() / logits.abs().max())
 
     def gained(objective: Objective, images: Tensor) -> float:
         with torch.no_grad():
@@ -322,6 +329,11 @@ def time_to(
             *(("network=small_cnn", "network.width=0.25", "data.train_limit=400", "data.test_limit=100") if small else ()),
             *(() if small else ("network=resnet18",)),
         ]
+    cuts = json.loads((run / "cuts.json").read_text()) if (run / "cuts.json").is_file() else []
+    if (run / "run.json").is_file():
+        done = len(json.loads((run / "cost.json").read_text())["seconds"]) if (run / "cost.json").is_file() else 0
+        cuts = sorted({*cuts, done} - {most})
+        write_atomic(run / "cuts.json", json.dumps(cuts))
     begun = time.perf_counter()
     training = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT)
     try:
@@ -329,8 +341,8 @@ def time_to(
     except subprocess.TimeoutExpired:
         training.terminate()  # it finishes its step, and writes a checkpoint
         status = training.wait()
-        if status != 0:
-            return None
+    if status in (EXIT_CODE, -signal.SIGTERM):  # the latter: before it listened
+        return None
     if status != 0:
         raise RuntimeError(f"train.py ended with exit code {status}; its words are above")
     cost = json.loads((run / "cost.json").read_text())["seconds"]
@@ -343,64 +355,124 @@ def time_to(
     reached = next((row["seconds"] for row in history if row["robust"] >= target), None)
     wall = time.perf_counter() - begun
     print(f"{target:.0%} PGD-20: {reached or 'not reached in'} {'' if reached else history[-1]['seconds']} s of training")
-    last = "whole" if "resume=" not in words[0] else "resumed: an epoch that was cut counts from there"
-    return {"target": target, "seconds": reached, "epoch_s": median(cost), "wall_s": wall, "run": last, "history": history}
+    cut = f"resumed in epochs {cuts}: what was trained of these before is not counted" if cuts else "whole"
+    return {"target": target, "seconds": reached, "epoch_s": median(cost), "wall_s": wall, "run": cut, "history": history}
 
 
-def measure(items: Mapping[str, Callable[[], Any]], record: dict[str, Any], out: Path, until: float) -> list[str]:
+def measure(
+    items: Mapping[str, Callable[[], Any]], record: dict[str, Any], out: Path, until: float, again: bool = False
+) -> list[str]:
     """Run the items that are not in the record yet, and write it after each; the names of those that are left.
 
-    One that fails, say for lack of memory, is left too, and keeps no other from running.
+    One that fails, say for lack of memory, is recorded under ``failed`` with the reason, keeps no other from running, and
+    is tried once more only where ``again`` asks for that.
     """
     left = []
+    failed = record.setdefault("failed", {})
     for name, item in items.items():
-        if name in record["found"]:
+        if name in record["found"] or (name in failed and not again):
             continue
         if time.perf_counter() >= until:
             left.append(name)
             continue
         print(f"\n{name}", flush=True)
+        failed.pop(name, None)
         try:
             found = item()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, OSError) as error:
             print(f"{name} failed: {error}", flush=True)
-            found = None
-        if found is None:
-            left.append(name)
-            continue
-        record["found"][name] = found
+            failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        else:
+            if found is None:
+                left.append(name)
+                continue
+            record["found"][name] = found
         write_atomic(out, json.dumps(record, indent=1) + "\n")
     return left
 
 
+def device_named(name: str) -> torch.device:
+    """Raises argparse.ArgumentTypeError for another device than the CPU or a GPU that is here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cuda, cuda:N or cpu, found {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"torch finds {torch.cuda.device_count()} GPUs here, found {name}; --device cpu --small shows that the code runs"
+        )
+    return device
+
+
+def between(low: float, high: float) -> Callable[[str], float]:
+    """An argument that is a number above ``low`` and below ``high``."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low < value < high:
+            raise argparse.ArgumentTypeError(f"expected a number above {low:g} and below {high:g}, found {text!r}")
+        return value
+
+    return number
+
+
+def recorded(out: Path, of: dict[str, Any]) -> dict[str, Any]:
+    """What earlier calls left in ``out``, or an empty record.
+
+    Raises:
+        ValueError: a place where no file can be, a file that is no record, or one of something else.
+    """
+    if out.is_dir() or not out.resolve().parent.is_dir():
+        raise ValueError(f"expected a file in a folder that is there, found {out}")
+    if not out.is_file():
+        return {"of": of, "found": {}, "failed": {}}
+    try:
+        record = json.loads(out.read_text())
+    except ValueError as error:
+        raise ValueError(f"{out} is no JSON ({error}); delete it or name another file") from error
+    if not isinstance(record, dict) or not isinstance(record.get("found"), dict):
+        raise ValueError(f"{out} is no record of this command; delete it or name another file")
+    if record.get("of") != of:
+        raise ValueError(f"{out} was measured with {record.get('of')}, now {of}; delete it or name another file")
+    return record
+
+
 def main(argv: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", type=device_named, default="cuda")
     parser.add_argument("--data", help="folder of train*.npz and test.npz")
     parser.add_argument("--small", action="store_true", help="a small net and a few images")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
     parser.add_argument("--batch", type=positive, default=128)
     parser.add_argument("--rounds", type=positive, default=3, help="at most; fewer where they take over two minutes")
     parser.add_argument("--compile", help="compile_attack in epochs and time_to, e.g. what compile found to pay")
-    parser.add_argument("--target", type=float, default=0.5, help="robust accuracy to reach")
+    parser.add_argument("--target", type=between(0, 1), default=0.5, help="robust accuracy to reach")
     parser.add_argument("--epochs", type=positive, default=30, help="of the training that is to reach it")
     parser.add_argument(
-        "--minutes", type=float, default=6, help="after which nothing begins, so that a call stays below ten"
+        "--minutes", type=between(0, math.inf), default=6, help="after which nothing begins, so that a call stays below ten"
     )
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--again", action="store_true", help="try what failed once more")
     args = parser.parse_args(None if argv is None else list(argv))
     until = time.perf_counter() + 60 * args.minutes
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here; --device cpu --small shows that the script runs")
+    device = args.device
     if args.compile is not None and args.compile not in allowed_ways():
         parser.error(f"--compile: expected one of {', '.join(allowed_ways())}; found {args.compile!r}")
     if args.data:
-        everything, _, _ = Arrays(path=args.data).load()
+        try:
+            everything, _, _ = Arrays(path=args.data).load()
+        except (ValueError, OSError) as error:
+            parser.error(f"argument --data: {error}")
         images, labels = everything.images, everything.labels
     else:
-        images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        labels = torch.arange(50_000) % 10
+        count = 256 if args.small else 50_000
+        images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        labels = torch.arange(count) % 10
     images, labels = (images[:256], labels[:256]) if args.small else (images, labels)
     batch = min(args.batch, 64) if args.small else args.batch
     of = {
@@ -412,11 +484,10 @@ def main(argv: Iterable[str] | None = None) -> None:
         "small": args.small,
         "compile_attack": args.compile,
     }
-    record: dict[str, Any] = {"of": of, "found": {}}
-    if args.out.is_file():
-        record = json.loads(args.out.read_text())
-        if record.get("of") != of:
-            parser.error(f"--out: {args.out} was measured with {record.get('of')}, now {of}; delete it or name another file")
+    try:
+        record = recorded(args.out, of)
+    except (ValueError, OSError) as error:
+        parser.error(f"argument --out: {error}")
     print(of)
     nets, on_device = networks(args.small), (images.to(device), labels.to(device))
     first = next(iter(nets))
@@ -424,33 +495,38 @@ def main(argv: Iterable[str] | None = None) -> None:
     step = on_device[0][:batch].float() / 255, on_device[1][:batch]
     peak = cache(lambda: matmul_rate(device, torch.bfloat16, 1 if args.small else 7))
     items: dict[str, Callable[[], Any]] = {}
+    rounds = f"{args.rounds} rounds"
     for name, make in nets.items():
         items[f"correctness, {name}"] = lambda make=make: correctness(make, x, y, device)
-        items[f"compile, {name}"] = lambda make=make: compiling(make, *step, device, args.rounds, args.small)
+        items[f"compile, {name}, {rounds}"] = lambda make=make: compiling(make, *step, device, args.rounds, args.small)
         for kind in DEFENSES:
-            items[f"epochs, {name}, {kind}"] = lambda make=make, kind=kind: epochs(
+            items[f"epochs, {name}, {kind}, {rounds}"] = lambda make=make, kind=kind: epochs(
                 make, kind, *on_device, batch, device, args.rounds, peak(), args.compile
             )
     items["dashboards"] = lambda: dashboards(nets[first], images, labels, device)
-    run = args.out.resolve().with_suffix(".run")
-    path = args.data or (random_shards(run.with_suffix(".data")) if args.small else None)
+    most = 2 if args.small else args.epochs
+    run = args.out.resolve().with_suffix(f".{most}-epochs.run")
+    path = args.data or (random_shards(args.out.resolve().with_suffix(".data")) if args.small else None)
     if path:
-        most = 2 if args.small else args.epochs
-        items["time_to"] = lambda: time_to(
+        items[f"time_to, {args.target:g} in {most} epochs"] = lambda: time_to(
             args.target, run, path, device, batch, most, args.small, args.compile, until - time.perf_counter()
         )
     order = sorted(items, key=lambda name: PARTS.index(name.split(",")[0]))
     order = [name for name in order if name.split(",")[0] in args.only]
-    left = measure({name: items[name] for name in order}, record, args.out, until)
+    left = measure({name: items[name] for name in order}, record, args.out, until, args.again)
     found = record["found"]
-    if "dashboards" in found and (rows := found.get(f"epochs, {first}, PGD-10")):
+    if "dashboards" in found and (rows := found.get(f"epochs, {first}, PGD-10, {rounds}")):
         print(f"\ndashboards: {100 * found['dashboards'] / rows[0]['epoch_s']:.1f} % of an epoch of {first}, PGD-10")
     if left:
         print(f"\nleft: {'; '.join(left)}.  The same command again goes on.")
+    if failed := [name for name in order if name in record["failed"]]:
+        print(f"\nfailed: {'; '.join(failed)}; see {args.out}.  --again tries them once more.")
     if wrong := [name for name in found if name.startswith("correctness") and not found[name]["right"]]:
         sys.exit(f"the device does not agree with the CPU: {'; '.join(wrong)}; see {args.out}")
     if left:
-        sys.exit(75)
+        sys.exit(EXIT_CODE)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

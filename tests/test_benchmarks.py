@@ -21,6 +21,7 @@ from benchmarks.extras import BASES, DATA, Given, Peak
 from benchmarks.processes import messages, volume
 from benchmarks.throughput import passes
 from benchmarks.timing import line, paired, positive, ratio, rows
+from defenses.compiling import NotCompiled
 from defenses.defense import Defense
 from defenses.regularizers import PSE
 from lightning_modules.networks.resnet import ResNet
@@ -146,7 +147,7 @@ def test_a_way_that_fails_is_left_out_with_its_reason(monkeypatch):
     assert set(compiling.ways(torch.device("cuda"))) > set(compiling.ways(torch.device("cpu")))
 
 
-def test_a_later_call_goes_on_with_what_is_left(tmp_path):
+def test_a_later_call_goes_on_with_what_is_left_and_repeats_no_failure(tmp_path):
     out, record, ran = tmp_path / "gpu.json", {"of": {}, "found": {}}, []
     works = {"memory": False}
 
@@ -154,18 +155,84 @@ def test_a_later_call_goes_on_with_what_is_left(tmp_path):
         def run():
             ran.append(name)
             if name == "large" and not works["memory"]:
-                raise RuntimeError("out of memory")
+                raise RuntimeError("out of\nmemory")
+            if name == "compiled":
+                raise NotCompiled("defense.compile_attack: torch cannot")
             return found
 
         return run
 
-    items = {"small": item("small", 1), "large": item("large", 2), "stopped": item("stopped", None)}
-    assert gpu.measure(items, record, out, time.perf_counter() + 60) == ["large", "stopped"]
-    assert json.loads(out.read_text())["found"] == {"small": 1}
-    assert gpu.measure(items, json.loads(out.read_text()), out, time.perf_counter()) == ["large", "stopped"]  # no time
+    names = {"small": 1, "large": 2, "compiled": 3, "stopped": None}
+    items = {name: item(name, found) for name, found in names.items()}
+    assert gpu.measure(items, record, out, time.perf_counter() + 60) == ["stopped"]
+    kept = json.loads(out.read_text())
+    assert kept["found"] == {"small": 1}
+    reasons = {"large": "RuntimeError: out of memory", "compiled": "NotCompiled: defense.compile_attack: torch cannot"}
+    assert kept["failed"] == reasons
+    assert gpu.measure(items, kept, out, time.perf_counter()) == ["stopped"]  # no time
     works["memory"] = True
     assert gpu.measure(items, json.loads(out.read_text()), out, time.perf_counter() + 60) == ["stopped"]
-    assert ran == ["small", "large", "stopped", "large", "stopped"]
+    assert ran == ["small", "large", "compiled", "stopped", "stopped"]
+    assert gpu.measure(items, json.loads(out.read_text()), out, time.perf_counter() + 60, again=True) == ["stopped"]
+    assert ran[5:] == ["large", "compiled", "stopped"]
+    kept = json.loads(out.read_text())
+    assert kept["found"] == {"small": 1, "large": 2}
+    assert list(kept["failed"]) == ["compiled"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "foo"], "argument --device: expected cuda, cuda:N or cpu, found 'foo'"),
+        (["--device", "mps"], "argument --device: expected cuda, cuda:N or cpu, found 'mps'"),
+        (["--device", "cuda:99"], f"argument --device: torch finds {ONE_LINE}, found cuda:99; {ONE_LINE}"),
+        (["--data", "/nowhere"], f"argument --data: {ONE_LINE}/nowhere{ONE_LINE}"),
+        (["--target", "1"], "argument --target: expected a number above 0 and below 1, found '1'"),
+        (["--target", "half"], "argument --target: expected a number above 0 and below 1, found 'half'"),
+        (["--minutes", "0"], "argument --minutes: expected a number above 0 and below inf, found '0'"),
+        (["--out", "broken.json"], rf"argument --out: broken.json is no JSON \({ONE_LINE}\); delete it or {ONE_LINE}"),
+        (["--out", "list.json"], f"argument --out: list.json is no record of this command; {ONE_LINE}"),
+        (["--out", "other.json"], rf"argument --out: other.json was measured with {{}}, now {ONE_LINE}"),
+        (["--out", "."], r"argument --out: expected a file in a folder that is there, found \."),
+        (["--out", "no/gpu.json"], "argument --out: expected a file in a folder that is there, found no/gpu.json"),
+    ],
+)
+def test_what_a_gpu_cannot_be_asked_is_an_error_of_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("broken", "{"), ("list", "[]"), ("other", '{"of": {}, "found": {}}')):
+        (tmp_path / f"{name}.json").write_text(text)
+    monkeypatch.setattr(gpu, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--small", *arguments])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 2
+    assert re.search(rf"\n{sys.argv[0]}: error: {words}\n$", capsys.readouterr().err)
+
+
+def test_other_rounds_targets_and_epochs_are_other_answers(tmp_path, monkeypatch):
+    asked: list[set[str]] = []
+    monkeypatch.setattr(gpu, "measure", lambda items, record, *_: asked.append(set(items)) or record.update(failed={}) or [])
+    common = ["--device", "cpu", "--small", "--out", str(tmp_path / "gpu.json"), "--only", "epochs", "time_to"]
+    for more in ([], ["--rounds", "5"], ["--target", "0.4"]):
+        gpu.main([*common, *more])
+    first, rounds, target = asked
+    assert {name.split(",")[0] for name in first - rounds} == {"epochs"}
+    assert {name.split(",")[0] for name in first - target} == {"time_to"}
+
+
+def test_a_failure_alone_ends_with_exit_code_1(tmp_path, monkeypatch):
+    def failing(*_: object) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr(gpu, "dashboards", failing)
+    common = ["--device", "cpu", "--small", "--out", str(tmp_path / "gpu.json"), "--only", "dashboards"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            gpu.main(common)
+        assert end.value.code == 1
+    with pytest.raises(SystemExit) as end:
+        gpu.main([*common, "--again", "--minutes", "1e-9"])
+    assert end.value.code == 75
 
 
 class Off(ResNet):
