@@ -32,7 +32,7 @@ from lightning_modules.console import NOT_FINITE, clear_errors, console, show
 from lightning_modules.logging import check_wandb_mode, log_tables
 from lightning_modules.race import Race, race, race_table, rounds_of
 from lightning_modules.result_cards import cards_tables, cards_view, is_result_card, read_result_cards
-from lightning_modules.study import Study, cards_of, left, members_of, planned, read_study, run_members
+from lightning_modules.study import Study, cards_of, forgive, left, members_of, planned, read_study, run_members
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "configs"
@@ -223,6 +223,8 @@ def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard], list[Ta
         check_comparable([planned(member) for member in members], args.any_effort)
         if not any(fnmatch(m.name, args.only) for m in members):
             raise ValueError(f"--only: {args.only!r} matches none of {len(members)} members, e.g. {members[0].name}")
+        if args.again:
+            forgive(members, args.out)
     tell: Callable[[str], object] = lambda line: console.print(line, highlight=False)  # noqa: E731
     ended: int | None = None
     try:
@@ -266,6 +268,7 @@ def main() -> None:
     parser.add_argument("--study", type=Path, default=None, help="a YAML, e.g. of configs/study")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="members trained at a time, a thread each")
     parser.add_argument("--only", default="*", help="pattern of member names to train now")
+    parser.add_argument("--again", action="store_true", help="try members that failed, and were given up, once more")
     parser.add_argument("--baseline", default=None, help="method that the others are judged against; the first by default")
     parser.add_argument("--attack", default=None, help="whose accuracy is compared; the last of the table by default")
     parser.add_argument("--network", default=None, help=f"row of the results that is compared; {SELECTED!r} by default")

@@ -79,6 +79,11 @@ def headline(found: Sequence[Verdict], baseline: str, attack: str) -> str:
     best = max(found, key=lambda v: v.robust.mean)
     sure = [v for v in found if v.holm < 0.05]
     better = [v for v in sure if v.robust.mean > 0]
+    if all(math.isnan(v.robust.p) for v in found):
+        return (
+            f"One seed a method is no test. The largest difference to {baseline} under {attack} is "
+            f"{100 * best.robust.mean:+.1f} points ({best.setting.label})."
+        )
     text = (
         f"Against {baseline}, accuracy under {attack} is higher for {len(better)} of {len(found)} candidates and lower for "
         f"{len(sure) - len(better)} (p < 0.05 after Holm); the largest difference is {100 * best.robust.mean:+.1f} points "

@@ -221,7 +221,7 @@ def accuracy_table(settings: Sequence[Setting], network: str = SELECTED) -> Tabl
         (
             s.method,
             s.point + (" (chosen)" if id(s) in kept and len(by_method(settings)[s.method]) > 1 else ""),
-            f"{len(s.runs)}" + (f", {s.failed} failed" if s.failed else "") + _not_finite(s, network),
+            f"{len(s.runs)}" + (f", {s.failed} failed" if s.failed else "") + _not_finite(s, network) + _doubted(s),
             *(spread(list(s.accuracy(a, network).values()), 100) for a in attacks),
             spread([card.selected.get("val/robust_acc", math.nan) for card in s.runs.values()], 100),
             spread([card.cost.get("cpu_seconds", math.nan) for card in s.runs.values()], 1, 0),
@@ -237,6 +237,17 @@ def _not_finite(setting: Setting, network: str) -> str:
     """Seeds whose network has weights or logits that are not finite: their accuracies are of a net that is broken."""
     seeds = [f"{s}" for s, c in setting.runs.items() if network in c.evaluations and not c.evaluations[network].finite]
     return f", not finite in seed {', '.join(seeds)}" if seeds else ""
+
+
+def _doubted(setting: Setting) -> str:
+    """Seeds whose suites found signs that gradients are masked: their accuracies may be too high."""
+    words = {
+        f"{verdict} under {suite} in seed {seed}": None
+        for seed, card in setting.runs.items()
+        for suite, verdict in card.about.get("verdicts", {}).items()
+        if verdict != "trusted"
+    }
+    return "".join(f", {text}" for text in words)
 
 
 def in_a_line(verdict: Verdict, baseline: str, attack: str) -> str:
@@ -295,7 +306,7 @@ def measured_table(settings: Sequence[Setting]) -> Table | None:
     rows: list[tuple[str | float | int, ...]] = [
         (key, *(spread([card.measured.get(key, math.nan) for card in s.runs.values()], 1, 3) for s in best)) for key in keys
     ]
-    title = "What the dashboards measured on the probe images, at each method's chosen setting"
+    title = "What the dashboards measured on the probe images in the first epoch drawn from the best on, chosen settings"
     return Table(title, ("measure", *(s.label for s in best)), rows, open=True)
 
 

@@ -58,7 +58,7 @@ def rounds_of(study: Study) -> tuple[Round, ...]:
         if one.settings not in SETTINGS or (i == 0 and one.settings == "chosen"):
             allowed = ", ".join(SETTINGS[: 2 if i == 0 else 3])
             raise ValueError(f"study.rounds[{i}].settings: expected one of {allowed}; found {one.settings!r}")
-        if not last and (type(one.keep) is not int or one.keep < 1):
+        if not (last and one.keep is None) and (type(one.keep) is not int or one.keep < 1):
             raise ValueError(f"study.rounds[{i}].keep: expected how many candidates go on, >= 1; found {one.keep!r}")
         found.append(one)
     return tuple(found)

@@ -89,7 +89,7 @@ class Study:
             or not all(type(s) is int and s >= 0 for s in self.seeds)
         ):
             raise ValueError(f"study.seeds: expected different whole numbers >= 0, found {list(self.seeds)}")
-        if self.baseline not in self.methods:
+        if not isinstance(self.baseline, str) or self.baseline not in self.methods:
             raise ValueError(f"study.baseline: expected one of {', '.join(self.methods)}; found {self.baseline!r}")
         for name, method in self.methods.items():
             unknown = set(method) - {"overrides", "grid", "seeds", "base"}
@@ -100,7 +100,7 @@ class Study:
                 raise ValueError(
                     f"study.methods.{name}.seeds: expected some of {len(self.seeds)} seeds, found {method['seeds']!r}"
                 )
-            if method.get("base", self.baseline) not in self.methods:
+            if method.get("base", self.baseline) not in [*self.methods]:
                 raise ValueError(
                     f"study.methods.{name}.base: expected one of {', '.join(self.methods)}; found {method['base']!r}"
                 )
@@ -124,7 +124,10 @@ def read_study(path: Path) -> Study:
     """
     if not path.is_file():
         raise ValueError(f"--study: expected a YAML file such as configs/study/tiny.yaml, found none at {path}")
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--study: {path} is no YAML: {' '.join(str(error).split())[:200]}") from error
     known = {entry.name for entry in fields(Study)}
     if not isinstance(entries, dict) or set(entries) - known or {"name", "seeds", "baseline", "methods"} - set(entries):
         found = ", ".join(map(str, entries)) if isinstance(entries, dict) else type(entries).__name__
@@ -132,6 +135,23 @@ def read_study(path: Path) -> Study:
             "--study: expected name, seeds, baseline, methods and perhaps budget, suites, rounds, attack, network; found "
             f"{found}"
         )
+    for key in ("seeds", "budget", "rounds"):
+        if not isinstance(entries.get(key) or [], list):
+            raise ValueError(f"study.{key}: expected a list, found {entries[key]!r}")
+    for key in ("methods", "suites"):
+        if not isinstance(entries.get(key) or {}, dict):
+            raise ValueError(f"study.{key}: expected names with what belongs to them, found {entries[key]!r}")
+    for name, method in entries["methods"].items():
+        parts = method if isinstance(method, dict) else {}
+        if not isinstance(method, dict | None) or not isinstance(parts.get("grid") or {}, dict):
+            raise ValueError(f"study.methods.{name}: expected overrides: [...] and grid: {{key: [...]}}, found {method!r}")
+        entries["methods"][name] = parts
+    for key, lines in [
+        *((f"methods.{name}.overrides", method.get("overrides")) for name, method in entries["methods"].items()),
+        *((f"suites.{name}", lines or "nothing") for name, lines in (entries.get("suites") or {}).items()),
+    ]:
+        if not isinstance(lines or [], list):
+            raise ValueError(f"study.{key}: expected a list of overrides, found {lines!r}")
     lists = {key: tuple(entries.get(key) or ()) for key in ("seeds", "budget", "rounds")}
     return Study(**{**entries, **lists, "suites": entries.get("suites") or {}})
 
@@ -361,6 +381,8 @@ def run_members(
     skipped = len(members) - len(waiting)
     given_up = sum(places[m.name].state == "failed" for m in members)
     tell(f"{len(members)} members: {skipped - given_up} done, {given_up} failed {TRIES} times, {len(waiting)} to train")
+    if given_up:
+        tell("--again tries those that failed once more")
     running: list[tuple[Member, subprocess.Popen[bytes], float]] = []
     spent: dict[str, float] = {}  # seconds
     times: list[float] = []
@@ -408,6 +430,13 @@ def place_of(member: Member, out: Path) -> Place:
     return Place(out / "members" / member.name, member.suites)
 
 
+def forgive(members: Sequence[Member], out: Path) -> None:
+    """Let those that failed be tried again: it was the machine, or a path that no hash knows."""
+    for member in members:
+        if place_of(member, out).state == "failed":
+            place_of(member, out).write(failures=0)
+
+
 def left(members: Sequence[Member], out: Path) -> list[Member]:
     """Those that are neither done, here or elsewhere, nor given up."""
     return [m for m in members if place_of(m, out).state in ("new", "resumable") and not _trained_elsewhere(m, out)]
@@ -438,24 +467,25 @@ def _suites(member: Member) -> dict[str, Any]:
 
 
 def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
-    """Cards of all members that were started, failures included, in ``OUT/cards``; those of an earlier YAML go."""
+    """Cards of all members that were started, failures included, in ``OUT/cards``; others move to ``OUT/other_cards``."""
     cards = []
     for member in members:
-        if place_of(member, out).record:
-            cards.append(_write(member, out))
-        elif carried := _trained_elsewhere(member, out):
+        if carried := _trained_elsewhere(member, out):
             cards.append(carried)
+        elif place_of(member, out).record:
+            cards.append(_write(member, out))
     names = {member.name for member in members}
     for path in (out / "cards").glob("*.json"):
         if path.stem not in names:
-            path.unlink()
+            (out / "other_cards").mkdir(exist_ok=True)
+            path.replace(out / "other_cards" / path.name)
     return cards
 
 
 def _trained_elsewhere(member: Member, out: Path) -> RunCard | None:
-    """The card of a member that was brought here without its run, if it ended well."""
+    """The card of a member that ended well, if it was brought here without its whole run."""
     path = out / "cards" / f"{member.name}.json"
-    if place_of(member, out).record or not path.is_file():
+    if place_of(member, out).state == "done" or not path.is_file():
         return None
     card = read_card(path)
     return None if card.failure or card.settled.get("suites", {}) != _suites(member).get("suites", {}) else card

@@ -137,6 +137,7 @@ def test_what_never_finished_is_last_and_what_is_cleaner_than_the_base_is_not_lo
         (("all",), r"study.rounds\[0\]"),
         (({"seeds": 4},), r"study.rounds\[0\].seeds: expected a whole number from 1 to 3, found 4"),
         (({"seeds": 1, "settings": "chosen"},), r"study.rounds\[0\].settings: expected one of middle, all; found 'chosen'"),
+        (({"seeds": 3, "keep": "x"},), r"study.rounds\[0\].keep: expected how many candidates go on, >= 1; found 'x'"),
         (({"seeds": 1}, {"seeds": 3}), r"study.rounds\[0\].keep: expected how many candidates go on, >= 1; found None"),
     ],
 )

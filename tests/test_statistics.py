@@ -173,3 +173,9 @@ def test_the_bootstrap_sees_examples_and_seeds() -> None:
     same = [correct(0.5, 50, generator)]
     assert bootstrap_interval(same, same) == (0, 0)
     assert bootstrap_interval(same, same, seed=3) == (0, 0)
+
+
+def test_more_seeds_than_sign_flips_can_be_counted_keep_students_p() -> None:
+    found = paired([0.5 + 0.001 * i for i in range(21)], [0.4] * 21)
+    assert math.isnan(found.p_flip)
+    assert found.p < 1e-6
