@@ -385,8 +385,8 @@ def measure(
         else:
             if found is None:
                 left.append(name)
-                continue
-            record["found"][name] = found
+            else:
+                record["found"][name] = found
         write_atomic(out, json.dumps(record, indent=1) + "\n")
     return left
 
