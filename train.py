@@ -150,6 +150,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
         if module.defense.replays > 1 and checked.accumulate_grad_batches > 1:
             raise ValueError("trainer.accumulate_grad_batches: each replay of Free-AT is an optimiser step; expected 1")
         step = checked.world_size, data.batch_size, checked.accumulate_grad_batches
+        many = {"processes": step[0], "images_a_step": math.prod(step)}
         if folder is not None:
             check_same_step(folder.info, *step)
         point = folder.resume_point() if folder is not None else None
@@ -159,8 +160,9 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
             folder = RunFolder.scratch(what)
         elif folder is None:
             composed = OmegaConf.to_yaml(cfg, resolve=True)
-            many = {"processes": step[0], "images_a_step": math.prod(step)}
             folder = RunFolder.create(cfg.out, cfg.name, what, composed, probe=probe.hash, command=command, **many)
+        else:
+            folder.note(**many)
 
     info = folder.info
     dashboard.command = info.get("command", dashboard.command)

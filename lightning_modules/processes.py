@@ -126,7 +126,7 @@ def check_same_step(began: Mapping[str, Any], processes: int, batch_size: int, a
     """With other processes than before, a resumed run's steps are over as many images as before.
 
     Args:
-        began: ``run.json``, whose ``processes`` and ``images_a_step`` runs of older versions lack.
+        began: ``run.json``, whose ``processes`` and ``images_a_step`` are those of the last start; older versions lack them.
         processes, batch_size, accumulated: those of now; a step is over their product.
 
     Raises:
@@ -137,7 +137,7 @@ def check_same_step(began: Mapping[str, Any], processes: int, batch_size: int, a
         return
     other, rest = divmod(images, processes * accumulated)
     raise ValueError(
-        f"trainer.devices: this run began with {before} processes and {images} images a step; found {processes} processes "
+        f"trainer.devices: this run last had {before} processes and {images} images a step; found {processes} processes "
         f"and {processes * batch_size * accumulated} images; expected {before} processes"
         + ("" if rest else f", or data.batch_size={other}")
     )

@@ -82,6 +82,11 @@ class RunFolder:
         result: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         return result
 
+    def note(self, **info: str | int) -> None:
+        """Write these entries of ``run.json`` anew, e.g. where a resumed run has another number of processes."""
+        if (record := self.info) != record | info:
+            write_atomic(self.path / "run.json", json.dumps(record | info, indent=2) + "\n")
+
     def resume_point(self) -> ResumePoint:
         """The newest checkpoint that can be read: the last one, else the one before, else the best epoch's.
 

@@ -272,9 +272,7 @@ def test_a_resumed_run_has_as_many_images_a_step() -> None:
     check_same_step({}, 4, 32, 1)  # of an older version
     for now, rest in (((1, 32, 1), ", or data.batch_size=64$"), ((4, 32, 1), ", or data.batch_size=16$"), ((3, 32, 1), "$")):
         found = f"found {now[0]} processes and {now[0] * now[1]} images; expected 2 processes{rest}"
-        with pytest.raises(
-            ValueError, match=rf"^trainer\.devices: this run began with 2 processes and 64 .* a step; {found}"
-        ):
+        with pytest.raises(ValueError, match=rf"^trainer\.devices: this run last had 2 processes and 64 .* a step; {found}"):
             check_same_step(began, *now)
 
 
@@ -381,7 +379,7 @@ def test_a_signal_to_the_leader_ends_both_and_both_go_on_where_they_were(runs, t
 def test_one_process_does_not_go_on_with_half_the_images(runs, tmp_path: Path) -> None:
     _, two = runs
     assert run(tmp_path / "log", f"resume={two}", "trainer.devices=1") == 2
-    assert "error: trainer.devices: this run began with 2 processes and 32 images a step" in (tmp_path / "log").read_text()
+    assert "error: trainer.devices: this run last had 2 processes and 32 images a step" in (tmp_path / "log").read_text()
 
 
 def test_an_error_in_the_configuration_is_said_once(tmp_path: Path) -> None:

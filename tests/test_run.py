@@ -211,7 +211,12 @@ def test_a_finished_run_can_be_trained_longer(run: Path, tmp_path: Path, monkeyp
     command(
         monkeypatch, *QUICK, f"out={tmp_path}", "name=more", "compare_undefended=false", "panels=[]", "trainer.max_epochs=1"
     )
+    path = tmp_path / "more" / "run.json"
+    began = json.loads(path.read_text())
+    path.write_text(json.dumps(began | {"processes": 2}))  # as if two had trained, on half a step's images each
     command(monkeypatch, f"resume={tmp_path / 'more'}", "trainer.max_epochs=2")
+    assert json.loads(path.read_text()) == began
+    assert began["processes"] == 1
     with (tmp_path / "more" / "metrics.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
 
