@@ -84,7 +84,7 @@ def test_help_says_how_a_command_is_used(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["command", "--help"])
     with pytest.raises(SystemExit) as end:
         command.main()
-    assert end.value.code is None
+    assert not end.value.code
     assert f"python benchmarks/{command.__name__.rpartition('.')[2]}.py" in capsys.readouterr().out
 
 

@@ -108,6 +108,7 @@ def test_the_panels_explain_the_images_by_which_the_suite_felled_them(
     assert outcome["headline"].startswith("Among the images chosen for this page: Accuracy falls")
 
 
+@pytest.mark.long
 def test_an_evaluation_in_l2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a trained net to the card; every attack, the checks and the curve in the ball of the claim."""
     data = Digits(batch_size=128)
