@@ -311,7 +311,14 @@ def main() -> None:
             views.insert(0, replace(view, charts=(*view.charts, *races)))
         if not views:
             raise ValueError("runs: none has finished, and cards have no curves; nothing can be compared yet")
-    meta = {card.name: f"{card.method} {card.setting}, commit {card.about.get('commit', 'unknown')}" for card in cards[:40]}
+    said = {card.name: f"{card.method} {card.setting}, commit {card.about.get('commit', 'unknown')}" for card in cards}
+    commits = dict.fromkeys(str(card.about.get("commit", "unknown")) for card in cards)
+    many = {  # a line a run would push the finding off the page; the table of runs.csv has them all
+        "runs": f"{len(cards)} of {len({card.method for card in cards})} methods",
+        "seeds": ", ".join(map(str, sorted({card.seed for card in cards}))),
+        "commits": ", ".join(commits),
+    }
+    meta = said if len(cards) <= 12 else many
     page = ReportPage(out, study.name if study is not None else name, meta, key_figures=(), overview=None)
     page.write_epoch(0, 0, {}, views)
     page.finish()

@@ -76,20 +76,21 @@ def headline(found: Sequence[Verdict], baseline: str, attack: str) -> str:
     """What a reader should conclude, from the numbers alone."""
     if not found:
         return f"Nothing stands beside {baseline} yet."
-    best = max(found, key=lambda v: v.robust.mean)
+    tested = [v for v in found if not math.isnan(v.robust.p)]  # one seed is no test
+    best = max(tested or found, key=lambda v: v.robust.mean)
     sure = [v for v in found if v.holm < 0.05]
     better = [v for v in sure if v.robust.mean > 0]
-    if all(math.isnan(v.robust.p) for v in found):
+    if not tested:
         return (
             f"One seed a method is no test. The largest difference to {baseline} under {attack} is "
             f"{100 * best.robust.mean:+.1f} points ({best.setting.label})."
         )
     text = (
-        f"Against {baseline}, accuracy under {attack} is higher for {len(better)} of {len(found)} candidates and lower for "
+        f"Against {baseline}, accuracy under {attack} is higher for {len(better)} of {len(tested)} candidates and lower for "
         f"{len(sure) - len(better)} (p < 0.05 after Holm); the largest difference is {100 * best.robust.mean:+.1f} points "
         f"({best.setting.label}, {best.robust.seeds} seeds)"
     )
-    level = [v for v in found if v.equal_clean is not None]
+    level = [v for v in tested if v.equal_clean is not None]
     if not level:
         return text + "."
     top = max(level, key=lambda v: v.equal_clean.mean if v.equal_clean else -math.inf)
