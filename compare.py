@@ -27,7 +27,7 @@ from interpret.views.page import ReportPage, stored_charts
 from interpret.views.view import Bars, Chart, Lines, Stored, Table, View
 from lightning_modules.ablation import ablation_view, attack_compared, write_ablation
 from lightning_modules.cards import RunCard, check_comparable, read_cards
-from lightning_modules.comparison import SELECTED, runs_table, settings_of
+from lightning_modules.comparison import SELECTED, accuracy_table, runs_table, settings_of
 from lightning_modules.console import NOT_FINITE, clear_errors, console, show
 from lightning_modules.logging import check_wandb_mode, log_tables
 from lightning_modules.race import Race, race, race_table, rounds_of
@@ -292,12 +292,12 @@ def main() -> None:
                 raise ValueError(f"runs: expected at least two run folders, found {len(cards)}")
             check_comparable(cards, args.any_effort)
         runs = [read_run(path) for path in folders if (path / "config.yaml").is_file()]
-        name = "_".join(path.stem for path in folders)[:120]
+        name = "_".join((path.parent if path.name == "cards" else path).stem for path in folders)[:120]
         out = args.out / "comparison" if study is not None else args.out or Path("comparisons") / name
         if study is None and (out / "index.html").exists():
             raise ValueError(f"--out: {out} holds a comparison already; choose another folder")
         views = [compare(runs)] if len(runs) > 1 else []
-        tables: list[Table] = []
+        tables: dict[str, Table] = {}
         lines: list[str] = []
         known = [card for card in cards if card.evaluations]
         network = args.network or (study.network if study is not None else SELECTED)
@@ -307,7 +307,9 @@ def main() -> None:
             )
             baseline = args.baseline or (study.baseline if study is not None else known[0].method)
             caveat = "Runs of unequal training effort are compared." if args.any_effort else ""
-            view, tables, lines = ablation_view(cards, baseline, attack, network, caveat)
+            bases = {name: entry["base"] for name, entry in study.methods.items() if "base" in entry} if study else {}
+            view, tables, lines = ablation_view(cards, baseline, attack, network, caveat, bases)
+            brief = accuracy_table(settings_of(cards), network, baseline, attack, brief=True)
             views.insert(0, replace(view, charts=(*view.charts, *races)))
         if not views:
             raise ValueError("runs: none has finished, and cards have no curves; nothing can be compared yet")
@@ -327,18 +329,18 @@ def main() -> None:
         drawing = charts_figure([c for c in curves_view.charts if isinstance(c, Lines)], curves_view.headline, columns=2)
         for suffix in ("png", "svg"):
             save(drawing, out / f"comparison.{suffix}")
-    show(tables[0] if tables else results_table(runs))
+    show(brief if tables else results_table(runs))
     for line in lines:
         console.print(line, highlight=False)
-    for path in write_ablation(out, cards, [*tables, *races], baseline, attack, network) if tables else []:
+    for path in write_ablation(out, cards, [*tables.values(), *races], baseline, attack, network) if tables else []:
         console.print(path)
     if tables and args.wandb != "disabled":
-        named = {
-            **dict(zip(("accuracy", "verdicts", "measured"), tables, strict=False)),
-            **dict(zip(("race",), races, strict=False)),
-        }
-        log_tables(out, "glassarmor", args.wandb, {**named, "runs": runs_table(cards)}, page.one_epoch(0))
+        named = {**tables, **dict(zip(("race",), races, strict=False)), "runs": runs_table(cards)}
+        log_tables(out, "glassarmor", args.wandb, named, page.one_epoch(0))
     console.print(f"page  {page.index}")
+    if study is not None and (failed := [card for card in cards if card.failure]):
+        console.print(f"{len(failed)} of {len(cards)} runs have not finished, e.g. {failed[0].name}: {failed[0].failure}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

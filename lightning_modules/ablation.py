@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from lightning_modules.comparison import (
     by_method,
     chosen,
     in_a_line,
-    measured_table,
+    measured_tables,
     runs_table,
     settings_of,
     verdict_table,
@@ -34,8 +34,8 @@ HOW = (
     "The seed is the unit: ± is the standard deviation over seeds, intervals and p are Student's on paired differences, "
     "'flips' the exact sign-flip permutation (never below 2^(1 − seeds)), Holm corrects over the candidates. "
     "Each method's setting was chosen by held-out robust accuracy alone; the test set was opened once, for these numbers, "
-    "and selects nothing. 'At equal clean': against the baseline's own front, seed by seed, at the candidate's clean "
-    "accuracy; seeds whose clean accuracy the baseline never reached are left out."
+    "and selects nothing. 'At equal clean': against the base's own front, seed by seed, at the candidate's clean "
+    "accuracy; seeds whose clean accuracy the base never reached are left out ('of' says how many remain)."
 )
 
 
@@ -54,39 +54,44 @@ def attack_compared(settings: Sequence[Setting], asked: str | None, network: str
 
 
 def ablation_view(
-    cards: Sequence[RunCard], baseline: str, attack: str, network: str, caveat: str = ""
-) -> tuple[View, list[Table], list[str]]:
+    cards: Sequence[RunCard],
+    baseline: str,
+    attack: str,
+    network: str,
+    caveat: str = "",
+    bases: Mapping[str, str] | None = None,
+) -> tuple[View, dict[str, Table], list[str]]:
     """The comparison as one view, its tables (accuracies, verdicts, what the dashboards measured) and a line a verdict."""
     settings = settings_of(cards)
-    found = verdicts(settings, baseline, attack, network)
-    tables = [accuracy_table(settings, network), verdict_table(found, baseline, attack)]
-    if (measured := measured_table(settings)) is not None:
-        tables.append(measured)
+    found = verdicts(settings, baseline, attack, network, bases)
+    accuracy, judged = accuracy_table(settings, network, baseline, attack), verdict_table(found, attack)
+    measured = {table.title.rpartition(": ")[2]: table for table in measured_tables(settings)}
     view = View(
         "ablation",
         f"Methods against {baseline}",
         " ".join(filter(None, (headline(found, baseline, attack), caveat))),
-        (tables[0], *([tables[1]] if found else []), _scatter(settings, attack, network), *tables[2:]),
+        (accuracy, *([judged] if found else []), _scatter(settings, attack, network), *measured.values()),
         how_to_read=HOW,
     )
-    return view, tables, [in_a_line(verdict, baseline, attack) for verdict in found]
+    return view, {"accuracy": accuracy, "verdicts": judged, **measured}, [in_a_line(verdict, attack) for verdict in found]
 
 
 def headline(found: Sequence[Verdict], baseline: str, attack: str) -> str:
     """What a reader should conclude, from the numbers alone."""
     if not found:
         return f"Nothing stands beside {baseline} yet."
+    control = baseline if {v.base.method for v in found} == {baseline} else "their bases"
     tested = [v for v in found if not math.isnan(v.robust.p)]  # one seed is no test
     best = max(tested or found, key=lambda v: v.robust.mean)
     sure = [v for v in found if v.holm < 0.05]
     better = [v for v in sure if v.robust.mean > 0]
     if not tested:
         return (
-            f"One seed a method is no test. The largest difference to {baseline} under {attack} is "
+            f"One seed a method is no test. The largest difference to {control} under {attack} is "
             f"{100 * best.robust.mean:+.1f} points ({best.setting.label})."
         )
     text = (
-        f"Against {baseline}, accuracy under {attack} is higher for {len(better)} of {len(tested)} candidates and lower for "
+        f"Against {control}, accuracy under {attack} is higher for {len(better)} of {len(tested)} candidates and lower for "
         f"{len(sure) - len(better)} (p < 0.05 after Holm); the largest difference is {100 * best.robust.mean:+.1f} points "
         f"({best.setting.label}, {best.robust.seeds} seeds)"
     )

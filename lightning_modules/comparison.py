@@ -83,15 +83,16 @@ def attacks_of(settings: Sequence[Setting], network: str = SELECTED) -> list[str
 
 @dataclass(frozen=True)
 class Verdict:
-    """A candidate's chosen setting against the baseline's chosen one, and against the baseline's front; accuracies in [0,1].
+    """A candidate's chosen setting against its base's chosen one, and against its base's front; accuracies in [0,1].
 
     ``bootstrap``: interval of the robust difference when images are drawn again, too; NaN without correctness.
-    ``equal_clean``: robust accuracy above what the baseline's front has at the candidate's clean accuracy, by seed; None
-    where no seed of the candidate lies within the baseline's reach.  ``p`` of :class:`Paired` are as found; ``holm`` and
+    ``equal_clean``: robust accuracy above what the base's front has at the candidate's clean accuracy, by seed; None where
+    no seed of the candidate lies within the base's reach.  ``p`` of :class:`Paired` are as found; ``holm`` and
     ``holm_equal_clean`` are corrected over the candidates.
     """
 
     setting: Setting
+    base: Setting
     clean: Paired
     robust: Paired
     bootstrap: tuple[float, float]
@@ -102,8 +103,18 @@ class Verdict:
     dominated_by: str
 
 
-def verdicts(settings: Sequence[Setting], baseline: str, attack: str, network: str = SELECTED) -> list[Verdict]:
-    """Every method but the baseline, judged against it; the validation split has chosen each method's setting.
+def verdicts(
+    settings: Sequence[Setting],
+    baseline: str,
+    attack: str,
+    network: str = SELECTED,
+    bases: Mapping[str, str] | None = None,
+) -> list[Verdict]:
+    """Every method but the baseline, judged against its base; the validation split has chosen each method's setting.
+
+    Args:
+        bases: method → the method whose own weights are its control; the baseline for all others, and where that has not
+            finished.
 
     Raises:
         ValueError: no such baseline, or one without a finished run.
@@ -111,14 +122,18 @@ def verdicts(settings: Sequence[Setting], baseline: str, attack: str, network: s
     methods = by_method(settings)
     if baseline not in methods:
         raise ValueError(f"baseline: expected one of {', '.join(methods)}; found {baseline!r}")
-    base = chosen(methods[baseline])
-    if base is None:
+    plain = chosen(methods[baseline])
+    if plain is None:
         raise ValueError(f"baseline: no run of {baseline!r} has finished")
     found = []
     for method, group in methods.items():
         best = chosen(group)
         if method == baseline or best is None:
             continue
+        control = methods.get((bases or {}).get(method, baseline), [])
+        base = chosen(control)
+        if base is None:
+            control, base = methods[baseline], plain
         seeds = sorted(set(best.accuracy(attack, network)) & set(base.accuracy(attack, network)))
         if not seeds:
             continue
@@ -126,20 +141,16 @@ def verdicts(settings: Sequence[Setting], baseline: str, attack: str, network: s
             paired([best.accuracy(a, network)[s] for s in seeds], [base.accuracy(a, network)[s] for s in seeds])
             for a in ("clean", attack)
         )
-        above = [
-            best.accuracy(attack, network)[s]
-            - robust_at(_points(methods[baseline], s, attack, network), best.accuracy("clean", network)[s])
-            for s in seeds
-        ]
-        within = [value for value in above if not math.isnan(value)]
+        within = above_front(best, control, attack, network)
         found.append(
             Verdict(
                 best,
+                base,
                 clean,
                 robust,
                 _bootstrap(best, base, seeds, attack, network),
                 paired(within, [0.0] * len(within)) if within else None,
-                _volume(group, methods[baseline], seeds, attack, network),
+                _volume(group, control, seeds, attack, network),
                 math.nan,
                 math.nan,
                 _dominating(best, settings, attack, network),
@@ -148,6 +159,18 @@ def verdicts(settings: Sequence[Setting], baseline: str, attack: str, network: s
     plain_p = holm([v.robust.p for v in found])
     equal_p = holm([math.nan if v.equal_clean is None else v.equal_clean.p for v in found])
     return [replace(v, holm=p, holm_equal_clean=q) for v, p, q in zip(found, plain_p, equal_p, strict=True)]
+
+
+def above_front(setting: Setting, base: Sequence[Setting], attack: str, network: str = SELECTED) -> list[float]:
+    """By seed: robust accuracy above the front of ``base`` at the same seed and clean accuracy; seeds without both, and
+    those cleaner than ``base`` ever was, are left out."""
+    clean, robust = (setting.accuracy(a, network) for a in ("clean", attack))
+    above = [
+        robust[s] - robust_at(points, clean[s])
+        for s in sorted(set(clean) & set(robust))
+        if (points := _points(base, s, attack, network))
+    ]
+    return [value for value in above if not math.isnan(value)]
 
 
 def _points(settings: Sequence[Setting], seed: int, attack: str, network: str) -> list[tuple[float, float]]:
@@ -192,13 +215,14 @@ def on_front(settings: Sequence[Setting], attack: str, network: str = SELECTED) 
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float], factor: float = 1.0, digits: int = 1) -> str:
+def spread(values: Sequence[float], factor: float = 1.0, digits: int = 1, sign: str = "") -> str:
     """ "mean ± standard deviation" over seeds; the mean alone for one seed, a dash for none."""
     known = [value for value in values if not math.isnan(value)]
     mean, std = mean_std([factor * value for value in known])
     if not known:
         return "–"
-    return f"{mean:.{digits}f}" if math.isnan(std) else f"{mean:.{digits}f} ± {std:.{digits}f}"
+    text = f"{mean:{sign}.{digits}f}"
+    return text if math.isnan(std) else f"{text} ± {std:.{digits}f}"
 
 
 def _interval(found: Paired | None, digits: int = 1) -> str:
@@ -213,23 +237,42 @@ def _p(value: float) -> str:
     return "–" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def accuracy_table(settings: Sequence[Setting], network: str = SELECTED) -> Table:
-    """A row a setting: accuracies in percent, mean ± std over its seeds, and what its training cost."""
-    attacks = attacks_of(settings, network)
-    kept = {id(best) for group in by_method(settings).values() if (best := chosen(group)) is not None}
-    rows: list[tuple[str | float | int, ...]] = [
-        (
-            s.method,
-            s.point + (" (chosen)" if id(s) in kept and len(by_method(settings)[s.method]) > 1 else ""),
-            f"{len(s.runs)}" + (f", {s.failed} failed" if s.failed else "") + _not_finite(s, network) + _doubted(s),
-            *(spread(list(s.accuracy(a, network).values()), 100) for a in attacks),
+def accuracy_table(
+    settings: Sequence[Setting], network: str = SELECTED, baseline: str = "", attack: str = "", brief: bool = False
+) -> Table:
+    """A row a setting: accuracies in percent, mean ± std over its seeds, and what its training cost.
+
+    Args:
+        baseline: with it, and the ``attack`` that is compared, every setting of another method is also held against the
+            baseline's front.
+        brief: the columns that a terminal has room for.
+    """
+    attacks = ["clean", attack] if brief and attack else attacks_of(settings, network)
+    methods = by_method(settings)
+    kept = {id(best) for group in methods.values() if (best := chosen(group)) is not None}
+    control = methods.get(baseline, [])
+    rows: list[tuple[str | float | int, ...]] = []
+    for s in settings:
+        above = above_front(s, control, attack, network) if control and s.method != baseline else []
+        level = spread(above, 100, sign="+") + (f" of {len(above)}" if 0 < len(above) < len(s.runs) else "")
+        costs = (
             spread([card.selected.get("val/robust_acc", math.nan) for card in s.runs.values()], 100),
             spread([card.cost.get("cpu_seconds", math.nan) for card in s.runs.values()], 1, 0),
             spread([card.cost.get("passes", math.nan) for card in s.runs.values()][:1], 1, 1),
         )
-        for s in settings
-    ]
-    columns = ("method", "setting", "seeds", *(f"{a} (%)" for a in attacks), "held out (%)", "CPU s", "passes a step")
+        rows.append(
+            (
+                s.method,
+                s.point + (" (chosen)" if id(s) in kept and len(methods[s.method]) > 1 else ""),
+                f"{len(s.runs)}" + (f", {s.failed} failed" if s.failed else "") + _not_finite(s, network) + _doubted(s),
+                *(spread(list(s.accuracy(a, network).values()), 100) for a in attacks),
+                *([level] if control else []),
+                *(() if brief else costs),
+            )
+        )
+    level_name = [f"{attack} above {baseline} at equal clean"] if control else []
+    cost_names = () if brief else ("held out (%)", "CPU s", "passes a step")
+    columns = ("method", "setting", "seeds", *(f"{a} (%)" for a in attacks), *level_name, *cost_names)
     return Table(f"Accuracy on the test set, {network}, mean ± standard deviation over seeds", columns, rows, open=True)
 
 
@@ -250,20 +293,21 @@ def _doubted(setting: Setting) -> str:
     return "".join(f", {text}" for text in words)
 
 
-def in_a_line(verdict: Verdict, baseline: str, attack: str) -> str:
+def in_a_line(verdict: Verdict, attack: str) -> str:
     """A verdict for the terminal."""
     level = "" if verdict.equal_clean is None else f"; at equal clean accuracy {_interval(verdict.equal_clean)}"
     return (
-        f"{verdict.setting.label} − {baseline}: clean {_interval(verdict.clean)}, {attack} {_interval(verdict.robust)} "
-        f"points, p {_p(verdict.robust.p)}, after Holm {_p(verdict.holm)}{level}"
+        f"{verdict.setting.label} − {verdict.base.method}: clean {_interval(verdict.clean)}, {attack} "
+        f"{_interval(verdict.robust)} points, p {_p(verdict.robust.p)}, after Holm {_p(verdict.holm)}{level}"
     )
 
 
-def verdict_table(found: Sequence[Verdict], baseline: str, attack: str) -> Table:
+def verdict_table(found: Sequence[Verdict], attack: str) -> Table:
     """A row a candidate: differences in points with 95 % intervals, p as found and after Holm."""
     rows: list[tuple[str | float | int, ...]] = [
         (
             v.setting.label,
+            v.base.label,
             v.robust.seeds,
             _interval(v.clean),
             _interval(v.robust),
@@ -272,6 +316,7 @@ def verdict_table(found: Sequence[Verdict], baseline: str, attack: str) -> Table
             _p(v.robust.p_flip),
             _p(v.holm),
             _interval(v.equal_clean) + (f" of {v.equal_clean.seeds}" if v.equal_clean is not None else ""),
+            "–" if v.equal_clean is None else _p(v.equal_clean.p),
             _p(v.holm_equal_clean),
             "–" if v.volume is None else f"{1e4 * v.volume.mean:+.0f} ({_p(v.volume.p)})",
             v.dominated_by or "on the front",
@@ -280,6 +325,7 @@ def verdict_table(found: Sequence[Verdict], baseline: str, attack: str) -> Table
     ]
     columns = (
         "candidate",
+        "against",
         "seeds",
         "Δ clean",
         f"Δ {attack}",
@@ -288,26 +334,35 @@ def verdict_table(found: Sequence[Verdict], baseline: str, attack: str) -> Table
         "p, flips",
         "p, Holm",
         f"Δ {attack} at equal clean",
+        "p there",
         "p there, Holm",
         "Δ area, %² (p)",
         "dominated by",
     )
-    return Table(
-        f"Against {baseline}: paired differences over seeds, in points, with 95 % intervals", columns, rows, open=True
-    )
+    return Table("Against the base: paired differences over seeds, in points, with 95 % intervals", columns, rows, open=True)
 
 
-def measured_table(settings: Sequence[Setting]) -> Table | None:
-    """A row a measure of the dashboards, a column a method's chosen setting, mean ± std over seeds; None without any."""
+MEASURED: Final = "What the dashboards measured on the probe in the first epoch drawn from the best on, chosen settings"
+COLUMNS: Final = 12  # a panel that measured more is a table for each of its measures by layer
+
+
+def measured_tables(settings: Sequence[Setting]) -> list[Table]:
+    """A table a panel: a row a method's chosen setting, a column a measure, mean ± std over seeds."""
     best = [one for group in by_method(settings).values() if (one := chosen(group)) is not None]
     keys = list(dict.fromkeys(key for s in best for card in s.runs.values() for key in card.measured))
-    if not keys:
-        return None
-    rows: list[tuple[str | float | int, ...]] = [
-        (key, *(spread([card.measured.get(key, math.nan) for card in s.runs.values()], 1, 3) for s in best)) for key in keys
-    ]
-    title = "What the dashboards measured on the probe images in the first epoch drawn from the best on, chosen settings"
-    return Table(title, ("measure", *(s.label for s in best)), rows, open=True)
+    panels = [key.partition("/")[0] for key in keys]
+    groups: dict[str, list[str]] = {}
+    for key, panel in zip(keys, panels, strict=True):
+        groups.setdefault(key.rpartition("/")[0] if panels.count(panel) > COLUMNS else panel, []).append(key)
+    tables: list[Table] = []
+    for group, measures in groups.items():
+        rows: list[tuple[str | float | int, ...]] = [
+            (s.label, *(spread([card.measured.get(key, math.nan) for card in s.runs.values()], 1, 3) for key in measures))
+            for s in best
+        ]
+        columns = ("chosen setting", *(key.removeprefix(f"{group}/") for key in measures))
+        tables.append(Table(f"{MEASURED}: {group}", columns, rows, open=not tables))
+    return tables
 
 
 def runs_table(cards: Sequence[RunCard]) -> Table:

@@ -192,7 +192,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Commit of the source tree, marked when files differ from it; "unknown" outside a repository."""
+    """Commit of the source tree, marked when files other than documents differ; "unknown" outside a repository."""
     root = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -201,7 +201,8 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--", ":/", ":!/docs")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,17 @@ from interpret.views.text import comma_separated, latex, markdown
 from interpret.views.view import Probe, Table
 from lightning_modules.ablation import _sweep, headline
 from lightning_modules.cards import Evaluation, RunCard, card_of, read_card, read_cards, write_card, write_correct
-from lightning_modules.comparison import accuracy_table, chosen, on_front, settings_of, verdicts
+from lightning_modules.comparison import (
+    above_front,
+    accuracy_table,
+    by_method,
+    chosen,
+    measured_tables,
+    on_front,
+    settings_of,
+    verdict_table,
+    verdicts,
+)
 from tests.composing import config
 from tests.wandb_log import history
 
@@ -286,6 +297,56 @@ def test_the_validation_split_selects_and_the_fronts_compare_at_equal_clean_accu
     assert math.isnan(weak.holm_equal_clean)
     assert [s.label for s in on_front(settings, "PGD")] == ["ours · w=2", "base · b=1", "weak · w=1"]
     assert "at equal clean accuracy +2.2 points (ours · w=1)" in headline([ours, weak], "base", "PGD")
+
+
+def test_a_candidate_is_judged_against_the_base_that_it_adds_to() -> None:
+    """As worse than TRADES as its own base is, it is better than that; a base that never finished is the baseline again."""
+    cards = []
+    for s in range(3):
+        wobble = 0.002 * s
+        cards += [
+            card("base", "", s, 0.80, 0.40, 0.4),
+            card("weak base", "b=1", s, 0.80, 0.20, 0.1),
+            card("weak base", "b=2", s, 0.70, 0.30, 0.2),
+            card("ours", "", s, 0.75, 0.28 + wobble, 0.3),
+            card("lost base", "", s, 0, 0, 0, failure="diverged"),
+            card("orphan", "", s, 0.70, 0.35, 0.3),
+        ]
+    settings = settings_of(cards)
+    bases = {"ours": "weak base", "orphan": "lost base"}
+    found = {v.setting.method: v for v in verdicts(settings, "base", "PGD", bases=bases)}
+    ours = found["ours"]
+    assert ours.base.label == "weak base · b=2"
+    assert ours.robust.mean == pytest.approx(-0.018)  # against the chosen point of its base
+    assert ours.equal_clean.mean == pytest.approx(0.032)  # halfway along the front of its base lies 0.25
+    assert found["orphan"].base.method == found["weak base"].base.method == "base"
+    assert above_front(settings[3], by_method(settings)["weak base"], "PGD") == [
+        pytest.approx(0.03 + 0.002 * s) for s in range(3)
+    ]
+    assert headline(list(found.values()), "base", "PGD").startswith("Against their bases, ")
+    judged = verdict_table(list(found.values()), "PGD")
+    assert [row[1] for row in judged.rows if row[0] == "ours"] == ["weak base · b=2"]
+    table = accuracy_table(settings, baseline="base", attack="PGD")
+    level = table.columns.index("PGD above base at equal clean")
+    assert [(row[0], row[level]) for row in table.rows if row[2] == "3"] == [
+        ("base", "–"),
+        ("weak base", "-20.0 ± 0.0"),
+        ("weak base", "-10.0 ± 0.0"),
+        ("ours", "-11.8 ± 0.2"),
+        ("orphan", "-5.0 ± 0.0"),
+    ]
+
+
+def test_measures_are_a_table_a_panel_and_a_row_a_method() -> None:
+    layers = [f"cam/share/layer{i}" for i in range(12)]
+    measured = {"pse/promotion": 0.1, "pse/gap": 0.2, "cam/similarity": 0.3, **dict.fromkeys(layers, 0.4)}
+    cards = [replace(card("base", "", s, 0.8, 0.4, 0.4), measured=measured) for s in range(2)]
+    cards.append(replace(card("ours", "", 0, 0.8, 0.4, 0.4), measured={"pse/gap": 0.5}))
+    found = {table.title.rpartition(": ")[2]: table for table in measured_tables(settings_of(cards))}
+    assert list(found) == ["pse", "cam", "cam/share"]
+    assert found["pse"].columns == ("chosen setting", "promotion", "gap")
+    assert found["pse"].rows == [("base", "0.100 ± 0.000", "0.200 ± 0.000"), ("ours", "–", "0.500")]
+    assert found["cam/share"].columns[1:] == tuple(f"layer{i}" for i in range(12))
 
 
 def test_failures_are_shown_and_select_nothing() -> None:

@@ -23,7 +23,7 @@ import compare
 from interpret.views.page import read_script
 from interpret.views.text import markdown
 from lightning_modules import hardware
-from lightning_modules.cards import check_comparable, config_hash, read_card, read_cards
+from lightning_modules.cards import Evaluation, check_comparable, config_hash, read_card, read_cards, write_card
 from lightning_modules.comparison import accuracy_table, settings_of
 from lightning_modules.study import (
     TRIES,
@@ -35,6 +35,7 @@ from lightning_modules.study import (
     forgive,
     left,
     members_of,
+    place_of,
     planned,
     portable_override,
     read_study,
@@ -368,6 +369,33 @@ def test_a_wrong_override_names_its_method(
     error = capsys.readouterr().err
     assert "trainer.max_epochs differs, the training effort" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_with_a_member_that_failed_compares_the_others_and_exits_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "s.yaml", tmp_path / "out"
+    methods = {"A": {}, "B": {"overrides": ["defense=pgd_at"]}, "C": {"overrides": ["defense=mart"]}}
+    path.write_text(yaml.safe_dump({**PLAIN, "seeds": [0], "budget": [], "methods": methods}))
+    members = members_of(read_study(path), compare.composed)
+    (out / "cards").mkdir(parents=True)
+    for member, robust in zip(members[:2], (0.4, 0.5), strict=True):
+        row = Evaluation({"clean": 0.8, "PGD-20": robust})
+        card = replace(planned(member), failure="", evaluations={"defended, best epoch": row})
+        write_card(card, out / "cards" / f"{member.name}.json")
+    broken = place_of(members[2], out)
+    broken.folder.mkdir(parents=True)
+    broken.write(failures=2)
+    (broken.folder / "log.txt").write_text("ValueError: it burst\n")
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--study", str(path), "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        compare.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "B − A: clean +0.0, PGD-20 +10.0 points" in said
+    assert "1 of 3 runs have not finished" in said
+    assert "ValueError: it burst" in said
+    assert (out / "comparison" / "index.html").is_file()
 
 
 @pytest.mark.long
