@@ -77,6 +77,15 @@ def test_cas_multiplies_channels_by_the_weights_of_the_classes_it_sees() -> None
         np.testing.assert_allclose(hard(x)[i].detach().numpy(), expected, rtol=1e-5)
 
 
+def test_without_its_gate_cas_leaves_the_features_and_keeps_its_head() -> None:
+    x = features()
+    gate = CASGate(channels=5, num_classes=3, select="none")
+    seen = []
+    gate.logits.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    assert gate(x) is x
+    torch.testing.assert_close(seen[0], gate.classifier(x.mean((2, 3))))
+
+
 def test_cas_starts_open_and_the_offset_predicts_nothing() -> None:
     gate = CASGate(channels=64, num_classes=10)
     weight = gate.classifier.weight
@@ -363,7 +372,7 @@ class Twice(nn.Module):
         (
             SmallCNN,
             {"gate": partial(CASGate, select="hard")},
-            r"network\.gate\.select: expected soft or argmax, found 'hard'",
+            r"network\.gate\.select: expected soft, argmax, none; found 'hard'",
         ),
         (SmallCNN, {"gate": partial(CIFSGate, sharpness=0)}, r"network\.gate\.sharpness: .*found 0"),
         (SmallCNN, {"gate": partial(CIFSGate, detach="yes")}, r"network\.gate\.detach: .*found 'yes'"),

@@ -63,7 +63,7 @@ def fronts_figure(fronts: Sequence[Front], attack: str, baseline: str | None = N
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     _name(axes, named, 0.16 / height)
     heavy = f"; heavy: {shorten(baseline, 20, placeholder='…')}" if baseline else ""
-    _plain_axes(axes, f"Clean against robust accuracy{heavy}")
+    _plain_axes(axes, f"Clean against robust accuracy, bars ± 1 std over seeds{heavy}")
     axes.set_xlabel("clean accuracy (%)", fontsize=8, color=MUTED)
     axes.set_ylabel(f"accuracy under {attack} (%)", fontsize=8, color=MUTED)
     return figure
@@ -95,7 +95,15 @@ def _name(axes: Axes, named: Sequence[tuple[float, float, str, tuple[str, str]]]
             color=INK,
             va="center",
             parse_math=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "relpos": (0, 0.5), "shrinkA": 8, "shrinkB": 3},
+            arrowprops={
+                "arrowstyle": "-",
+                "ls": ":",  # not an error bar
+                "color": colour,
+                "lw": 0.5,
+                "relpos": (0, 0.5),
+                "shrinkA": 8,
+                "shrinkB": 3,
+            },
         )
         axes.plot(1.025, place, marker, color=colour, ms=5, transform=axes.transAxes, clip_on=False)
 

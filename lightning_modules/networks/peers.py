@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_modules.networks.layers import conv3x3
 
-Select = Literal["soft", "argmax"]
+Select = Literal["soft", "argmax", "none"]
 
 
 def gated(
@@ -92,7 +92,8 @@ class CASGate(nn.Module):
     Args:
         channels, num_classes: C and K.
         select: "soft" as above; "argmax" takes the predicted class alone, as the publication does at test (in training
-            too, for there are no labels): its hidden gradient is for checks that should find it.
+            too, for there are no labels): its hidden gradient is for checks that should find it; "none" weights nothing, so
+            that the auxiliary head is all that is left, the control of the gate.
 
     Raises:
         ValueError: another ``select``.
@@ -101,7 +102,7 @@ class CASGate(nn.Module):
     def __init__(self, *, channels: int, num_classes: int, select: Select = "soft") -> None:
         super().__init__()
         if select not in get_args(Select):
-            raise ValueError(f"network.gate.select: expected {' or '.join(get_args(Select))}, found {select!r}")
+            raise ValueError(f"network.gate.select: expected {', '.join(get_args(Select))}; found {select!r}")
         self.select = select
         self.classifier = nn.Linear(channels, num_classes, bias=False)
         with torch.no_grad():
@@ -111,6 +112,8 @@ class CASGate(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
         logits = self.logits(self.classifier(features.mean((2, 3))))
+        if self.select == "none":
+            return features
         share = logits.softmax(1)
         if self.select == "argmax":
             share = F.one_hot(share.argmax(1), share.shape[1]).to(share.dtype)
