@@ -260,10 +260,10 @@ def accuracy_table(
             spread([card.cost.get("cpu_seconds", math.nan) for card in s.runs.values()], 1, 0),
             spread([card.cost.get("passes", math.nan) for card in s.runs.values()][:1], 1, 1),
         )
+        mark = " (chosen)" if id(s) in kept and len(methods[s.method]) > 1 else ""
         rows.append(
             (
-                s.method,
-                s.point + (" (chosen)" if id(s) in kept and len(methods[s.method]) > 1 else ""),
+                *((s.label + mark,) if brief else (s.method, s.point + mark)),
                 f"{len(s.runs)}" + (f", {s.failed} failed" if s.failed else "") + _not_finite(s, network) + _doubted(s),
                 *(spread(list(s.accuracy(a, network).values()), 100) for a in attacks),
                 *([level] if control else []),
@@ -272,7 +272,8 @@ def accuracy_table(
         )
     level_name = [f"{attack} above {baseline} at equal clean"] if control else []
     cost_names = () if brief else ("held out (%)", "CPU s", "passes a step")
-    columns = ("method", "setting", "seeds", *(f"{a} (%)" for a in attacks), *level_name, *cost_names)
+    names = ("setting",) if brief else ("method", "setting")
+    columns = (*names, "seeds", *(f"{a} (%)" for a in attacks), *level_name, *cost_names)
     return Table(f"Accuracy on the test set, {network}, mean ± standard deviation over seeds", columns, rows, open=True)
 
 
