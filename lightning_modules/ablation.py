@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from defenses.statistics import mean_std
+from defenses.statistics import front, mean_std
 from interpret.views.ablation import Front, fronts_figure, parallel_figure
 from interpret.views.figures import save
 from interpret.views.page import write_atomic
@@ -70,7 +70,7 @@ def ablation_view(
         "ablation",
         f"Methods against {baseline}",
         " ".join(filter(None, (headline(found, baseline, attack), caveat))),
-        (accuracy, *([judged] if found else []), _scatter(settings, attack, network), *measured.values()),
+        (accuracy, *([judged] if found else []), _scatter(settings, baseline, attack, network), *measured.values()),
         how_to_read=HOW,
     )
     return view, {"accuracy": accuracy, "verdicts": judged, **measured}, [in_a_line(verdict, attack) for verdict in found]
@@ -116,12 +116,13 @@ def _fronts(settings: Sequence[Setting], attack: str, network: str) -> list[Fron
     return fronts
 
 
-def _scatter(settings: Sequence[Setting], attack: str, network: str) -> Scatter:
-    """All settings, or each method's chosen one; the page shows one group at a time."""
+def _scatter(settings: Sequence[Setting], baseline: str, attack: str, network: str) -> Scatter:
+    """All settings, or each method's chosen one; the page shows one group at a time, and the baseline's front in both."""
     known = [s for s in settings if s.accuracy(attack, network)]
     best = [one for group in by_method(known).values() if (one := chosen(group)) is not None]
-    shown = [*best, *known]
+    shown = [*known, *best]
     points = [s.mean_point(attack, network) for s in shown]
+    own = [i for i, s in enumerate(known) if s.method == baseline]
     return Scatter(
         "Clean against robust accuracy, mean over seeds",
         "clean accuracy (%)",
@@ -131,8 +132,11 @@ def _scatter(settings: Sequence[Setting], attack: str, network: str) -> Scatter:
         tuple(100 * robust for _, robust in points),
         (1.0,) * len(shown),
         "",
-        tuple([0] * len(best) + [1] * len(known)),
-        ("each method's chosen setting", "all settings"),
+        tuple([0] * len(known) + [1] * len(best)),
+        ("all settings", "each method's chosen setting"),
+        named=True,
+        line=tuple(own[i] for i in front([points[i] for i in own])),
+        line_label=f"front of {baseline}",
     )
 
 

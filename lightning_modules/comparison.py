@@ -233,6 +233,10 @@ def _interval(found: Paired | None, digits: int = 1) -> str:
     return f"{100 * found.mean:+.{digits}f} [{100 * found.low:+.{digits}f}, {100 * found.high:+.{digits}f}]"
 
 
+def _fewer(found: Paired | None, seeds: int) -> str:
+    return f" of {found.seeds}" if found is not None and found.seeds < seeds else ""
+
+
 def _p(value: float) -> str:
     return "–" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
@@ -316,7 +320,7 @@ def verdict_table(found: Sequence[Verdict], attack: str) -> Table:
             _p(v.robust.p),
             _p(v.robust.p_flip),
             _p(v.holm),
-            _interval(v.equal_clean) + (f" of {v.equal_clean.seeds}" if v.equal_clean is not None else ""),
+            _interval(v.equal_clean) + _fewer(v.equal_clean, v.robust.seeds),
             "–" if v.equal_clean is None else _p(v.equal_clean.p),
             _p(v.holm_equal_clean),
             "–" if v.volume is None else f"{1e4 * v.volume.mean:+.0f} ({_p(v.volume.p)})",

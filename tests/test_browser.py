@@ -25,7 +25,7 @@ from interpret.views.health import health_view
 from interpret.views.page import ReportPage, packed, read_script
 from interpret.views.profiles import ProfilesPanel
 from interpret.views.versus import versus_view
-from interpret.views.view import Answer, Probe
+from interpret.views.view import Answer, Probe, Scatter, Table, View
 from tests.composing import SMALL
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -264,6 +264,32 @@ def test_a_point_of_the_unit_scatter_shows_its_maps(page: Page) -> None:
     assert section.locator(f'.mark-point[data-name="{name}"]').get_attribute("aria-pressed") == "true"
     text = section.locator(".detail").inner_text()
     assert "no maps are kept" in text or section.locator(".detail th b").inner_text() != before
+
+
+def test_a_comparison_names_its_points_and_breaks_no_number(browser: Browser, tmp_path: Path) -> None:
+    names = ("base · b=1", "base · b=6", "ours", "beside ours")
+    clean, robust = (44.0, 38.0, 41.0, 41.1), (20.0, 22.0, 23.0, 23.0)
+    points = Scatter(
+        "Fronts", "clean (%)", "PGD (%)", names, clean, robust, (1.0,) * 4, "", (0,) * 4, ("all",), named=True, line=(1, 0)
+    )
+    table = Table("Accuracy", ("method", "difference"), [("ours", "+1.0 [-0.5, +2.5]"), ("base", "40.1 ± 0.2")], open=True)
+    report = ReportPage(tmp_path, "comparison")
+    report.write_epoch(0, 0, {}, [View("ablation", "Methods", "All is told.", (points, table))])
+    with watched(browser, report.index.as_uri()) as (page, complaints):
+        panel = page.locator("#panel-ablation")
+        assert sorted(panel.locator("svg text.beside").all_text_contents()) == sorted(names)
+        boxes = [panel.locator("svg text.beside").nth(i).bounding_box() for i in range(4)]
+        for i, one in enumerate(boxes):
+            for other in boxes[:i]:
+                apart = abs(one["y"] - other["y"]) > 8 or one["x"] + one["width"] <= other["x"] + 1
+                assert apart or other["x"] + other["width"] <= one["x"] + 1
+        line = panel.locator("polyline.joined").get_attribute("points").split()
+        marks = {m.get_attribute("data-name"): m for m in panel.locator(".mark-point").all()}
+        assert line == [",".join(marks[name].get_attribute(k) for k in ("cx", "cy")) for name in (names[1], names[0])]
+        cells = panel.locator("td").all_text_contents()
+        assert "+1.0 [-0.5,\u00a0+2.5]" in cells
+        assert "40.1\u00a0±\u00a00.2" in cells
+        assert complaints == []
 
 
 def test_the_page_of_one_epoch_is_whole_in_itself(browser: Browser, report: Path, tmp_path: Path) -> None:

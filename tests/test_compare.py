@@ -24,8 +24,8 @@ from interpret.views.ablation import Front, fronts_figure, parallel_figure
 from interpret.views.page import ReportPage, read_script
 from interpret.views.profiles import ProfilesPanel
 from interpret.views.text import comma_separated, latex, markdown
-from interpret.views.view import Probe, Table
-from lightning_modules.ablation import _sweep, headline
+from interpret.views.view import Probe, Scatter, Table
+from lightning_modules.ablation import _sweep, ablation_view, headline
 from lightning_modules.cards import Evaluation, RunCard, card_of, read_card, read_cards, write_card, write_correct
 from lightning_modules.comparison import (
     above_front,
@@ -320,6 +320,10 @@ def test_a_candidate_is_judged_against_the_base_that_it_adds_to() -> None:
     assert ours.robust.mean == pytest.approx(-0.018)  # against the chosen point of its base
     assert ours.equal_clean.mean == pytest.approx(0.032)  # halfway along the front of its base lies 0.25
     assert found["orphan"].base.method == found["weak base"].base.method == "base"
+    view = ablation_view(cards, "weak base", "PGD", "defended, best epoch", bases=bases)[0]
+    (points,) = [chart for chart in view.charts if isinstance(chart, Scatter)]
+    assert [points.names[i] for i in points.line] == ["weak base · b=2", "weak base · b=1"]  # from robust to clean
+    assert points.named
     assert above_front(settings[3], by_method(settings)["weak base"], "PGD") == [
         pytest.approx(0.03 + 0.002 * s) for s in range(3)
     ]

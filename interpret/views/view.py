@@ -175,7 +175,8 @@ class Table:
 class Scatter:
     """Points with a name each, shown group by group (a layer, say); pointing at one, or choosing it, shows its ``details``.
 
-    ``details`` holds one row a point that has some; ``detail_rows`` gives each point's row, −1 for none.
+    ``details`` holds one row a point that has some; ``detail_rows`` gives each point's row, −1 for none.  ``named`` writes
+    names beside the marks, for few points, on axes that need not begin at 0; ``line`` joins points, whatever group is shown.
     """
 
     title: str
@@ -191,6 +192,9 @@ class Scatter:
     diagonal: str = ""  # what it means to lie on y = x; empty draws no diagonal
     details: Maps | None = None
     detail_rows: tuple[int, ...] = ()
+    named: bool = False
+    line: tuple[int, ...] = ()
+    line_label: str = ""
 
 
 @dataclass(frozen=True)

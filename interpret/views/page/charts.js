@@ -274,6 +274,7 @@ const Charts = (() => {
     return el("figure", { class: `card${chart.details ? " wide" : ""}` }, el("h3", { class: "chart-title" }, chart.title),
       el("div", { class: "legend" }, chart.groups.length > 1 ? chips : null,
         chart.size_label && el("span", { class: "muted" }, `size of a mark: ${chart.size_label}`) || null,
+        chart.line?.length > 1 && el("span", { class: "muted" }, `line: ${chart.line_label}`) || null,
         chart.diagonal && el("span", { class: "muted" }, `dashed line: ${chart.diagonal}`) || null),
       el("div", { class: "beside" }, holder, chart.details ? below : null));
   }
@@ -297,14 +298,18 @@ const Charts = (() => {
     const width = Math.max(Math.min(space, 620), 200), height = Math.min(width * 0.72, 380);
     const inside = chart.names.map((_, i) => i).filter((i) => chart.group[i] === state.group && chart.x[i] !== null && chart.y[i] !== null);
     const pad = ({ low, high }) => ({ low: low - 0.04 * (high - low), high: high + 0.04 * (high - low) });
-    let xs = pad(range(inside.map((i) => chart.x[i]), [0])), ys = pad(range(inside.map((i) => chart.y[i]), [0]));
+    const joined = chart.line ?? []; // pages of before have none
+    const span = (of) => pad(range([...inside, ...joined].map((i) => of[i]), chart.named ? [] : [0]));
+    let xs = span(chart.x), ys = span(chart.y);
     if (chart.diagonal) xs = ys = { low: Math.min(xs.low, ys.low), high: Math.max(xs.high, ys.high) };
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, width, role: "img", "aria-label": `${chart.title}, ${chart.groups[state.group]}: ${inside.length} points` });
+    holder.replaceChildren(picture); // names are measured where they stand
     const f = frame(picture, width, height, xs, ys, { x: chart.x_label, y: chart.y_label });
     if (chart.diagonal) picture.append(svg("line", { class: "diagonal", x1: f.x(xs.low), y1: f.y(xs.low), x2: f.x(xs.high), y2: f.y(xs.high) }));
-    else for (const [x1, y1, x2, y2] of [[f.x(0), f.top, f.x(0), f.bottom], [f.left, f.y(0), f.right, f.y(0)]]) picture.append(svg("line", { class: "axis", x1, y1, x2, y2 }));
+    else if (!chart.named) for (const [x1, y1, x2, y2] of [[f.x(0), f.top, f.x(0), f.bottom], [f.left, f.y(0), f.right, f.y(0)]]) picture.append(svg("line", { class: "axis", x1, y1, x2, y2 }));
     const most = Math.max(...inside.map((i) => chart.size[i] || 0), 1e-12);
     const colour = at(colours.series, 1);
+    if (joined.length > 1) picture.append(svg("polyline", { class: "joined", points: joined.map((i) => `${f.x(chart.x[i])},${f.y(chart.y[i])}`).join(" ") }));
     const order = [...inside].sort((a, b) => chart.size[b] - chart.size[a]); // small marks on top of large ones
     for (const i of order) {
       const mark = svg("circle", { class: "mark-point", cx: f.x(chart.x[i]), cy: f.y(chart.y[i]), r: chart.size_label ? 2.5 + 9 * Math.sqrt(Math.max(chart.size[i], 0) / most) : 4,
@@ -313,6 +318,7 @@ const Charts = (() => {
         onclick: () => choose(i), onkeydown: (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(i); } } });
       picture.append(mark);
     }
+    if (chart.named) beside(picture, inside.map((i) => ({ x: f.x(chart.x[i]), y: f.y(chart.y[i]), text: chart.names[i] })), f);
     function reading(i) {
       return `${chart.names[i]}\n${chart.x_label}: ${number(chart.x[i])}\n${chart.y_label}: ${number(chart.y[i])}` + (chart.size_label ? `\n${chart.size_label}: ${number(chart.size[i] ?? 0)}` : "");
     }
@@ -321,7 +327,24 @@ const Charts = (() => {
       for (const mark of picture.querySelectorAll(".mark-point")) mark.setAttribute("aria-pressed", mark.dataset.name === state.name);
       show(chosen(chart, state));
     }
-    holder.replaceChildren(picture);
+  }
+
+  /* Names beside their marks: the first of a few places that lies inside and on no mark or name; without one, pointing tells. */
+  function beside(picture, points, f) {
+    const taken = points.map((p) => ({ left: p.x - 5, right: p.x + 5, top: p.y - 5, bottom: p.y + 5 }));
+    const free = (box) => box.left > f.left && box.right < f.right + 10 && box.top > f.top && box.bottom < f.bottom
+      && taken.every((other) => box.right < other.left || box.left > other.right || box.bottom < other.top || box.top > other.bottom);
+    for (const p of [...points].sort((a, b) => a.y - b.y)) {
+      const text = svg("text", { class: "beside", x: 0, y: 0 }, p.text);
+      picture.append(text);
+      const wide = text.getComputedTextLength?.() || 6.2 * p.text.length;
+      const box = (left, middle) => ({ left, right: left + wide, top: middle - 6, bottom: middle + 6 });
+      const place = [0, -11, 11].flatMap((up) => [box(p.x + 8, p.y + up), box(p.x - 8 - wide, p.y + up)]).concat(box(p.x - wide / 2, p.y - 14), box(p.x - wide / 2, p.y + 14)).find(free);
+      if (!place) { text.remove(); continue; }
+      taken.push(place);
+      text.setAttribute("x", place.left);
+      text.setAttribute("y", place.bottom - 2);
+    }
   }
 
   function hint(event, text) {
@@ -349,7 +372,8 @@ const Charts = (() => {
       const values = chart.rows.map((row) => row[j]).filter((v) => typeof v === "number");
       return values.every(Number.isInteger) ? 0 : decimals(Math.max(...values.map(Math.abs)));
     });
-    const show = (cell, j) => (cell === null ? "–" : typeof cell === "number" ? minus(cell.toFixed(numeric[j] ? places[j] : 3)) : cell);
+    const whole = (text) => text.replace(/ ± /g, "\u00a0±\u00a0").replace(/([[\d.,]) (?=[+−-]?\d+\.\d+\])/g, "$1\u00a0");  // a line ends between numbers
+    const show = (cell, j) => (cell === null ? "–" : typeof cell === "number" ? minus(cell.toFixed(numeric[j] ? places[j] : 3)) : whole(cell));
     const body = el("tbody", {});
     const fill = (rows) => body.replaceChildren(...rows.map((row) => el("tr", {}, row.map((cell, j) =>
       el("td", { class: numeric[j] ? "number" : null }, chart.command && chart.columns[j] === chart.command && cell ? command(cell) : show(cell, j))))));
