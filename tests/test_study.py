@@ -23,6 +23,7 @@ import compare
 from interpret.views.page import read_script
 from interpret.views.text import markdown
 from lightning_modules import hardware
+from lightning_modules.ablation import attack_compared
 from lightning_modules.cards import Evaluation, check_comparable, config_hash, read_card, read_cards, write_card
 from lightning_modules.comparison import accuracy_table, settings_of
 from lightning_modules.study import (
@@ -508,12 +509,14 @@ def test_the_cards_that_are_kept_are_still_those_of_their_configs(path: Path) ->
 @pytest.mark.parametrize("folder", sorted((CONFIGS.parent / "docs" / "study").glob("*/")), ids=lambda folder: folder.name)
 def test_the_tables_of_the_documents_are_what_their_cards_say(folder: Path) -> None:
     cards = read_cards([folder / "cards"])
-    table = accuracy_table(settings_of(cards))
+    of, settings = read_study(CONFIGS / "study" / f"{folder.name}.yaml"), settings_of(cards)
+    attack = attack_compared(settings, of.attack, of.network)
+    table = accuracy_table(settings, of.network, of.baseline, attack)
     written = (folder / "comparison" / "tables.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in markdown(table).splitlines() if line.startswith("|")]
     first = written.index(rows[0])
     assert sorted(written[first : first + len(rows)]) == sorted(rows)
-    assert {card.method for card in cards} <= set(read_study(CONFIGS / "study" / f"{folder.name}.yaml").methods)
+    assert {card.method for card in cards} <= set(of.methods)
 
 
 @pytest.mark.parametrize("recipe", ["cifar10_small_trades", "cifar10_small_pse_sensitivity"])
