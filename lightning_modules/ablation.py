@@ -70,7 +70,7 @@ def ablation_view(
         "ablation",
         f"Methods against {baseline}",
         " ".join(filter(None, (headline(found, baseline, attack), caveat))),
-        (accuracy, *([judged] if found else []), _scatter(settings, baseline, attack, network), *measured.values()),
+        (_scatter(settings, baseline, attack, network), accuracy, *([judged] if found else []), *measured.values()),
         how_to_read=HOW,
     )
     return view, {"accuracy": accuracy, "verdicts": judged, **measured}, [in_a_line(verdict, attack) for verdict in found]
