@@ -307,7 +307,7 @@ def main() -> None:
             )
             baseline = args.baseline or (study.baseline if study is not None else known[0].method)
             caveat = "Runs of unequal training effort are compared." if args.any_effort else ""
-            bases = {name: entry["base"] for name, entry in study.methods.items() if "base" in entry} if study else {}
+            bases = study.bases if study is not None and baseline == study.baseline else {}  # --baseline is for all
             view, tables, lines = ablation_view(cards, baseline, attack, network, caveat, bases)
             brief = accuracy_table(settings_of(cards), network, baseline, attack, brief=True)
             views.insert(0, replace(view, charts=(*view.charts, *races)))

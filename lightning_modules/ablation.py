@@ -59,7 +59,7 @@ def ablation_view(
     attack: str,
     network: str,
     caveat: str = "",
-    bases: Mapping[str, str] | None = None,
+    bases: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[View, dict[str, Table], list[str]]:
     """The comparison as one view, its tables (accuracies, verdicts, what the dashboards measured) and a line a verdict."""
     settings = settings_of(cards)

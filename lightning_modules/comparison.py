@@ -108,12 +108,12 @@ def verdicts(
     baseline: str,
     attack: str,
     network: str = SELECTED,
-    bases: Mapping[str, str] | None = None,
+    bases: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Verdict]:
     """Every method but the baseline, judged against its base; the validation split has chosen each method's setting.
 
     Args:
-        bases: method → the method whose own weights are its control; the baseline for all others, and where that has not
+        bases: method → the methods whose settings are its control; the baseline for all others, and where none of them has
             finished.
 
     Raises:
@@ -130,7 +130,7 @@ def verdicts(
         best = chosen(group)
         if method == baseline or best is None:
             continue
-        control = methods.get((bases or {}).get(method, baseline), [])
+        control = [setting for name in (bases or {}).get(method, (baseline,)) for setting in methods.get(name, [])]
         base = chosen(control)
         if base is None:
             control, base = methods[baseline], plain

@@ -81,15 +81,16 @@ def race(study: Study, members: Sequence[Member], cards: Sequence[RunCard], left
         cards: of those that were started.
         left: names of members that still have to be trained or judged.
     """
-    bases = {name: entry.get("base", study.baseline) for name, entry in study.methods.items()}
-    controls = {study.baseline, *bases.values()}
+    bases = study.bases
+    controls = {study.baseline, *(base for some in bases.values() for base in some)}
     known = {card.name: card for card in cards}
     alive = [name for name in study.methods if name not in controls]
     entered: dict[str, Member] = {}
     scores: list[dict[str, float]] = []
     for one in rounds_of(study):
         seeds = set(study.seeds[: one.seeds])
-        runs = [m for m in members if m.seed in seeds and m.method in {study.baseline, *(bases[name] for name in alive)}]
+        held_against = {study.baseline, *(base for name in alive for base in bases[name])}
+        runs = [m for m in members if m.seed in seeds and m.method in held_against]
         for name in alive:
             runs += _entered(name, one, [m for m in members if m.method == name and m.seed in seeds], known)
         entered |= {member.name: member for member in runs}
@@ -115,16 +116,17 @@ def _entered(name: str, one: Round, members: Sequence[Member], known: Mapping[st
     return [member for member in members if member.setting in kept]
 
 
-def score(method: str, base: str, cards: Sequence[RunCard]) -> float:
-    """Held-out robust accuracy of a method's chosen setting above its base's front at the same clean accuracy, mean over
-    seeds (ours); where it is cleaner than the base ever was, above the base's cleanest point, which is less than it is
-    worth.  NaN if no run of it, or of its base at the same seed, finished.
+def score(method: str, bases: Sequence[str], cards: Sequence[RunCard]) -> float:
+    """Held-out robust accuracy of a method's chosen setting above its bases' front at the same clean accuracy, mean over
+    seeds (ours); where it is cleaner than they ever were, above their cleanest point, which is less than it is
+    worth.  NaN if no run of it, or of them at the same seed, finished.
     """
     methods = by_method(settings_of(cards))
     best = chosen(methods.get(method, []))
     if best is None:
         return math.nan
-    gains = [_above(_held_out(card), methods.get(base, []), seed) for seed, card in best.runs.items()]
+    control = [setting for base in bases for setting in methods.get(base, [])]
+    gains = [_above(_held_out(card), control, seed) for seed, card in best.runs.items()]
     gains = [gain for gain in gains if not math.isnan(gain)]
     return fmean(gains) if gains else math.nan
 

@@ -59,8 +59,8 @@ class Study:
         seeds: each setting is trained with each.
         baseline: the method that the others are judged against.
         methods: name → ``overrides`` (a list, as on the command line of ``train.py``), ``grid`` (key → values; a method's
-            settings are all combinations of it), ``seeds`` (it is trained with the first so many; all by default) and, for
-            races, ``base``: the method whose own weights are its control.
+            settings are all combinations of it), ``seeds`` (it is trained with the first so many; all by default) and
+            ``base``: the method, or a list of methods, whose settings are its control; the baseline by default.
         budget: overrides that every member shares: data, network, epochs, ...
         suites: name → overrides of ``evaluate.py``, such as ``suite=standard``: what judges the best epoch of every member
             after its training, beside ``test_attacks``.
@@ -100,10 +100,9 @@ class Study:
                 raise ValueError(
                     f"study.methods.{name}.seeds: expected some of {len(self.seeds)} seeds, found {method['seeds']!r}"
                 )
-            if method.get("base", self.baseline) not in [*self.methods]:
-                raise ValueError(
-                    f"study.methods.{name}.base: expected one of {', '.join(self.methods)}; found {method['base']!r}"
-                )
+            bases = method.get("base", self.baseline)
+            if not bases or not all(base in [*self.methods] for base in (bases if isinstance(bases, list) else [bases])):
+                raise ValueError(f"study.methods.{name}.base: expected some of {', '.join(self.methods)}; found {bases!r}")
             for key, values in (method.get("grid") or {}).items():
                 if not isinstance(values, list) or not values:
                     raise ValueError(f"study.methods.{name}.grid.{key}: expected a list of values, found {values!r}")
@@ -114,6 +113,12 @@ class Study:
             for line in lines:
                 if not isinstance(line, str) or ("=" not in line and not line.startswith("~")):
                     raise ValueError(f"study.{key}: expected overrides such as defense=trades, found {line!r}")
+
+    @property
+    def bases(self) -> dict[str, tuple[str, ...]]:
+        """Method → the methods whose settings are its control."""
+        named = {name: entry.get("base", self.baseline) for name, entry in self.methods.items()}
+        return {name: tuple(base) if isinstance(base, list) else (base,) for name, base in named.items()}
 
 
 def read_study(path: Path) -> Study:

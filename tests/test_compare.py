@@ -313,13 +313,16 @@ def test_a_candidate_is_judged_against_the_base_that_it_adds_to() -> None:
             card("orphan", "", s, 0.70, 0.35, 0.3),
         ]
     settings = settings_of(cards)
-    bases = {"ours": "weak base", "orphan": "lost base"}
+    bases = {"ours": ["weak base"], "orphan": ["lost base"]}
     found = {v.setting.method: v for v in verdicts(settings, "base", "PGD", bases=bases)}
     ours = found["ours"]
     assert ours.base.label == "weak base · b=2"
     assert ours.robust.mean == pytest.approx(-0.018)  # against the chosen point of its base
     assert ours.equal_clean.mean == pytest.approx(0.032)  # halfway along the front of its base lies 0.25
     assert found["orphan"].base.method == found["weak base"].base.method == "base"
+    # The better of both:
+    both = verdicts(settings, "base", "PGD", bases={"ours": ["weak base", "base"]})
+    assert next(v for v in both if v.setting.method == "ours").equal_clean.mean == pytest.approx(-0.118)
     view = ablation_view(cards, "weak base", "PGD", "defended, best epoch", bases=bases)[0]
     (points,) = [chart for chart in view.charts if isinstance(chart, Scatter)]
     assert [points.names[i] for i in points.line] == ["weak base · b=2", "weak base · b=1"]  # from robust to clean

@@ -124,9 +124,11 @@ def test_what_never_finished_is_last_and_what_is_cleaner_than_the_base_is_not_lo
     assert math.isnan(after.scores[0]["good"])
     base = [reached(m) for m in first.members if m.method == "base"]
     one = next(m for m in first.members if m.method == "fair")
-    assert score("fair", "base", [*base, card(one, 0.7, 0.25)]) == pytest.approx(0.05)  # against (0.6, 0.2)
-    assert score("fair", "base", [*base, card(one, 0.45, 0.33)]) == pytest.approx(0.0)  # half way between two points
-    assert score("fair", "base", [*base, card(one, 0.1, 0.33)]) == pytest.approx(-0.03)  # against its most robust point
+    assert score("fair", ["base"], [*base, card(one, 0.7, 0.25)]) == pytest.approx(0.05)  # against (0.6, 0.2)
+    assert score("fair", ["base"], [*base, card(one, 0.45, 0.33)]) == pytest.approx(0.0)  # half way between two points
+    assert score("fair", ["base"], [*base, card(one, 0.1, 0.33)]) == pytest.approx(-0.03)  # against its most robust point
+    assert score("fair", ["none", "base"], [*base, card(one, 0.1, 0.33)]) == pytest.approx(-0.03)
+    assert math.isnan(score("fair", ["none"], [*base, card(one, 0.1, 0.33)]))
 
 
 @pytest.mark.parametrize(
