@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
@@ -20,8 +21,10 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from defenses.suite import SUITES
 from interpret.views.figures import charts_figure, save
 from interpret.views.page import ReportPage, stored_charts
 from interpret.views.view import Bars, Chart, Lines, Stored, Table, View
@@ -32,7 +35,7 @@ from lightning_modules.console import NOT_FINITE, clear_errors, console, show
 from lightning_modules.logging import check_wandb_mode, log_tables
 from lightning_modules.race import Race, race, race_table, rounds_of
 from lightning_modules.result_cards import cards_tables, cards_view, is_result_card, read_result_cards
-from lightning_modules.study import Study, cards_of, forgive, left, members_of, planned, read_study, run_members
+from lightning_modules.study import Member, Study, cards_of, forgive, left, members_of, planned, read_study, run_members
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "configs"
@@ -210,9 +213,32 @@ def composed(overrides: tuple[str, ...], seed: int) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
+def check_judges(study: Study, members: Sequence[Member]) -> None:
+    """Refuse, before any training, what would fail after it: suites that do not compose, and an attack that nothing runs.
+
+    Raises:
+        ValueError: names the key of the YAML.
+    """
+    for name, lines in study.suites.items():
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                asked = compose("evaluate", ["checkpoint=RUN", *lines])
+        except HydraException as error:
+            raise ValueError(f"study.suites.{name}: {' '.join(str(error).split())}") from error
+        if asked.suite not in SUITES:
+            raise ValueError(f"study.suites.{name}: expected suite={', '.join(SUITES)}; found {asked.suite!r}")
+        least = min((m.config["data"].get(f"{asked.split}_limit") or math.inf for m in members), default=math.inf)
+        if asked.images is not None and not 1 <= asked.images <= least:
+            raise ValueError(f"study.suites.{name}: expected 1 to {least} images, as in data; found {asked.images}")
+    known = {attack for member in members for attack in member.config["test_attacks"]} | set(study.suites)
+    if study.attack is not None and study.attack not in known:
+        raise ValueError(f"study.attack: expected one of {', '.join(sorted(known))}; found {study.attack!r}")
+
+
 def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard], list[Table]]:
     """Train what is left of a study; the cards of all its members, and how its race went if it is one."""
-    with clear_errors(args.debug):
+    with clear_errors(args.debug, "--debug"):
         study = read_study(args.study)
         if args.out is None:
             raise ValueError("--out: a study needs a folder of its own, which it goes on with when called again")
@@ -220,6 +246,7 @@ def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard], list[Ta
             raise ValueError(f"--jobs: expected a whole number >= 1, found {args.jobs}")
         rounds = rounds_of(study)
         members = members_of(study, composed, args.runs)
+        check_judges(study, members)
         check_comparable([planned(member) for member in members], args.any_effort)
         if not any(fnmatch(m.name, args.only) for m in members):
             raise ValueError(f"--only: {args.only!r} matches none of {len(members)} members, e.g. {members[0].name}")
@@ -243,7 +270,7 @@ def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard], list[Ta
 
 def compare_result_cards(paths: list[Path], out: Path | None, debug: bool) -> None:
     """Cards of evaluate.py's suites on one page."""
-    with clear_errors(debug):
+    with clear_errors(debug, "--debug"):
         cards = read_result_cards(paths)
         out = out or Path("comparisons") / "_".join(cards)[:120]
         if (out / "index.html").exists():
@@ -280,12 +307,12 @@ def main() -> None:
     if folders and all(is_result_card(path) for path in folders):
         compare_result_cards(folders, args.out, args.debug)
         return
-    with clear_errors(args.debug):
+    with clear_errors(args.debug, "--debug"):
         check_wandb_mode(args.wandb)
     races: list[Table] = []
     if args.study is not None:
         study, cards, races = train_study(args)
-    with clear_errors(args.debug):
+    with clear_errors(args.debug, "--debug"):
         if study is None:
             cards = read_cards(folders)
             if len(cards) < 2:

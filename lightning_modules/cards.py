@@ -220,6 +220,11 @@ def read_card(path: Path) -> RunCard:
             )
             for name, row in record["evaluations"].items()
         }
+        for name, row in evaluations.items():
+            for attack, right in row.correct.items():
+                if abs(float(np.mean(right)) - row.accuracy[attack]) > 1e-6:
+                    said = f"{row.accuracy[attack]:.4f} under {attack}, its images {float(np.mean(right)):.4f}"
+                    raise ValueError(f"{name}: the accuracy says {said}")
         return RunCard(**{**record, "evaluations": evaluations})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"runs: {path} is no card of a run ({type(error).__name__}: {error})") from error

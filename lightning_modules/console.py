@@ -44,7 +44,7 @@ def steps(title: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def clear_errors(debug: bool) -> Iterator[None]:
+def clear_errors(debug: bool, how: str = "debug=true") -> Iterator[None]:
     """While a run is put together: one line instead of a stack trace, and exit code 2.
 
     The wrapper that Hydra puts around an error in a constructor is taken off.  Of processes that start together on a
@@ -60,7 +60,7 @@ def clear_errors(debug: bool) -> Iterator[None]:
             root = root.__cause__
         kind = "" if isinstance(root, (ValueError, OSError)) else f"{type(root).__name__}: "
         if not is_echo():
-            print(f"error: {kind}{' '.join(str(root).split())}\n(debug=true shows the stack trace)", file=sys.stderr)
+            print(f"error: {kind}{' '.join(str(root).split())}\n({how} shows the stack trace)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -244,8 +244,8 @@ def test_a_card_holds_the_run(tmp_path: Path) -> None:
     (run / "cost.json").write_text(
         json.dumps({"seconds": [1.5, 2.5], "cpu_seconds": [1.0, 1.0], "passes": 13.0, "steps": 9})
     )
-    right = torch.arange(13) % 3 == 0
-    write_correct(run, {"defended, best epoch": {"clean": right, "PGD-20": ~right}})
+    right, robust = torch.arange(20) > 0, torch.arange(20) % 2 == 0
+    write_correct(run, {"defended, best epoch": {"clean": right, "PGD-20": robust}})
     card = card_of(run)
     assert card.selected == {"epoch": 1, "val/robust_acc": 0.6, "val/clean_acc": 0.9}
     assert card.cost == {"seconds": 4.0, "cpu_seconds": 2.0, "passes": 13.0, "steps": 9}
@@ -253,7 +253,7 @@ def test_a_card_holds_the_run(tmp_path: Path) -> None:
     found = read_card(tmp_path / "card.json")
     best = found.evaluations["defended, best epoch"]
     assert best.correct["clean"].tolist() == right.tolist()
-    assert best.correct["PGD-20"].tolist() == (~right).tolist()
+    assert best.correct["PGD-20"].tolist() == robust.tolist()
     assert (found.settled, found.seed, found.config) == (card.settled, card.seed, card.config)
     assert read_cards([tmp_path / "card.json"])[0].cost == card.cost
     (tmp_path / "other.json").write_text("{}")
@@ -376,6 +376,15 @@ def test_the_bootstrap_of_the_table_is_that_of_the_images() -> None:
     found = verdicts(settings_of(cards), "base", "PGD")[0]
     assert found.bootstrap == bootstrap_interval(right["ours"], right["base"])
     assert found.bootstrap[0] < found.robust.mean < found.bootstrap[1]
+
+
+def test_a_card_whose_accuracy_is_not_that_of_its_images_is_refused(tmp_path: Path) -> None:
+    right = np.array([True, False, False, True])
+    write_card(card("ours", "", 0, 0.9, 0.5, 0.5, correct={"PGD": right}), tmp_path / "card.json")
+    assert read_card(tmp_path / "card.json").evaluations["defended, best epoch"].accuracy["PGD"] == 0.5
+    (tmp_path / "card.json").write_text((tmp_path / "card.json").read_text().replace('"PGD": 0.5', '"PGD": 0.6'))
+    with pytest.raises(ValueError, match=r"the accuracy says 0.6000 under PGD, its images 0.5000"):
+        read_card(tmp_path / "card.json")
 
 
 def test_tables_as_text() -> None:

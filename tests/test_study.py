@@ -401,6 +401,34 @@ def test_a_study_with_a_member_that_failed_compares_the_others_and_exits_with_1(
     assert (out / "comparison" / "index.html").is_file()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attack": "PGD-99"}, "study.attack: expected one of FGSM, PGD-20, fast suite; found 'PGD-99'"),
+        (
+            {"suites": {"fast suite": ["suite=nosuch"]}},
+            "study.suites.fast suite: expected suite=probe, fast, standard, adaptive",
+        ),
+        ({"suites": {"fast suite": ["suite=fast", "nokey=1"]}}, "study.suites.fast suite: Could not override 'nokey'"),
+        ({"suites": {"fast suite": ["suite=fast", "images=100"]}}, "expected 1 to 80 images, as in data; found 100"),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before(
+    changes: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "s.yaml", tmp_path / "out"
+    plain = {**PLAIN, "methods": {"A": {}}, "budget": ["data.test_limit=80"], "suites": {"fast suite": ["suite=fast"]}}
+    path.write_text(yaml.safe_dump({**plain, **changes}))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--study", str(path), "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        compare.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert words in error
+    assert "(--debug shows the stack trace)" in error
+    assert not out.exists()
+
+
 @pytest.mark.long
 def test_a_tiny_study_from_yaml_to_table_and_page(tmp_path: Path) -> None:
     """configs/study/tiny.yaml with fewer images: one member is killed and goes on; a second call trains nothing."""

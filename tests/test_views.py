@@ -120,6 +120,9 @@ def test_figures_are_pictures(tmp_path: Path) -> None:
     for name in ("bars.png", "bars.svg"):
         figures.save(figure, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
+    written = (tmp_path / "bars.svg").read_bytes()
+    figures.save(figures.charts_figure([bars]), tmp_path / "bars.svg")
+    assert (tmp_path / "bars.svg").read_bytes() == written
 
 
 def test_figure_scale_is_fixed_over_epochs() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -37,8 +38,11 @@ def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, SVG or PDF, by the path's suffix."""
     FigureCanvasAgg(figure)
     vector = Path(path).suffix in (".svg", ".pdf")
-    # Pictures inside a drawing are placed by the pixel, so that a vector file keeps the figure's own resolution.
-    figure.savefig(path, dpi=DPI if vector else 2 * DPI)
+    # Pictures inside a drawing are placed by the pixel, so that a vector file keeps the figure's own resolution.  The same
+    # figure is the same file: no date, no names drawn by chance.
+    dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(Path(path).suffix)
+    with rc_context({"svg.hashsalt": "glassarmor"}):
+        figure.savefig(path, dpi=DPI if vector else 2 * DPI, metadata=dated)
 
 
 def write_png(picture: np.ndarray, path: str | Path) -> None:
