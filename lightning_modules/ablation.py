@@ -65,7 +65,7 @@ def ablation_view(
     settings = settings_of(cards)
     found = verdicts(settings, baseline, attack, network, bases)
     accuracy, judged = accuracy_table(settings, network, baseline, attack), verdict_table(found, attack)
-    measured = {table.title.rpartition(": ")[2]: table for table in measured_tables(settings)}
+    measured = {table.title.rpartition(": ")[2]: table for table in measured_tables(settings, found)}
     view = View(
         "ablation",
         f"Methods against {baseline}",

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
+
 from defenses.statistics import Paired, bootstrap_interval, front, holm, hypervolume, mean_std, paired, robust_at
 from interpret.views.view import Table
 from lightning_modules.cards import Evaluation, RunCard
@@ -93,6 +95,7 @@ class Verdict:
 
     setting: Setting
     base: Setting
+    control: tuple[Setting, ...]  # all settings of the base
     clean: Paired
     robust: Paired
     bootstrap: tuple[float, float]
@@ -146,6 +149,7 @@ def verdicts(
             Verdict(
                 best,
                 base,
+                tuple(control),
                 clean,
                 robust,
                 _bootstrap(best, base, seeds, attack, network),
@@ -348,12 +352,18 @@ def verdict_table(found: Sequence[Verdict], attack: str) -> Table:
 
 
 MEASURED: Final = "What the dashboards measured on the probe in the first epoch drawn from the best on, chosen settings"
+BESIDE: Final = "; in brackets the base's at the same clean accuracy, by a line through its means"
 COLUMNS: Final = 12  # a panel that measured more is a table for each of its measures by layer
 
 
-def measured_tables(settings: Sequence[Setting]) -> list[Table]:
-    """A table a panel: a row a method's chosen setting, a column a measure, mean ± std over seeds."""
+def measured_tables(settings: Sequence[Setting], found: Sequence[Verdict] = ()) -> list[Table]:
+    """A table a panel: a row a method's chosen setting, a column a measure, mean ± std over seeds.
+
+    Args:
+        found: beside the measures of these stand those of their bases, where they lie within the base's clean accuracies.
+    """
     best = [one for group in by_method(settings).values() if (one := chosen(group)) is not None]
+    controls = {verdict.setting.label: verdict.control for verdict in found}
     keys = list(dict.fromkeys(key for s in best for card in s.runs.values() for key in card.measured))
     panels = [key.partition("/")[0] for key in keys]
     groups: dict[str, list[str]] = {}
@@ -361,13 +371,32 @@ def measured_tables(settings: Sequence[Setting]) -> list[Table]:
         groups.setdefault(key.rpartition("/")[0] if panels.count(panel) > COLUMNS else panel, []).append(key)
     tables: list[Table] = []
     for group, measures in groups.items():
-        rows: list[tuple[str | float | int, ...]] = [
-            (s.label, *(spread([card.measured.get(key, math.nan) for card in s.runs.values()], 1, 3) for key in measures))
-            for s in best
-        ]
+        rows: list[tuple[str | float | int, ...]] = []
+        for one in best:
+            control = controls.get(one.label, ())
+            cells = (spread(_measured(one, key), 1, 3) + _at_equal_clean(one, control, key) for key in measures)
+            rows.append((one.label, *cells))
         columns = ("chosen setting", *(key.removeprefix(f"{group}/") for key in measures))
-        tables.append(Table(f"{MEASURED}: {group}", columns, rows, open=not tables))
+        tables.append(Table(f"{MEASURED}{BESIDE * bool(found)}: {group}", columns, rows, open=not tables))
     return tables
+
+
+def _measured(setting: Setting, key: str) -> list[float]:
+    return [card.measured.get(key, math.nan) for card in setting.runs.values()]
+
+
+def _at_equal_clean(setting: Setting, control: Sequence[Setting], key: str) -> str:
+    """ " (0.100)": what the control measures at the setting's clean accuracy; "" where it has no two settings around it."""
+    points = sorted((_clean(s), mean_std(_measured(s, key))[0]) for s in control)
+    clean, values = ([point[i] for point in points] for i in (0, 1))
+    own = _clean(setting)
+    if len(points) < 2 or math.isnan(sum(values)) or not clean[0] <= own <= clean[-1]:
+        return ""
+    return f" ({np.interp(own, clean, values):.3f})"
+
+
+def _clean(setting: Setting) -> float:
+    return mean_std(list(setting.accuracy("clean").values()))[0]
 
 
 def runs_table(cards: Sequence[RunCard]) -> Table:

@@ -356,6 +356,21 @@ def test_measures_are_a_table_a_panel_and_a_row_a_method() -> None:
     assert found["cam/share"].columns[1:] == tuple(f"layer{i}" for i in range(12))
 
 
+def test_beside_a_measure_stands_that_of_the_base_at_equal_clean_accuracy() -> None:
+    cards = []
+    for s in range(2):
+        for method, point, clean, gap in (("base", "b=1", 0.8, 0.4), ("base", "b=6", 0.7, 0.2), ("ours", "", 0.775, 0.1)):
+            cards.append(replace(card(method, point, s, clean, 0.4, 0.4), measured={"pse/gap": gap}))
+        cards.append(replace(card("cleaner", "", s, 0.9, 0.4, 0.4), measured={"pse/gap": 0.3}))
+    settings = settings_of(cards)
+    (table,) = measured_tables(settings, verdicts(settings, "base", "PGD"))
+    assert table.rows == [
+        ("base · b=1", "0.400 ± 0.000"),
+        ("ours", "0.100 ± 0.000 (0.350)"),  # three quarters of the way from b=6 to b=1
+        ("cleaner", "0.300 ± 0.000"),  # the base was never as clean
+    ]
+
+
 def test_failures_are_shown_and_select_nothing() -> None:
     cards = [card("base", "", s, 0.8, 0.3, 0.3) for s in range(2)]
     cards += [card("ours", "w=1", 0, 0.9, 0.9, 0.9), card("ours", "w=1", 1, 0, 0, 0, failure="diverged")]
