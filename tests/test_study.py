@@ -549,9 +549,16 @@ def test_the_tables_of_the_documents_are_what_their_cards_say(folder: Path) -> N
     assert {card.method for card in cards} <= set(of.methods)
 
 
-@pytest.mark.parametrize("recipe", ["cifar10_small_trades", "cifar10_small_pse_sensitivity"])
-def test_a_recipe_is_what_the_confirmation_trained(recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "study", "seeds"),
+    [
+        ("cifar10_small_trades", "confirm", (10, 11, 12)),
+        ("cifar10_small_pse_sensitivity", "confirm", (10, 11, 12)),
+        ("cifar10_small_pgd_at", "gate", (20, 21, 22)),
+    ],
+)
+def test_a_recipe_is_what_a_study_trained(recipe: str, study: str, seeds: tuple[int, ...]) -> None:
     """To the hash of its config: the numbers that it quotes are of this very training."""
-    hashes = {card.config for card in read_cards([CONFIGS.parent / "docs" / "study" / "confirm" / "cards"])}
-    for seed in (10, 11, 12):
+    hashes = {card.config for card in read_cards([CONFIGS.parent / "docs" / "study" / study / "cards"])}
+    for seed in seeds:
         assert config_hash(compare.composed((f"experiment={recipe}", "data.path=nowhere"), seed)) in hashes
