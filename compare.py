@@ -359,8 +359,9 @@ def main() -> None:
     show(brief if tables else results_table(runs))
     for line in lines:
         console.print(line, highlight=False)
-    for path in write_ablation(out, cards, [*tables.values(), *races], baseline, attack, network) if tables else []:
-        console.print(path)
+    if tables:
+        for path in write_ablation(out, cards, view, [*tables.values(), *races], baseline, attack, network):
+            console.print(path)
     if tables and args.wandb != "disabled":
         named = {**tables, **dict(zip(("race",), races, strict=False)), "runs": runs_table(cards)}
         log_tables(out, "glassarmor", args.wandb, named, page.one_epoch(0))

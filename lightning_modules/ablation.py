@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from defenses.statistics import front, mean_std
-from interpret.views.ablation import Front, fronts_figure, parallel_figure
+from interpret.views.ablation import Front, fronts_figure, intervals_figure, parallel_figure
 from interpret.views.figures import save
 from interpret.views.page import write_atomic
 from interpret.views.text import comma_separated, latex, markdown
-from interpret.views.view import Scatter, Table, View
+from interpret.views.view import Intervals, Scatter, Table, View
 from lightning_modules.cards import RunCard
 from lightning_modules.comparison import (
     Setting,
@@ -23,6 +23,7 @@ from lightning_modules.comparison import (
     by_method,
     chosen,
     in_a_line,
+    in_points,
     measured_tables,
     runs_table,
     settings_of,
@@ -70,7 +71,13 @@ def ablation_view(
         "ablation",
         f"Methods against {baseline}",
         " ".join(filter(None, (headline(found, baseline, attack), caveat))),
-        (_scatter(settings, baseline, attack, network), accuracy, *([judged] if found else []), *measured.values()),
+        (
+            *([] if (forest := differences(found, baseline, attack)) is None else [forest]),
+            _scatter(settings, baseline, attack, network),
+            accuracy,
+            *([judged] if found else []),
+            *measured.values(),
+        ),
         how_to_read=HOW,
     )
     return view, {"accuracy": accuracy, "verdicts": judged, **measured}, [in_a_line(verdict, attack) for verdict in found]
@@ -100,7 +107,31 @@ def headline(found: Sequence[Verdict], baseline: str, attack: str) -> str:
         return text + "."
     top = max(level, key=lambda v: v.equal_clean.mean if v.equal_clean else -math.inf)
     assert top.equal_clean is not None
-    return f"{text}; at equal clean accuracy {100 * top.equal_clean.mean:+.1f} points ({top.setting.label})."
+    name = f"{top.setting.label}, {top.equal_clean.seeds} seeds"
+    return f"{text}; at equal clean accuracy {100 * top.equal_clean.mean:+.1f} points ({name})."
+
+
+def differences(found: Sequence[Verdict], baseline: str, attack: str) -> Intervals | None:
+    """Every candidate above its base's front at the same clean accuracy, the best first; None where none can be said.
+
+    The axis ends at twice the largest difference: an interval of two seeds would leave nothing else to see.
+    """
+    known = [v for v in found if v.equal_clean is not None]
+    known.sort(key=lambda v: -v.equal_clean.mean if v.equal_clean else 0.0)
+    if not known:
+        return None
+    gains = [v.equal_clean for v in known if v.equal_clean is not None]
+    own = {v.base.method for v in known} == {baseline}
+    return Intervals(
+        f"Accuracy under {attack} above {baseline if own else 'the base'} at the same clean accuracy, 95 % intervals",
+        "points; filled: the interval is without 0, not corrected for the number of candidates",
+        tuple(v.setting.label if v.base.method == baseline else f"{v.setting.label}, on {v.base.method}" for v in known),
+        tuple(100 * gain.mean for gain in gains),
+        tuple(100 * gain.low for gain in gains),
+        tuple(100 * gain.high for gain in gains),
+        tuple(f"{in_points(gain)}, {gain.seeds} seed{'s' * (gain.seeds > 1)}" for gain in gains),
+        max(2.0, 2 * max(abs(100 * gain.mean) for gain in gains)),
+    )
 
 
 def _fronts(settings: Sequence[Setting], attack: str, network: str) -> list[Front]:
@@ -175,11 +206,16 @@ def _numbers(point: str) -> dict[str, float]:
 
 
 def write_ablation(
-    out: Path, cards: Sequence[RunCard], tables: Sequence[Table], baseline: str, attack: str, network: str
+    out: Path, cards: Sequence[RunCard], view: View, tables: Sequence[Table], baseline: str, attack: str, network: str
 ) -> list[Path]:
-    """``tables.md``, ``tables.tex``, ``runs.csv``, ``fronts.svg|png``, ``sweep.svg|png`` in ``out``; returns the paths."""
+    """``tables.md``, ``tables.tex``, ``runs.csv``, and ``differences``, ``fronts`` and ``sweep`` as svg and png in ``out``.
+
+    ``view`` is that of :func:`ablation_view`.  Returns the paths.
+    """
     settings = settings_of(cards)
     figures = {"fronts": fronts_figure(_fronts(settings, attack, network), attack, baseline)}
+    if (forest := next((chart for chart in view.charts if isinstance(chart, Intervals)), None)) is not None:
+        figures = {"differences": intervals_figure(forest), **figures}
     names, rows, methods = _sweep(settings, attack, network)
     if len(rows) > 1:
         figures["sweep"] = parallel_figure(names, rows, methods, attack)

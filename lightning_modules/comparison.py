@@ -229,7 +229,8 @@ def spread(values: Sequence[float], factor: float = 1.0, digits: int = 1, sign: 
     return text if math.isnan(std) else f"{text} ± {std:.{digits}f}"
 
 
-def _interval(found: Paired | None, digits: int = 1) -> str:
+def in_points(found: Paired | None, digits: int = 1) -> str:
+    """ "+0.1 [-1.3, +1.5]": a mean difference with its interval, in percentage points."""
     if found is None:
         return "–"
     if math.isnan(found.low):
@@ -304,10 +305,10 @@ def _doubted(setting: Setting) -> str:
 
 def in_a_line(verdict: Verdict, attack: str) -> str:
     """A verdict for the terminal."""
-    level = "" if verdict.equal_clean is None else f"; at equal clean accuracy {_interval(verdict.equal_clean)}"
+    level = "" if verdict.equal_clean is None else f"; at equal clean accuracy {in_points(verdict.equal_clean)}"
     return (
-        f"{verdict.setting.label} − {verdict.base.method}: clean {_interval(verdict.clean)}, {attack} "
-        f"{_interval(verdict.robust)} points, p {_p(verdict.robust.p)}, after Holm {_p(verdict.holm)}{level}"
+        f"{verdict.setting.label} − {verdict.base.method}: clean {in_points(verdict.clean)}, {attack} "
+        f"{in_points(verdict.robust)} points, p {_p(verdict.robust.p)}, after Holm {_p(verdict.holm)}{level}"
     )
 
 
@@ -318,13 +319,13 @@ def verdict_table(found: Sequence[Verdict], attack: str) -> Table:
             v.setting.label,
             v.base.label,
             v.robust.seeds,
-            _interval(v.clean),
-            _interval(v.robust),
+            in_points(v.clean),
+            in_points(v.robust),
             "–" if math.isnan(v.bootstrap[0]) else f"[{100 * v.bootstrap[0]:+.1f}, {100 * v.bootstrap[1]:+.1f}]",
             _p(v.robust.p),
             _p(v.robust.p_flip),
             _p(v.holm),
-            _interval(v.equal_clean) + _fewer(v.equal_clean, v.robust.seeds),
+            in_points(v.equal_clean) + _fewer(v.equal_clean, v.robust.seeds),
             "–" if v.equal_clean is None else _p(v.equal_clean.p),
             _p(v.holm_equal_clean),
             "–" if v.volume is None else f"{1e4 * v.volume.mean:+.0f} ({_p(v.volume.p)})",

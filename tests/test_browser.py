@@ -25,7 +25,7 @@ from interpret.views.health import health_view
 from interpret.views.page import ReportPage, packed, read_script
 from interpret.views.profiles import ProfilesPanel
 from interpret.views.versus import versus_view
-from interpret.views.view import Answer, Probe, Scatter, Table, View
+from interpret.views.view import Answer, Intervals, Probe, Scatter, Table, View
 from tests.composing import SMALL
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -273,8 +273,19 @@ def test_a_comparison_names_its_points_and_breaks_no_number(browser: Browser, tm
         "Fronts", "clean (%)", "PGD (%)", names, clean, robust, (1.0,) * 4, "", (0,) * 4, ("all",), named=True, line=(1, 0)
     )
     table = Table("Accuracy", ("method", "difference"), [("ours", "+1.0 [-0.5, +2.5]"), ("base", "40.1 ± 0.2")], open=True)
+    nan = float("nan")
+    forest = Intervals(
+        "Above",
+        "points",
+        ("sure", "wide", "one"),
+        (1.0, -1.0, 0.2),
+        (0.5, -9.0, nan),
+        (1.5, 7.0, nan),
+        ("+1.0", "-1.0", "0"),
+        2.0,
+    )
     report = ReportPage(tmp_path, "comparison")
-    report.write_epoch(0, 0, {}, [View("ablation", "Methods", "All is told.", (points, table))])
+    report.write_epoch(0, 0, {}, [View("ablation", "Methods", "All is told.", (points, table, forest))])
     with watched(browser, report.index.as_uri()) as (page, complaints):
         panel = page.locator("#panel-ablation")
         assert sorted(panel.locator("svg text.beside").all_text_contents()) == sorted(names)
@@ -286,6 +297,19 @@ def test_a_comparison_names_its_points_and_breaks_no_number(browser: Browser, tm
         line = panel.locator("polyline.joined").get_attribute("points").split()
         marks = {m.get_attribute("data-name"): m for m in panel.locator(".mark-point").all()}
         assert line == [",".join(marks[name].get_attribute(k) for k in ("cx", "cy")) for name in (names[1], names[0])]
+        tracks = panel.locator(".intervals .track")
+        left, width = (tracks.first.bounding_box()[key] for key in ("x", "width"))
+        for track, (low, middle, high) in zip(tracks.all(), ((0.5, 1.0, 1.5), (-2, -1, 2), (nan, 0.2, nan)), strict=True):
+            dot = track.locator("b").bounding_box()
+            assert dot["x"] + dot["width"] / 2 == pytest.approx(left + width * (middle + 2) / 4, abs=1)
+            if low == low:
+                bar = track.locator("i").bounding_box()
+                assert (bar["x"], bar["width"]) == pytest.approx(
+                    (left + width * (low + 2) / 4, width * (high - low) / 4), abs=1
+                )
+        assert [track.locator("b.apart").count() for track in tracks.all()] == [1, 0, 0]
+        assert [track.locator(".cut").count() for track in tracks.all()] == [0, 2, 0]
+        assert tracks.nth(2).locator("i").count() == 0
         cells = panel.locator("td").all_text_contents()
         assert "+1.0 [-0.5,\u00a0+2.5]" in cells
         assert "40.1\u00a0±\u00a00.2" in cells

@@ -20,12 +20,12 @@ from torch import nn
 import compare
 from defenses.statistics import bootstrap_interval, holm
 from interpret.observation import observe
-from interpret.views.ablation import Front, fronts_figure, parallel_figure
+from interpret.views.ablation import Front, fronts_figure, intervals_figure, parallel_figure
 from interpret.views.page import ReportPage, read_script
 from interpret.views.profiles import ProfilesPanel
 from interpret.views.text import comma_separated, latex, markdown
-from interpret.views.view import Probe, Scatter, Table
-from lightning_modules.ablation import _sweep, ablation_view, headline
+from interpret.views.view import Intervals, Probe, Scatter, Table
+from lightning_modules.ablation import _sweep, ablation_view, differences, headline
 from lightning_modules.cards import Evaluation, RunCard, card_of, read_card, read_cards, write_card, write_correct
 from lightning_modules.comparison import (
     above_front,
@@ -172,7 +172,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_the_table_says_what_scipy_says(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command(monkeypatch, *runs, "--out", tmp_path / "page", "--baseline", "trades")
     view = read_script(tmp_path / "page" / "data" / "epoch_00000.js")["views"][0]
-    accuracy, against = (chart for chart in view["charts"][1:3])
+    assert [chart["type"] for chart in view["charts"][:2]] == ["intervals", "scatter"]
+    accuracy, against = (chart for chart in view["charts"][2:4])
     assert accuracy["columns"][:5] == ["method", "setting", "seeds", "clean (%)", "PGD-20 (%)"]
     assert accuracy["rows"][0][:5] == ["trades", "", "3", "95.0 ± 0.0", "51.0 ± 1.0"]
     row = dict(zip(against["columns"], against["rows"][0], strict=True))
@@ -195,7 +196,8 @@ def test_the_table_says_what_scipy_says(runs: list[Path], tmp_path: Path, monkey
         rows = list(csv.DictReader(file))
     assert [float(row["PGD-20"]) for row in rows[:6]] == [*BASE, *OURS]
     assert [row["seed"] for row in rows[:3]] == ["0", "1", "2"]
-    assert "<svg" in (tmp_path / "page" / "fronts.svg").read_text()
+    for name in ("differences", "fronts"):
+        assert "<svg" in (tmp_path / "page" / f"{name}.svg").read_text()
 
 
 def test_a_baseline_or_attack_that_is_not_there_is_refused(
@@ -296,7 +298,7 @@ def test_the_validation_split_selects_and_the_fronts_compare_at_equal_clean_accu
     assert weak.volume is None
     assert math.isnan(weak.holm_equal_clean)
     assert [s.label for s in on_front(settings, "PGD")] == ["ours · w=2", "base · b=1", "weak · w=1"]
-    assert "at equal clean accuracy +2.2 points (ours · w=1)" in headline([ours, weak], "base", "PGD")
+    assert "at equal clean accuracy +2.2 points (ours · w=1, 3 seeds)" in headline([ours, weak], "base", "PGD")
 
 
 def test_a_candidate_is_judged_against_the_base_that_it_adds_to() -> None:
@@ -323,6 +325,14 @@ def test_a_candidate_is_judged_against_the_base_that_it_adds_to() -> None:
     # The better of both:
     both = verdicts(settings, "base", "PGD", bases={"ours": ["weak base", "base"]})
     assert next(v for v in both if v.setting.method == "ours").equal_clean.mean == pytest.approx(-0.118)
+    forest = differences(list(found.values()), "base", "PGD")
+    assert forest is not None
+    assert forest.names == ("ours, on weak base", "orphan", "weak base · b=2")  # best first
+    assert forest.middle == pytest.approx((3.2, -5, -10))
+    test = stats.ttest_1samp([3.0, 3.2, 3.4], 0).confidence_interval()
+    assert (forest.low[0], forest.high[0]) == pytest.approx((test.low, test.high))
+    assert forest.texts[0] == f"+3.2 [{test.low:+.1f}, {test.high:+.1f}], 3 seeds"
+    assert differences([replace(v, equal_clean=None) for v in found.values()], "base", "PGD") is None
     view = ablation_view(cards, "weak base", "PGD", "defended, best epoch", bases=bases)[0]
     (points,) = [chart for chart in view.charts if isinstance(chart, Scatter)]
     assert [points.names[i] for i in points.line] == ["weak base · b=2", "weak base · b=1"]  # from robust to clean
@@ -451,6 +461,22 @@ def test_weights_of_different_terms_are_different_axes() -> None:
     names, rows, methods = _sweep(settings_of(cards), "PGD", "defended, best epoch")
     assert (names, methods) == (["kl.weight", "pse.weight", "clean", "PGD"], ["a", "b"])
     np.testing.assert_array_equal(rows, [[2, np.nan, 0.9, 0.5], [np.nan, 3, 0.8, 0.6]])
+
+
+def test_an_interval_is_drawn_filled_where_it_is_without_0_and_cut_where_it_is_too_wide() -> None:
+    nan = float("nan")
+    names, low, high = ("sure", "not", "wide", "one"), (0.5, -0.5, -9.0, nan), (1.5, 1.5, 7.0, nan)
+    chart = Intervals("Above", "points", names, (1.0, 0.5, -1.0, 0.2), low, high, ("a", "b", "c", "d"), 2.0)
+    axes = intervals_figure(chart).axes[0]
+    bars = {line.get_ydata()[0]: list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2}
+    assert [bars[i] for i in range(3)] == [[0.5, 1.5], [-0.5, 1.5], [-2.0, 2.0]]
+    marks = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    assert {(m.get_ydata()[0], m.get_marker()) for m in marks if m.get_marker() != "o"} == {(2, "<"), (2, ">")}
+    dots = [m for m in marks if m.get_marker() == "o"]
+    assert [float(m.get_xdata()[0]) for m in dots] == list(chart.middle)
+    assert [m.get_markerfacecolor() == "white" for m in dots] == [False, True, True, True]
+    assert [text.get_text() for text in axes.texts] == ["sure", "a", "not", "b", "wide", "c", "one", "d"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row is on top
 
 
 def test_thirty_methods_are_named_apart() -> None:

@@ -451,7 +451,16 @@ def test_a_tiny_study_from_yaml_to_table_and_page(tmp_path: Path) -> None:
     again = subprocess.run(line, cwd=CONFIGS.parent, env=env, capture_output=True, text=True, check=True).stdout
     assert "9 members: 9 done, 0 failed 2 times, 0 to train" in again
     page = out / "comparison"
-    for name in ("tables.md", "tables.tex", "runs.csv", "fronts.svg", "fronts.png", "sweep.svg", "index.html"):
+    for name in (
+        "tables.md",
+        "tables.tex",
+        "runs.csv",
+        "differences.svg",
+        "fronts.svg",
+        "fronts.png",
+        "sweep.svg",
+        "index.html",
+    ):
         assert (page / name).stat().st_size > 500, name
     view = read_script(page / "data" / "epoch_00000.js")["views"][0]
     tables = [chart for chart in view["charts"] if chart["type"] == "table"]

@@ -25,7 +25,7 @@ from interpret.views import attribution, cam, encode, figures, pse, raster, trai
 from interpret.views.page import ReportPage, read_script, write_atomic
 from interpret.views.restoration import RestorationPanel
 from interpret.views.sensitivity import SensitivityPanel
-from interpret.views.view import Bars, Chart, Lines, MapColumn, Maps, Probe, Scatter, Table, Trend, View
+from interpret.views.view import Bars, Chart, Intervals, Lines, MapColumn, Maps, Probe, Scatter, Table, Trend, View
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
@@ -181,6 +181,7 @@ def some_views(epoch: int, name: str = "val-0") -> list[View]:
         Trend("Accuracy", ("val/clean_acc", "val/robust_acc"), ("clean", "robust"), "%", limits=(0, 1)),
         Trend("Kinds", ("a", "b"), ("a", "b"), style="share"),
         Bars("Bars", (name, "unit 1"), (2.0, -1.0), "σ", reference=(1.0, 1.0), reference_label="mean"),
+        Intervals("Above", "points", (name, "b"), (1.0, 0.2), (0.5, float("nan")), (1.5, float("nan")), ("+1.0", name), 2.0),
         some_maps(seed=epoch, name=name),
         Table("Cells", ("id", "value"), [(name, 0.5), ("val-1", float("nan"))]),
         Lines("Curves", (0.0, 0.5, 1.0), "strength", (name, "b"), ((0.0, float("nan"), 1.0), (2.0, 1.0, 0.5)), "logits"),
@@ -227,12 +228,12 @@ def test_page_files_parse_and_share_images(tmp_path: Path) -> None:
     assert len(first["blobs"]) == 2
     assert second["blobs"] == []  # the clean images are stored once
     assert second["needs"] == [1]
-    assert set(first["limits"]) == {"one/3/effect", "one/3/cam"}
+    assert set(first["limits"]) == {"one/4/effect", "one/4/cam"}
     data = read_script(tmp_path / "data" / first["file"])
-    effect = data["views"][0]["charts"][3]["columns"][1]
+    effect = data["views"][0]["charts"][4]["columns"][1]
     assert effect["cells"][0]["bits"] == 16
     largest = np.abs(some_maps(seed=1).columns[1].values).max((1, 2))
-    np.testing.assert_allclose(first["limits"]["one/3/effect"], largest, rtol=1e-5)
+    np.testing.assert_allclose(first["limits"]["one/4/effect"], largest, rtol=1e-5)
     assert not list(tmp_path.rglob(".*"))  # nothing temporary is left
 
 

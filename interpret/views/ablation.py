@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from interpret.views import raster
 from interpret.views.figures import DPI, INK, MUTED, _plain_axes
+from interpret.views.view import Intervals
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # the shape tells methods apart in a grey print
 LINES = ("-", "--", "-.", ":")
@@ -106,6 +107,34 @@ def _name(axes: Axes, named: Sequence[tuple[float, float, str, tuple[str, str]]]
             },
         )
         axes.plot(1.025, place, marker, color=colour, ms=5, transform=axes.transAxes, clip_on=False)
+
+
+def intervals_figure(chart: Intervals) -> Figure:
+    """The forest plot for papers: what crosses the line at 0 is hollow and grey, what does not is filled and in ink."""
+    rows = range(len(chart.names))
+    height = max(1.6, 0.21 * len(rows) + 0.85)
+    figure = Figure(figsize=(8.2, height), dpi=DPI)
+    axes = figure.add_axes((0.34, 0.45 / height, 0.4, 1 - 0.75 / height))
+    axes.axvline(0, color=INK, lw=0.8)
+    for i, (name, text) in enumerate(zip(chart.names, chart.texts, strict=True)):
+        low, middle, high = chart.low[i], chart.middle[i], chart.high[i]
+        apart = low > 0 or high < 0  # false for NaN
+        colour = INK if apart else MUTED
+        axes.plot(np.clip([low, high], -chart.limit, chart.limit), [i, i], color=colour, lw=1.6, solid_capstyle="butt")
+        for edge, beyond, marker in ((-chart.limit, low < -chart.limit, "<"), (chart.limit, high > chart.limit, ">")):
+            if beyond:
+                axes.plot(edge, i, marker, color=colour, ms=4, clip_on=False)
+        axes.plot(middle, i, "o", color=colour, mfc=colour if apart else "white", ms=5)
+        for x, words, align in ((-0.03, shorten(name, 52, placeholder="…"), "right"), (1.03, text, "left")):
+            axes.text(x, i, words, transform=axes.get_yaxis_transform(), ha=align, va="center", fontsize=7, parse_math=False)
+    axes.set_xlim(-chart.limit, chart.limit)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    _plain_axes(axes, "")
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(chart.x_label, fontsize=8, color=MUTED)
+    figure.text(0.01, 1 - 0.08 / height, chart.title, va="top", fontsize=8.5, color=INK, parse_math=False)
+    return figure
 
 
 def parallel_figure(axes_names: Sequence[str], rows: np.ndarray, groups: Sequence[str], colour_by: str) -> Figure:

@@ -13,7 +13,20 @@ from typing import Any
 import numpy as np
 
 from interpret.views.raster import colour_image
-from interpret.views.view import Bars, Chart, Lines, MapColumn, Maps, Profiles, Scatter, Stored, Table, Trend, UnitMaps
+from interpret.views.view import (
+    Bars,
+    Chart,
+    Intervals,
+    Lines,
+    MapColumn,
+    Maps,
+    Profiles,
+    Scatter,
+    Stored,
+    Table,
+    Trend,
+    UnitMaps,
+)
 
 FINE_CELLS = 64  # maps up to 8×8 cells are cheap: 16 bits each, so that the value under the pointer is exact enough
 
@@ -83,7 +96,9 @@ def shrink(values: np.ndarray, max_side: int, average: bool = True) -> np.ndarra
 @singledispatch
 def encode(chart: Chart, max_side: int = 64) -> Encoded:
     """One chart as JSON; a new chart type registers here and in ``page/charts.js``."""
-    raise TypeError(f"chart: expected Trend, Bars, Lines, Scatter, Maps, Table or Profiles; found {type(chart).__name__}")
+    raise TypeError(
+        f"chart: expected Trend, Bars, Intervals, Lines, Scatter, Maps, Table or Profiles; found {type(chart).__name__}"
+    )
 
 
 @encode.register
@@ -94,6 +109,11 @@ def _(chart: Trend, max_side: int = 64) -> Encoded:
 @encode.register
 def _(chart: Bars, max_side: int = 64) -> Encoded:
     return Encoded({"type": "bars", **asdict(chart)})
+
+
+@encode.register
+def _(chart: Intervals, max_side: int = 64) -> Encoded:
+    return Encoded({"type": "intervals", **asdict(chart)})
 
 
 @encode.register

@@ -109,6 +109,24 @@ class Bars:
 
 
 @dataclass(frozen=True)
+class Intervals:
+    """A forest plot: estimates with their intervals on one axis, a row a name, around 0, which is no effect.
+
+    An interval that leaves ±``limit`` is cut there, with an arrow; NaN edges draw the estimate alone.
+    ``texts`` says each row's numbers beside it.
+    """
+
+    title: str
+    x_label: str
+    names: tuple[str, ...]
+    middle: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    texts: tuple[str, ...]
+    limit: float
+
+
+@dataclass(frozen=True)
 class Lines:
     """Curves over one common axis, e.g. attack strength; unit "%" as in :class:`Trend`, for either axis.
 
@@ -271,7 +289,7 @@ class Answer:
     command: str = ""
 
 
-Chart = Trend | Bars | Lines | Scatter | Maps | Table | Profiles | Stored
+Chart = Trend | Bars | Intervals | Lines | Scatter | Maps | Table | Profiles | Stored
 
 
 @dataclass(frozen=True)

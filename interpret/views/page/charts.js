@@ -172,6 +172,23 @@ const Charts = (() => {
     return el("figure", { class: "card" }, el("h3", { class: "chart-title" }, chart.title), legend, el("div", { class: "bars" }, rows));
   }
 
+  /* ---- intervals: a forest plot; what crosses the line at 0 is not told apart from it ---- */
+
+  function intervals(chart) {
+    const place = (v) => 50 + (50 * Math.max(-chart.limit, Math.min(chart.limit, v))) / chart.limit;
+    const rows = chart.names.flatMap((name, i) => {
+      const [low, middle, high] = [chart.low[i], chart.middle[i], chart.high[i]], apart = low !== null && (low > 0 || high < 0);
+      const bar = low === null ? null : el("i", { class: apart ? "apart" : "", style: `left:${place(low)}%;width:${place(high) - place(low)}%` },
+        low < -chart.limit && el("span", { class: "cut" }, "◂") || null, high > chart.limit && el("span", { class: "cut right" }, "▸") || null);
+      const dot = middle === null ? null : el("b", { class: apart ? "apart" : "", style: `left:${place(middle)}%` });
+      return [el("span", { class: "name" }, name), el("span", { class: "track" }, el("em", { style: "left:50%" }), bar, dot), el("span", { class: "value" }, chart.texts[i])];
+    });
+    const marks = ticks(-chart.limit, chart.limit, 4).map((v) => el("span", { style: `left:${place(v)}%` }, short(v)));
+    return el("figure", { class: "card wide" }, el("h3", { class: "chart-title" }, chart.title),
+      el("div", { class: "bars intervals" }, rows, el("span", {}), el("span", { class: "ruler" }, marks), el("span", {})),
+      el("p", { class: "muted" }, chart.x_label));
+  }
+
   /* ---- lines: curves over one axis; hover reads all of them ---- */
 
   const tickText = (value, unit) => (unit === "%" ? `${Math.round(100 * value)} %` : short(value));
@@ -521,5 +538,5 @@ const Charts = (() => {
   const hush = () => { tip.hidden = true; };
   const profiles = (chart, ctx) => Profiles.draw(chart, ctx); // in profiles.js
 
-  return { el, svg, format, number, signed, short, command, bytes, colourMap, hint, hush, colours, ramps, pictureOf, draw: { trend, bars, lines, scatter, table, maps, profiles } };
+  return { el, svg, format, number, signed, short, command, bytes, colourMap, hint, hush, colours, ramps, pictureOf, draw: { trend, bars, intervals, lines, scatter, table, maps, profiles } };
 })();
