@@ -125,7 +125,7 @@ def intervals_figure(chart: Intervals) -> Figure:
             if beyond:
                 axes.plot(edge, i, marker, color=colour, ms=4, clip_on=False)
         axes.plot(middle, i, "o", color=colour, mfc=colour if apart else "white", ms=5)
-        for x, words, align in ((-0.03, shorten(name, 52, placeholder="…"), "right"), (1.03, text, "left")):
+        for x, words, align in ((-0.03, shorten(name, 46, placeholder="…"), "right"), (1.03, text, "left")):
             axes.text(x, i, words, transform=axes.get_yaxis_transform(), ha=align, va="center", fontsize=7, parse_math=False)
     axes.set_xlim(-chart.limit, chart.limit)
     axes.set_ylim(len(rows) - 0.4, -0.6)
