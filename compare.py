@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
@@ -22,6 +21,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from defenses.suite import SUITES
@@ -213,27 +213,41 @@ def composed(overrides: tuple[str, ...], seed: int) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def check_judges(study: Study, members: Sequence[Member]) -> None:
-    """Refuse, before any training, what would fail after it: suites that do not compose, and an attack that nothing runs.
+def judges_of(study: Study, members: Sequence[Member]) -> dict[str, DictConfig]:
+    """The configs of a study's suites; refused, before any training: one that does not compose, an attack that nothing runs.
 
     Raises:
         ValueError: names the key of the YAML.
     """
+    found = {}
     for name, lines in study.suites.items():
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-                asked = compose("evaluate", ["checkpoint=RUN", *lines])
+                found[name] = compose("evaluate", ["checkpoint=RUN", *lines])
         except HydraException as error:
             raise ValueError(f"study.suites.{name}: {' '.join(str(error).split())}") from error
-        if asked.suite not in SUITES:
-            raise ValueError(f"study.suites.{name}: expected suite={', '.join(SUITES)}; found {asked.suite!r}")
-        least = min((m.config["data"].get(f"{asked.split}_limit") or math.inf for m in members), default=math.inf)
-        if asked.images is not None and not 1 <= asked.images <= least:
-            raise ValueError(f"study.suites.{name}: expected 1 to {least} images, as in data; found {asked.images}")
+        if found[name].suite not in SUITES:
+            raise ValueError(f"study.suites.{name}: expected suite={', '.join(SUITES)}; found {found[name].suite!r}")
     known = {attack for member in members for attack in member.config["test_attacks"]} | set(study.suites)
     if study.attack is not None and study.attack not in known:
         raise ValueError(f"study.attack: expected one of {', '.join(sorted(known))}; found {study.attack!r}")
+    return found
+
+
+def check_images(judges: Mapping[str, DictConfig], members: Sequence[Member]) -> None:
+    """Refuse suites that ask for more images than the members' data has; it is loaded, once however many share it.
+
+    Raises:
+        ValueError: names the key of the YAML.
+    """
+    for config in {json.dumps(m.config["data"] | {"seed": 0}, default=str): m.config["data"] for m in members}.values():
+        data = instantiate(config, _convert_="all")
+        data.setup("fit")
+        for name, asked in judges.items():
+            there = len(data.test if asked.split == "test" else data.val)
+            if asked.images is not None and not 1 <= asked.images <= there:
+                raise ValueError(f"study.suites.{name}: expected 1 to {there} images, as there are; found {asked.images}")
 
 
 def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard], list[Table]]:
@@ -246,7 +260,7 @@ def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard], list[Ta
             raise ValueError(f"--jobs: expected a whole number >= 1, found {args.jobs}")
         rounds = rounds_of(study)
         members = members_of(study, composed, args.runs)
-        check_judges(study, members)
+        judges = judges_of(study, members)
         check_comparable([planned(member) for member in members], args.any_effort)
         if not any(fnmatch(m.name, args.only) for m in members):
             raise ValueError(f"--only: {args.only!r} matches none of {len(members)} members, e.g. {members[0].name}")
@@ -261,6 +275,9 @@ def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard], list[Ta
             chosen = [m for m in now.members if fnmatch(m.name, args.only)]
             if ended == 0 or (ended and not any(m in waiting for m in chosen)):
                 break
+            if ended is None and judges:
+                with clear_errors(args.debug, "--debug"):
+                    check_images(judges, [m for m in chosen if m in waiting])
             ended = run_members(chosen, args.out, ROOT / "train.py", args.jobs, tell)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")

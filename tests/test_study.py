@@ -410,7 +410,11 @@ def test_a_study_with_a_member_that_failed_compares_the_others_and_exits_with_1(
             "study.suites.fast suite: expected suite=probe, fast, standard, adaptive",
         ),
         ({"suites": {"fast suite": ["suite=fast", "nokey=1"]}}, "study.suites.fast suite: Could not override 'nokey'"),
-        ({"suites": {"fast suite": ["suite=fast", "images=100"]}}, "expected 1 to 80 images, as in data; found 100"),
+        ({"suites": {"fast suite": ["suite=fast", "images=100"]}}, "expected 1 to 80 images, as there are; found 100"),
+        (
+            {"budget": [], "suites": {"fast suite": ["suite=fast", "images=360"]}},
+            "expected 1 to 359 images, as there are; found 360",
+        ),
     ],
 )
 def test_what_would_fail_after_training_is_refused_before(
