@@ -568,6 +568,7 @@ def test_the_tables_of_the_documents_are_what_their_cards_say(folder: Path) -> N
         ("cifar10_small_trades", "confirm", (10, 11, 12)),
         ("cifar10_small_pse_sensitivity", "confirm", (10, 11, 12)),
         ("cifar10_small_pgd_at", "gate", (20, 21, 22)),
+        ("cifar10_few_pse", "few_confirm", (60, 61, 62)),
     ],
 )
 def test_a_recipe_is_what_a_study_trained(recipe: str, study: str, seeds: tuple[int, ...]) -> None:
