@@ -125,7 +125,7 @@ def differences(found: Sequence[Verdict], baseline: str, attack: str) -> Interva
     return Intervals(
         f"Accuracy under {attack} above {baseline if own else 'the base'} at the same clean accuracy, 95 % intervals",
         "points; filled: the interval is without 0, not corrected for the number of candidates",
-        tuple(v.setting.label if v.base.method == baseline else f"{v.setting.label}, on {v.base.method}" for v in known),
+        tuple(v.setting.label + (f", against {v.base.method}" if v.base.method != baseline else "") for v in known),
         tuple(100 * gain.mean for gain in gains),
         tuple(100 * gain.low for gain in gains),
         tuple(100 * gain.high for gain in gains),

@@ -327,7 +327,7 @@ def test_a_candidate_is_judged_against_the_base_that_it_adds_to() -> None:
     assert next(v for v in both if v.setting.method == "ours").equal_clean.mean == pytest.approx(-0.118)
     forest = differences(list(found.values()), "base", "PGD")
     assert forest is not None
-    assert forest.names == ("ours, on weak base", "orphan", "weak base · b=2")  # best first
+    assert forest.names == ("ours, against weak base", "orphan", "weak base · b=2")  # best first
     assert forest.middle == pytest.approx((3.2, -5, -10))
     test = stats.ttest_1samp([3.0, 3.2, 3.4], 0).confidence_interval()
     assert (forest.low[0], forest.high[0]) == pytest.approx((test.low, test.high))
