@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from defenses.statistics import front, mean_std
+from defenses.statistics import Paired, front, mean_std
 from interpret.views.ablation import Front, fronts_figure, intervals_figure, parallel_figure
 from interpret.views.figures import save
 from interpret.views.page import write_atomic
@@ -107,8 +107,12 @@ def headline(found: Sequence[Verdict], baseline: str, attack: str) -> str:
         return text + "."
     top = max(level, key=lambda v: v.equal_clean.mean if v.equal_clean else -math.inf)
     assert top.equal_clean is not None
-    name = f"{top.setting.label}, {top.equal_clean.seeds} seeds"
+    name = f"{top.setting.label}, {_seeds(top.equal_clean)}"
     return f"{text}; at equal clean accuracy {100 * top.equal_clean.mean:+.1f} points ({name})."
+
+
+def _seeds(gain: Paired) -> str:
+    return f"{gain.seeds} seed{'s' * (gain.seeds > 1)}"
 
 
 def differences(found: Sequence[Verdict], baseline: str, attack: str) -> Intervals | None:
@@ -129,7 +133,7 @@ def differences(found: Sequence[Verdict], baseline: str, attack: str) -> Interva
         tuple(100 * gain.mean for gain in gains),
         tuple(100 * gain.low for gain in gains),
         tuple(100 * gain.high for gain in gains),
-        tuple(f"{in_points(gain)}, {gain.seeds} seed{'s' * (gain.seeds > 1)}" for gain in gains),
+        tuple(f"{in_points(gain)}, {_seeds(gain)}" for gain in gains),
         max(2.0, 2 * max(abs(100 * gain.mean) for gain in gains)),
     )
 
