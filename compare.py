@@ -25,6 +25,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from defenses.suite import SUITES
+from interpret.storage import read_record
 from interpret.views.figures import charts_figure, save
 from interpret.views.page import ReportPage, stored_charts
 from interpret.views.view import Bars, Chart, Lines, Stored, Table, View
@@ -35,6 +36,7 @@ from lightning_modules.console import NOT_FINITE, clear_errors, console, show
 from lightning_modules.logging import check_wandb_mode, log_tables
 from lightning_modules.race import Race, race, race_table, rounds_of
 from lightning_modules.result_cards import cards_tables, cards_view, is_result_card, read_result_cards
+from lightning_modules.saved_config import read_yaml
 from lightning_modules.study import Member, Study, cards_of, forgive, left, members_of, planned, read_study, run_members
 
 ROOT = Path(__file__).resolve().parent
@@ -72,8 +74,7 @@ def read_run(path: Path) -> Run:
     """
     if not (path / "config.yaml").is_file() or not (path / "metrics.csv").is_file():
         raise ValueError(f"runs: expected a run folder with config.yaml and metrics.csv, found none at {path}")
-    config = OmegaConf.load(path / "config.yaml")
-    assert isinstance(config, DictConfig)
+    config = OmegaConf.create(read_yaml(path / "config.yaml", "runs"))
     with (path / "metrics.csv").open(newline="", encoding="utf-8") as file:
         metrics = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     if not metrics:
@@ -82,9 +83,9 @@ def read_run(path: Path) -> Run:
     return Run(
         path.name,
         config,
-        json.loads((path / "run.json").read_text(encoding="utf-8")),
+        read_record(path / "run.json", "runs"),
         metrics,
-        json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {},
+        read_record(results, "runs") if results.is_file() else {},
         path / "report",
     )
 
@@ -302,7 +303,8 @@ def compare_result_cards(paths: list[Path], out: Path | None, debug: bool) -> No
     page.finish()
     for table in cards_tables(cards):
         show(table)
-    console.print(f"[bold]{view.headline}[/bold]\npage  {page.index}")
+    console.print(view.headline, style="bold")
+    console.print(f"page  {page.index}")
 
 
 def main() -> None:

@@ -40,19 +40,21 @@ from defenses.threat import Threat
 from interpret.association import concept_weights
 from interpret.dissection import dissect
 from interpret.observation import feature_layers
+from interpret.storage import check_links, read_record, write_atomic
 from interpret.views.encode import plain
 from interpret.views.figures import save, write_png
 from interpret.views.masking import masking_view
-from interpret.views.page import KeyFigure, ReportPage, write_atomic
+from interpret.views.page import KeyFigure, ReportPage
 from interpret.views.profiles import ProfilesPanel
 from interpret.views.versus import versus_view
 from interpret.views.view import Bars, Lines, Table, View
 from lightning_modules.callbacks.dashboard import Dashboard, Nudge
-from lightning_modules.console import clear_errors, console, require_whole, steps
+from lightning_modules.console import clear_errors, console, note, require_whole, steps
 from lightning_modules.entry import run_command
 from lightning_modules.judging import card_view, judge, trust, write_card
 from lightning_modules.networks.build import load_weights, make_network
 from lightning_modules.run_folder import commit, versions
+from lightning_modules.saved_config import read_config
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 SANITY_IMAGES = 256
@@ -102,8 +104,7 @@ def completed(cfg: DictConfig, run: Path | None) -> DictConfig:
     """
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
-    saved = OmegaConf.load(run) if run is not None else OmegaConf.create()
-    assert isinstance(saved, DictConfig)
+    saved = OmegaConf.create(read_config(run, "checkpoint", cfg.trust) if run is not None else {})
     for key in ("data", "network", "threat", "budget", "channels_last", "regularizers"):
         if cfg.get(key) is None and saved.get(key) is not None:
             cfg[key] = saved[key]
@@ -195,8 +196,7 @@ def against(cfg: DictConfig, data: ImageDataModule) -> Other:
     """
     with told_as(checkpoint="against"):
         weights, run = located(cfg.against)
-    saved = OmegaConf.load(run) if run is not None else cfg
-    assert isinstance(saved, DictConfig)
+    saved = OmegaConf.create(read_config(run, "against", cfg.trust)) if run is not None else cfg
     for key in ("_target_", "classes"):
         if saved.data.get(key) != cfg.data.get(key):
             raise ValueError(f"against: {cfg.against} was trained on other data: data.{key} is {saved.data.get(key)}")
@@ -209,7 +209,7 @@ def against(cfg: DictConfig, data: ImageDataModule) -> Other:
 def command_of(run: Path | None) -> str:
     """What trained a run, as far as its folder says."""
     info = run.parent / "run.json" if run is not None else None
-    known = json.loads(info.read_text(encoding="utf-8")) if info is not None and info.is_file() else {}
+    known = read_record(info, "checkpoint") if info is not None and info.is_file() else {}
     return str(known.get("command", "python train.py"))
 
 
@@ -304,6 +304,7 @@ def new_folder(cfg: DictConfig, default: str, whole: str, what: str) -> Path:
     folder = Path(cfg.out) / name
     if (folder / whole).exists():
         raise ValueError(f"name: {folder} holds an {what} already; choose another name, or move it away")
+    check_links(folder, "name")
     return folder
 
 
@@ -363,7 +364,8 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
     text = json.dumps(plain(record(views, meta=meta, versions=versions(), config=config)), indent=1, allow_nan=False)
     write_atomic(folder / "analysis.json", text + "\n")  # last: its presence says that the analysis is whole
     for view in views:
-        console.print(f"[bold]{view.title}[/bold]  {view.headline}")
+        console.print(view.title, style="bold", end="  ")
+        console.print(view.headline)
     console.print(f"page      {page.index}\nnumbers   {folder / 'analysis.json'}\npictures  {folder}/*.png and *.svg")
     return folder
 
@@ -399,8 +401,8 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         if cfg.twin is not None:
             with told_as(checkpoint="twin", network="twin"):
                 twin_weights, twin_run = located(cfg.twin)
-                twin_network = OmegaConf.load(twin_run).network if twin_run is not None else cfg.network
-                twin = make_network(instantiate(twin_network), data).eval()
+                saved = cfg if twin_run is None else OmegaConf.create(read_config(twin_run, "twin", cfg.trust))
+                twin = make_network(instantiate(saved.network), data).eval()
                 load_weights(twin, twin_weights)
         part = data.test if cfg.split == "test" else data.val
         if cfg.images is not None and cfg.images > len(part):
@@ -418,7 +420,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
             cfg.panels = {}
             left_out = (*left_out, NO_PANELS)
         for words in left_out:
-            console.print(f"[yellow]note[/yellow]  {words}")
+            note(words)
         if cfg.masking.by is not None:
             require_masking(cfg.masking)
             choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
@@ -493,7 +495,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
     }
     page = draw(folder, meta, [lead, *views], ())
     write_card(folder, card)
-    console.print(f"[bold]{lead.headline}[/bold]")
+    console.print(lead.headline, style="bold")
     console.print(f"page      {page.index}\ncard      {folder / 'card.md'} and card.json")
     return folder
 

@@ -44,6 +44,7 @@ from lightning_modules.logging import RunLog, check_wandb_mode, survive, wandb_l
 from lightning_modules.networks.build import make_network
 from lightning_modules.processes import any_process, be_patient, check_processes, check_same_step, is_leader, launches
 from lightning_modules.run_folder import RunFolder
+from lightning_modules.saved_config import read_config
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -256,8 +257,7 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     Raises:
         ValueError: no run folder, or an override that the saved config does not hold.
     """
-    saved = OmegaConf.load(RunFolder.existing(cfg.resume).config)
-    assert isinstance(saved, DictConfig)
+    saved = OmegaConf.create(read_config(RunFolder.existing(cfg.resume).config, "resume", cfg.trust))
     for override in overrides:
         key, _, value = override.partition("=")
         if value == AUTO and key in ("trainer.precision", "channels_last"):

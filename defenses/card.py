@@ -22,6 +22,7 @@ from defenses.robustness import Evaluation, device_of, predict
 from defenses.sanity import SanityReport
 from defenses.threat import Threat
 from interpret.signals import summarised
+from interpret.views.text import markdown_text
 
 SCHEMA: Final = Path(__file__).with_name("card.schema.json")
 VERSION: Final = "glassarmor-card/1"
@@ -189,7 +190,8 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(card: Mapping[str, Any]) -> str:
-    """The card for people."""
+    """The card for people; names in it are shown letter by letter."""
+    card = _escaped(card)
     accuracy, suite, sanity = card["accuracy"], card["suite"], card["sanity"]
     low, high = accuracy["interval95"]
     lines = [
@@ -242,6 +244,15 @@ def markdown(card: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in about.items()), ""])
 
 
+def _escaped(value: Any) -> Any:
+    """With every text in it, keys too, as Markdown shows it letter by letter."""
+    if isinstance(value, Mapping):
+        return {_escaped(key): _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(inner) for inner in value]
+    return markdown_text(value) if isinstance(value, str) else value
+
+
 def settings_of(settings: Mapping[str, Any]) -> str:
     """The settings of an attack in one line: class, then what it was given; the ball, which all share, is left out."""
     settings = dict(settings)
@@ -271,6 +282,6 @@ def _percents(values: Sequence[float]) -> str:
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     def line(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(map(str, cells)) + " |"
 
     return [line(head), line(["---"] * len(head)), *map(line, rows), ""]

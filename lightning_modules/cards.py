@@ -31,7 +31,8 @@ SAME: Final = {  # key of the config → what it is about; only seeds may differ
     "probe": "dashboard images",
 }
 EFFORT: Final = ("trainer.max_epochs", "trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.precision")
-ELSEWHERE: Final = ("out", "name", "resume", "debug", "hydra", "wandb")  # says where things lie, not what is computed
+# They say where things lie, not what is computed.
+ELSEWHERE: Final = ("out", "name", "resume", "trust", "debug", "hydra", "wandb")
 PLACES: Final = ("path", "test_path", "root", "download")  # of the data
 
 

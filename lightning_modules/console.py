@@ -8,15 +8,40 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any, Final
+from unicodedata import category
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from interpret.views.view import Table
 from lightning_modules.processes import is_echo
 
+_TURNING: Final = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the order of what is read
 EVERY: Final = 15.0  # seconds from one line of progress to the next, where there is no terminal for a bar
-console = Console(soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal takes for commands: names come from data, and data from anywhere."""
+    return "".join(c if c in "\n\t" or (category(c) not in ("Cc", "Cs") and c not in _TURNING) else "�" for c in text)
+
+
+class _Terminal(Console):
+    """What is printed is text alone: no markup, no emoji codes, no control sequences, wherever a name comes from."""
+
+    def __init__(self) -> None:
+        super().__init__(soft_wrap=True, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+console = _Terminal()
+
+
+def note(words: str) -> None:
+    """A line that is marked as a note."""
+    console.print(Text.assemble(("note", "yellow"), f"  {printable(words)}"))
 
 
 def now_and_then() -> Callable[[str], None]:
@@ -60,7 +85,7 @@ def clear_errors(debug: bool, how: str = "debug=true") -> Iterator[None]:
             root = root.__cause__
         kind = "" if isinstance(root, (ValueError, OSError)) else f"{type(root).__name__}: "
         if not is_echo():
-            print(f"error: {kind}{' '.join(str(root).split())}\n({how} shows the stack trace)", file=sys.stderr)
+            print(f"error: {kind}{printable(' '.join(str(root).split()))}\n({how} shows the stack trace)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from defenses.compiling import NotCompiled
 from lightning_modules.classifier import Diverged
+from lightning_modules.console import printable
 from lightning_modules.processes import is_echo
 
 
@@ -58,7 +59,7 @@ def require_class(config: DictConfig, key: str, expected: type) -> None:
 
 def _end(line: str, code: int) -> None:
     if not is_echo():
-        print(f"error: {line}\n(debug=true shows the stack trace)", file=sys.stderr)
+        print(f"error: {printable(line)}\n(debug=true shows the stack trace)", file=sys.stderr)
     sys.exit(code)
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ from defenses.threat import Threat
 from interpret.views.figures import charts_figure, to_array
 from interpret.views.page import write_atomic
 from interpret.views.view import Answer, Bars, Chart, Lines, Table, View
-from lightning_modules.console import console, now_and_then, show
+from lightning_modules.console import console, note, now_and_then, show
 
 STATE: Final = "suite_state.json"
 
@@ -39,7 +40,8 @@ def suite_bar() -> Iterator[Callable[[Progress], None]]:
         tell = now_and_then()
         yield lambda now: tell(f"{now.title}, {now.batch} of {now.batches}: {so_far(now)}")
         return
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn()
+    said = partial(TextColumn, markup=False)
+    columns = said("{task.description}"), BarColumn(), said("{task.fields[told]}"), TimeElapsedColumn()
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=1, told="")
 
@@ -114,7 +116,7 @@ def judge(
             fallen=fallen,
         )
     for words in dict.fromkeys([*(str(each.message) for each in told), *found.notes]):
-        console.print(f"[yellow]note[/yellow]  {words}")
+        note(words)
     show(attack_table(found))
     return found
 

@@ -334,8 +334,8 @@ def test_an_open_page_notices_a_new_epoch(browser: Browser, tmp_path: Path) -> N
     with watched(browser, report.index.as_uri()) as (page, complaints):
         assert page.get_attribute("body", "data-ready") == "1"
         report.write_epoch(1, 2, {"val/robust_acc": 0.4}, [])
-        page.wait_for_function("document.getElementById('epoch-label').textContent.startsWith('epoch 1')", timeout=15000)
-        page.wait_for_function("document.getElementById('overview').innerText.includes('40.0 %')", timeout=15000)
+        page.locator("#epoch-label", has_text="epoch 1").wait_for(timeout=15000)
+        page.locator("#overview", has_text="40.0 %").wait_for(timeout=15000)
         assert complaints == []
 
 
@@ -355,6 +355,24 @@ def test_hostile_names_are_shown_and_not_run(browser: Browser, tmp_path: Path) -
         assert evil in page.locator(".answers").inner_text()
         assert evil in page.locator(".answers code").first.inner_text()
         assert complaints == []
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_program_that_is_not_the_pages_does_not_run(browser: Browser, tmp_path: Path, finished: bool) -> None:
+    """Even where markup got into the file: the policy names each program, and no server at all."""
+    report = ReportPage(tmp_path, "run")
+    report.write_epoch(0, 1, {"val/robust_acc": 0.1}, [])
+    index = report.finish() if finished else report.index
+    planted = '<script>document.title = "ran"</script><img src="x" onerror="document.title = \'ran\'"></body>'
+    index.write_text(index.read_text().replace("</body>", planted))
+    page = browser.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(index.as_uri())
+    page.wait_for_selector('body[data-ready="1"]')
+    assert page.title().startswith("run")
+    assert sum("Content Security Policy" in text for text in said) >= 2
+    page.close()
 
 
 def test_a_collapsed_run_says_so_first_with_its_alarm_and_a_command(browser: Browser, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from omegaconf import OmegaConf
 from scipy import stats
 from torch import nn
@@ -414,7 +416,7 @@ def test_a_card_whose_accuracy_is_not_that_of_its_images_is_refused(tmp_path: Pa
 
 def test_tables_as_text() -> None:
     table = Table("Δ & 50 %", ("a_b", "c|d"), [("x|y", float("nan")), ("{z}", 0.123456)])
-    assert markdown(table).splitlines()[2:] == ["| a_b | c|d |", "| --- | ---: |", "| x\\|y | – |", "| {z} | 0.1235 |"]
+    assert markdown(table).splitlines()[2:] == ["| a_b | c\\|d |", "| --- | ---: |", "| x\\|y | – |", "| {z} | 0.1235 |"]
     text = latex(table)
     assert r"a\_b & c|d \\" in text
     assert r"\{z\} & 0.1235 \\" in text
@@ -502,3 +504,43 @@ def test_measures_are_of_the_best_epoch_or_the_first_drawn_after_it(tmp_path: Pa
     for rows, expected in ((lines, 3.0), ([*lines[:2], "1,0.4,0.5,2", lines[3]], 2.0), (lines[:3], 1.0)):
         (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
         assert card_of(tmp_path).measured["pse/gap"] == expected
+
+
+HOSTILE = (
+    *("<script>alert(1)</script>", "[x](javascript:alert(1))", "![x](http://a/b.png)", "a|b", "`c`", "# head"),
+    *("x\r\n\ny", "- b", "_a_ **b**", "&lt;"),
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_in_markdown(name: str) -> None:
+    """Read back by a Markdown parser: no HTML, link, picture, code or further cell, and the name as it was."""
+    document = MarkdownIt("commonmark", {"html": True}).enable("table")
+    text = markdown(Table(name, (name, "n"), [(name, 1.0)]))
+    tokens = [inner for token in document.parse(text) for inner in [token, *(token.children or [])]]
+    assert {token.type for token in tokens} & {"html_inline", "html_block", "link_open", "image", "code_inline"} == set()
+    cells = [token.content for token in tokens if token.type == "inline"]
+    assert len(cells) == 5  # title, two heads, two cells
+    shown = "".join(token.content for token in tokens if token.type in ("text", "text_special") or token.type == "softbreak")
+    assert shown.count(" ".join(name.split())) == 3
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1+cmd|' /C calc'!A0", "@SUM(A1)", "-2+x()", "\t=1", " =1", "\n=1"])
+def test_a_spreadsheet_finds_no_formula(cell: str) -> None:
+    read = [*csv.reader(io.StringIO(comma_separated(Table("t", ("name", cell), [(cell, -1.5)])), newline=""))]
+    assert read[0][1] == read[1][0] == f"'{cell}"
+    assert read[1][1] == "-1.5"
+
+
+def test_numbers_with_intervals_stay_numbers_in_csv() -> None:
+    assert comma_separated(Table("t", ("a",), [("+0.4 [+0.1, +2.0]",), ("−1.2 ± 0.3 %",)])).splitlines()[1:] == [
+        '"+0.4 [+0.1, +2.0]"',
+        "−1.2 ± 0.3 %",
+    ]
+
+
+def test_latex_has_no_further_line_or_command() -> None:
+    text = latex(Table("a\nb\\input{x}", ("c\n\\end{tabular}",), [("d\r\ne%",)]))
+    assert text.splitlines()[0] == r"% a b\textbackslash{}input\{x\}"
+    assert r"c \textbackslash{}end\{tabular\} \\" in text
+    assert r"d e\% \\" in text

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -26,12 +25,14 @@ from typing import Any, Final
 import jinja2
 from markupsafe import Markup
 
+from interpret.storage import write_atomic
 from interpret.views import raster
 from interpret.views.changes import changes
 from interpret.views.encode import _base64, encode, plain, to_json
 from interpret.views.view import Stored, Table, Trend, View
 
 SCHEMA: Final = 1
+START: Final = Markup("GLASSARMOR.start();")
 _MANIFEST_CALL, _EPOCH_CALL = "GLASSARMOR.manifest(", "GLASSARMOR.epoch("
 
 
@@ -242,14 +243,34 @@ class ReportPage:
         """The page, with this manifest and these epochs (file, JSON) inside, or with neither."""
         files = resources.files("interpret.views").joinpath("page")
         environment = jinja2.Environment(autoescape=True, keep_trailing_newline=True)
+        style = _trusted(files, "style.css")
+        program = _trusted(files, "charts.js") + _trusted(files, "profiles.js") + _trusted(files, "app.js")
         return environment.from_string(files.joinpath("index.html").read_text(encoding="utf-8")).render(
+            policy=policy((program, START), style, beside=manifest is None),
             title=self._manifest["title"],
-            style=_trusted(files, "style.css"),
-            program=_trusted(files, "charts.js") + _trusted(files, "profiles.js") + _trusted(files, "app.js"),
+            style=style,
+            program=program,
+            start=START,
             colours=_json_markup(colour_tables()),
             manifest=None if manifest is None else _json_markup(manifest),
             epochs=[(file, Markup(body.replace("<", "\\u003c"))) for file, body in bodies],
         )
+
+
+def policy(programs: Sequence[str], style: str, beside: bool) -> str:
+    """The page's content security policy: these programs and this style run, and nothing else, whatever a name holds.
+
+    ``beside``: the data lie in scripts beside the page; else it needs no file and no server at all.
+    """
+
+    def digest(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
+
+    scripts = " ".join([*map(digest, programs), *(["'self'"] if beside else [])])
+    return (
+        f"default-src 'none'; script-src {scripts}; style-src {digest(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def _trusted(files: Traversable, name: str) -> Markup:
@@ -316,21 +337,3 @@ def stored_charts(report: Path, epoch: int, view: str) -> tuple[Stored, ...]:
 def _script_body(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     return text[text.index("(") + 1 : text.rindex(")")]
-
-
-def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
-    """Replace a file as a whole: readers, and a machine that was switched off, find the old one or the new one.
-
-    Raises:
-        OSError: it could not be written; the old one is still there.
-    """
-    part = path.with_name(f".{path.name}.part")  # one name, so that what a killed process left is overwritten
-    try:
-        with part.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

@@ -1,0 +1,90 @@
+"""Files: written whole or not at all, never through a link; read with what is wrong in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+LARGEST: Final = 1 << 29  # bytes of a JSON file that is read at all
+
+
+def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
+    """Replace a file as a whole: readers, and a machine that was switched off, find the old one or the new one.
+
+    Where ``path`` is a link, the link is replaced, and what it leads to is left alone.
+
+    Raises:
+        OSError: it could not be written; the old one is still there.
+    """
+    part = path.with_name(f".{path.name}.part")  # one name, so that what a killed process left is overwritten
+    part.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)  # never into what a planted link names
+    try:
+        with open(os.open(part, flags, 0o666), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path, key: str = "") -> Any:
+    """What a JSON file holds.
+
+    Args:
+        key: what the user named it by, e.g. "checkpoint"; errors begin with it.
+
+    Raises:
+        ValueError: no file, one above ``LARGEST``, or no JSON: names the file.
+    """
+    said = f"{key}: {path}" if key else str(path)
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
+            raise ValueError(f"expected a file of at most {LARGEST >> 20} MiB, found {found.st_size >> 20} MiB")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{said} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:  # cut, garbage, other encodings, nested without end
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{said} is no readable JSON ({why}); it may be cut or damaged") from error
+
+
+def read_record(path: Path, key: str = "") -> dict[str, Any]:
+    """As :func:`read_json`, for a file that holds one object.
+
+    Raises:
+        ValueError: see :func:`read_json`; also where it holds something else.
+    """
+    found = read_json(path, key)
+    if not isinstance(found, dict):
+        said = f"{key}: {path}" if key else str(path)
+        raise ValueError(f"{said}: expected a JSON object, found {type(found).__name__}; it may be damaged")
+    return found
+
+
+def check_links(folder: Path, key: str, into: Sequence[str] = ("checkpoints", "report", "report/data", "cards")) -> None:
+    """Refuse a folder in which a file or folder is a link that leads out of it: what is written there would leave it.
+
+    Args:
+        into: its folders that are looked into, too.
+
+    Raises:
+        ValueError: names the link and where it leads.
+    """
+    inside = folder.resolve()
+    for place in (folder, *(folder / name for name in into)):
+        if not place.is_dir():
+            continue
+        for entry in place.iterdir():
+            if entry.is_symlink() and not entry.resolve().is_relative_to(inside):
+                raise ValueError(
+                    f"{key}: {entry} is a link to {entry.resolve()}, outside {folder}, and writing would follow it; "
+                    "expected files and folders of its own"
+                )
