@@ -7,7 +7,6 @@ python compare.py --study configs/study/tiny.yaml --out DIR [--jobs 2] [data.pat
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
@@ -25,7 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from defenses.suite import SUITES
-from interpret.storage import read_record
+from interpret.storage import read_numbers, read_record
 from interpret.views.figures import charts_figure, save
 from interpret.views.page import ReportPage, stored_charts
 from interpret.views.view import Bars, Chart, Lines, Stored, Table, View
@@ -75,8 +74,7 @@ def read_run(path: Path) -> Run:
     if not (path / "config.yaml").is_file() or not (path / "metrics.csv").is_file():
         raise ValueError(f"runs: expected a run folder with config.yaml and metrics.csv, found none at {path}")
     config = OmegaConf.create(read_yaml(path / "config.yaml", "runs"))
-    with (path / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        metrics = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    metrics = read_numbers(path / "metrics.csv", "runs")
     if not metrics:
         raise ValueError(f"runs: {path} holds no finished epoch")
     results = path / "results.json"

@@ -564,4 +564,4 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its hints are not about this run
-    run_command(main, CONFIGS, "evaluate")
+    run_command(main, CONFIGS, "evaluate", "the same command goes on where a suite was; an analysis begins anew")

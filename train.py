@@ -40,7 +40,7 @@ from lightning_modules.classifier import Diverged, RobustClassifier
 from lightning_modules.console import accuracy_table, clear_errors, console, require_whole, show
 from lightning_modules.entry import require_class, run_command
 from lightning_modules.hardware import AUTO, settled, wandb_sweep
-from lightning_modules.logging import RunLog, check_wandb_mode, survive, wandb_logger
+from lightning_modules.logging import NotKept, RunLog, check_wandb_mode, wandb_logger
 from lightning_modules.networks.build import make_network
 from lightning_modules.processes import any_process, be_patient, check_processes, check_same_step, is_leader, launches
 from lightning_modules.run_folder import RunFolder
@@ -154,7 +154,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
         many = {"processes": step[0], "images_a_step": math.prod(step)}
         if folder is not None:
             check_same_step(folder.info, *step)
-        point = folder.resume_point() if folder is not None else None
+        point = folder.resume_point(module) if folder is not None else None
         require_whole({"checkpoint_every": cfg.get("checkpoint_every")}, {"checkpoint_every": 1})
         if not is_leader():  # one folder a run: what another process would write or say goes nowhere
             console.quiet, cfg.wandb.mode = True, "disabled"
@@ -162,8 +162,8 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
         elif folder is None:
             composed = OmegaConf.to_yaml(cfg, resolve=True)
             folder = RunFolder.create(cfg.out, cfg.name, what, composed, probe=probe.hash, command=command, **many)
-        else:
-            folder.note(**many)
+        hold = folder.hold()
+        folder.note(**many)
 
     info = folder.info
     dashboard.command = info.get("command", dashboard.command)
@@ -193,7 +193,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
     if point is not None:
         console.print(f"resume      {point}")
         log.resume_from(point.epoch)
-    with closing(log), Preemption(kept, folder.path) as preemption:
+    with closing(hold), closing(log), Preemption(kept, folder.path) as preemption:
         console.print(
             f"run folder  {folder.path}\ndashboard   {folder.report / 'index.html'} (open it now: it grows while we train)"
         )
@@ -234,14 +234,16 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
                 console.print(f"the network without defense is left out of the table: {error}")
         if not is_leader():
             return kept.best_score or 0.0
-        survive("write correct.json", lambda: write_correct(folder.path, correct))
+        log.keep("write correct.json", lambda: write_correct(folder.path, correct))
         table = accuracy_table(f"Accuracy on the test set, {meta['threat']}", records, broken)
         log.results(table, {"threat": meta["threat"], "not_finite": broken, **records})
     show(table)
-    console.print(f"dashboard    {folder.report / 'index.html'}\nmetrics      {folder.path / 'metrics.csv'}")
-    console.print(f"checkpoints  {folder.best} and {folder.last.name}")
+    for what, path in folder.files().items():
+        console.print(f"{what:<11}  {path}")
     if logger is not None:
         console.print(f"W&B          {folder.path / 'wandb'} (an offline run is sent with: wandb sync DIRECTORY)")
+    if lost := log.lost | kept.lost:
+        raise NotKept(lost, folder.path)
     return kept.best_score or 0.0
 
 
@@ -293,4 +295,4 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join([str(CONFIGS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     from train import main as command
 
-    run_command(command, CONFIGS, "train")
+    run_command(command, CONFIGS, "train", "nothing was trained yet")

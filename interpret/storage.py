@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import stat
@@ -66,6 +67,52 @@ def read_record(path: Path, key: str = "") -> dict[str, Any]:
     if not isinstance(found, dict):
         said = f"{key}: {path}" if key else str(path)
         raise ValueError(f"{said}: expected a JSON object, found {type(found).__name__}; it may be damaged")
+    return found
+
+
+def read_numbers(path: Path, key: str = "") -> list[dict[str, float]]:
+    """Rows of a CSV of numbers such as ``metrics.csv``; empty cells are left out.
+
+    Raises:
+        ValueError: a cell that is no number, or a row without an epoch: names the file and the line.
+    """
+    said = f"{key}: {path}" if key else str(path)
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for i, row in enumerate(csv.DictReader(file), start=2):
+                try:
+                    found = {name: float(value) for name, value in row.items() if value}
+                    rows.append(found | {name: int(found[name]) for name in ("epoch", "step")})
+                except (TypeError, ValueError, KeyError, OverflowError):
+                    raise ValueError(f"line {i}: expected numbers, an epoch and a step among them") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{said} is no readable table of numbers ({error}); it may be cut or damaged") from error
+    return rows
+
+
+def read_lines(path: Path, key: str = "") -> list[dict[str, Any]]:
+    """Objects of a JSONL file such as ``health.jsonl``, oldest first, without a last line that was cut off.
+
+    Raises:
+        ValueError: a line that is no JSON object: names the file and the line.
+    """
+    said = f"{key}: {path}" if key else str(path)
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{said} cannot be read ({error}); it may be damaged") from error
+    for i, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            event = None
+        if not isinstance(event, dict):
+            raise ValueError(f"{said}: line {i} is no JSON object; it may be damaged")
+        found.append(event)
     return found
 
 

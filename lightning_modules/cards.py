@@ -5,7 +5,6 @@ A card is read from a run folder, or from the JSON that an earlier comparison wr
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -18,8 +17,8 @@ import numpy as np
 import yaml
 from torch import Tensor
 
+from interpret.storage import read_numbers, write_atomic
 from interpret.views.encode import plain
-from interpret.views.page import write_atomic
 
 SAME: Final = {  # key of the config → what it is about; only seeds may differ
     "data": "split",
@@ -137,8 +136,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """``metrics.csv``, a row an epoch; empty where there is none."""
     if not (folder / "metrics.csv").is_file():
         return []
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return read_numbers(folder / "metrics.csv", "runs")
 
 
 def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", failure: str = "") -> RunCard:

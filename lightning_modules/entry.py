@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import re
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -18,18 +19,23 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from defenses.compiling import NotCompiled
+from lightning_modules.callbacks.preemption import INTERRUPTED
 from lightning_modules.classifier import Diverged
 from lightning_modules.console import printable
+from lightning_modules.logging import NotKept
 from lightning_modules.processes import is_echo
 
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-def run_command(command: Callable[[], Any], configs: Path, name: str) -> None:
+
+def run_command(command: Callable[[], Any], configs: Path, name: str, again: str) -> None:
     """Call a Hydra main on this process's arguments; exit code 2 for arguments that it refuses, 1 where it cannot go on.
 
     With ``debug=true``, or with ``HYDRA_FULL_ERROR=1`` around it, errors are left as they are.
 
     Args:
         configs, name: the folder and the name of its config.
+        again: what the same command does when it was stopped, in words.
     """
     words = sys.argv[1:]
     if "debug=true" in words or os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -41,8 +47,14 @@ def run_command(command: Callable[[], Any], configs: Path, name: str) -> None:
     except HydraException as error:
         said = " ".join(str(error).partition("Config search path")[0].split())
         _end(refusal(said, words, configs, name), 2)
-    except (Diverged, NotCompiled) as error:
+    except (Diverged, NotCompiled, NotKept) as error:
         _end(str(error), 1)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _end(f"{error.filename or 'a file'} could not be written ({error.strerror}); {again}", 1)
+    except KeyboardInterrupt:
+        _end(f"stopped; {again}", INTERRUPTED)
 
 
 def require_class(config: DictConfig, key: str, expected: type) -> None:

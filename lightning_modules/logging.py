@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from netrc import NetrcParseError, netrc
@@ -16,13 +17,28 @@ from typing import Any, Literal, get_args
 import wandb
 from pytorch_lightning.loggers import WandbLogger
 
-from interpret.views.page import ReportPage, write_atomic
+from interpret.storage import read_lines, read_numbers, write_atomic
+from interpret.views.page import ReportPage
 from interpret.views.view import Table, View
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 HEALTH = "health.jsonl"
 INIT_TIMEOUT = 30  # seconds to wait for a W&B server before a run is recorded offline
 FINISH_TIMEOUT = 300  # seconds to wait at the end for uploads; without it W&B waits for a server that is gone for ever
+
+
+class NotKept(RuntimeError):
+    """A run that came to its end, but not all of it is on the disk.
+
+    Args:
+        lost: what could not be done, e.g. "write results.json", and why.
+        folder: the run folder.
+    """
+
+    def __init__(self, lost: Mapping[str, str], folder: Path) -> None:
+        what = "; ".join(f"could not {what} ({why})" for what, why in lost.items())
+        go_on = shlex.join(["python", "train.py", f"resume={folder}"])
+        super().__init__(f"the run ended, but {what}. Make room, then go on with  {go_on}")
 
 
 class RunLog:
@@ -39,12 +55,16 @@ class RunLog:
         self.page = page
         self.wandb_logger = wandb_logger
         self.history: list[dict[str, float]] = []
+        self.lost: dict[str, str] = {}  # what of the run folder could not be written, and has not been since: why
         metrics = folder / "metrics.csv"
         if metrics.exists():
-            with metrics.open(newline="", encoding="utf-8") as file:
-                self.history = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-            for row in self.history:
-                row |= {"epoch": int(row["epoch"]), "step": int(row["step"])}
+            self.history = read_numbers(metrics)
+
+    def keep(self, what: str, call: Callable[[], Any]) -> None:
+        """Write something of the run folder; where that fails training goes on, and ``lost`` holds it until it succeeds."""
+        self.lost.pop(what, None)
+        if failed := survive(what, call):
+            self.lost[what] = failed
 
     def resume_from(self, epoch: int) -> None:
         """Forget epochs that will be trained again."""
@@ -57,9 +77,9 @@ class RunLog:
         for view in views:
             scalars = {**scalars, **view.scalars}
         self.history.append({"epoch": epoch, "step": step, **scalars})
-        survive("write metrics.csv", self._write_csv)
+        self.keep("write metrics.csv", self._write_csv)
         if self.page is not None:
-            survive("write the report", lambda: self.page.write_epoch(epoch, step, scalars, views))  # type: ignore[union-attr]
+            self.keep("write the report", lambda: self.page.write_epoch(epoch, step, scalars, views))  # type: ignore[union-attr]
         if self.wandb_logger is not None:
             survive("log an epoch to W&B", lambda: self._log_to_wandb(epoch, step, views))
 
@@ -82,7 +102,7 @@ class RunLog:
     def reading(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """One look at the run's health: a line of ``health.jsonl``, and W&B's curves ``health/…`` by step."""
         event = {"event": "reading", "epoch": epoch, "step": step, "values": dict(values)}
-        survive("write health.jsonl", lambda: self._event(event))
+        self.keep("write health.jsonl", lambda: self._event(event))
         if self.wandb_logger is not None:
             payload = {"epoch": epoch, "trainer/global_step": step, **{f"health/{k}": v for k, v in values.items()}}
             survive("log a reading", lambda: self.wandb_logger.experiment.log(payload))  # type: ignore[union-attr]
@@ -90,9 +110,9 @@ class RunLog:
     def alarm(self, epoch: int, step: int, kind: str, text: str, action: str, values: Mapping[str, float]) -> None:
         """Bad news: ``health.jsonl``, a mark on the page, an alert and the summary of W&B."""
         event = {"event": "alarm", "epoch": epoch, "step": step, "kind": kind, "text": text, "action": action}
-        survive("write health.jsonl", lambda: self._event({**event, "values": dict(values)}))
+        self.keep("write health.jsonl", lambda: self._event({**event, "values": dict(values)}))
         if self.page is not None:
-            survive("write the report", lambda: self.page.add_alarm(epoch, step, text, action))  # type: ignore[union-attr]
+            self.keep("write the report", lambda: self.page.add_alarm(epoch, step, text, action))  # type: ignore[union-attr]
         if self.wandb_logger is not None:
             run = self.wandb_logger.experiment
             level = "WARN" if action == "warned" else "ERROR"
@@ -101,8 +121,8 @@ class RunLog:
 
     def resume_from_step(self, step: int) -> None:
         """Forget readings and alarms after this step: they will be taken again."""
-        events = [event for event in read_events(self.folder / HEALTH) if event["step"] <= step]
         if (self.folder / HEALTH).exists():
+            events = [event for event in read_lines(self.folder / HEALTH) if event["step"] <= step]
             write_atomic(self.folder / HEALTH, "".join(json.dumps(event) + "\n" for event in events))
         if self.page is not None:
             self.page.drop_alarms(step)
@@ -119,9 +139,9 @@ class RunLog:
     def results(self, table: Table, records: Mapping[str, Any]) -> None:
         """The final comparison: ``results.json``, on top of the report, and in W&B's summary."""
         text = json.dumps(records, indent=2) + "\n"
-        survive("write results.json", lambda: write_atomic(self.folder / "results.json", text))
+        self.keep("write results.json", lambda: write_atomic(self.folder / "results.json", text))
         if self.page is not None:
-            survive("write the report", lambda: self._finish_page(table))
+            self.keep("write the report", lambda: self._finish_page(table))
         if self.wandb_logger is not None:
             survive("log the results to W&B", lambda: self._results_to_wandb(table))
 
@@ -150,13 +170,6 @@ class RunLog:
         write_atomic(self.folder / "metrics.csv", text.getvalue())
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a ``health.jsonl``, oldest first, without a last line that was cut off; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
-
 _told: set[str] = set()
 
 
@@ -175,10 +188,14 @@ def log_tables(folder: Path, project: str, mode: WandbMode, tables: Mapping[str,
     survive("finish", wandb.finish)
 
 
-def survive(what: str, call: Callable[[], Any]) -> None:
-    """Records are guests: where one can't be written, training goes on, and the next one is tried.  Said once each."""
+def survive(what: str, call: Callable[[], Any]) -> str:
+    """Records are guests: where one can't be written, training goes on, and the next one is tried.  Said once each.
+
+    Returns why it failed, or an empty text.
+    """
     try:
         call()
+        return ""
     except Exception as error:
         # Without the name of the file, which differs each time.
         reason = f"{type(error).__name__}: {(isinstance(error, OSError) and error.strerror) or error}"
@@ -186,6 +203,7 @@ def survive(what: str, call: Callable[[], Any]) -> None:
         if message not in _told:
             _told.add(message)
             warnings.warn(message, stacklevel=3)
+        return reason
 
 
 class _PatientWandbLogger(WandbLogger):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -14,13 +15,16 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from torch import nn
 
-from interpret.views.page import write_atomic
+from interpret.storage import check_links, read_lines, read_numbers, read_record, write_atomic
+from interpret.views.page import read_manifest
 
 _PACKAGES = (
     *("torch", "torchvision", "pytorch-lightning", "torchmetrics", "captum", "wandb", "hydra-core", "numpy"),
@@ -79,16 +83,63 @@ class RunFolder:
     @property
     def info(self) -> dict[str, Any]:
         """What ``run.json`` says."""
-        result: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        return result
+        return read_record(self.path / "run.json", "resume")
+
+    def files(self) -> dict[str, Path]:
+        """Where its results are, of those that are there."""
+        named = {
+            "dashboard": self.report / "index.html",
+            "metrics": self.path / "metrics.csv",
+            "best epoch": self.best,
+            "last epoch": self.last,
+        }
+        return {what: path for what, path in named.items() if path.is_file()}
 
     def note(self, **info: str | int) -> None:
         """Write these entries of ``run.json`` anew, e.g. where a resumed run has another number of processes."""
         if (record := self.info) != record | info:
             write_atomic(self.path / "run.json", json.dumps(record | info, indent=2) + "\n")
 
-    def resume_point(self) -> ResumePoint:
+    def hold(self) -> TextIO:
+        """Keeps other processes from training in this folder until what is returned is closed, or this process ends.
+
+        Raises:
+            ValueError: another process does.
+        """
+        file = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: a forked loader does not inherit it
+        except OSError:
+            with file:
+                file.seek(0)
+                owner = file.read(20).strip() or "unknown"
+            raise ValueError(
+                f"resume: another process (number {owner}) trains in {self.path}; expected a run that has ended"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        return file
+
+    def check(self) -> None:
+        """Whether everything that a resumed run reads of it can be read, before anything is trained.
+
+        Raises:
+            ValueError: names the file.
+        """
+        check_links(self.path, "resume")
+        _require_texts(self.path / "run.json", self.info, ("what", "wandb_id", "commit", "started"))
+        for name, read in (("cost.json", read_record), ("health.jsonl", read_lines), ("metrics.csv", read_numbers)):
+            if (self.path / name).exists():
+                read(self.path / name, "resume")
+        if (manifest := self.report / "data" / "manifest.js").exists():
+            read_manifest(manifest)
+
+    def resume_point(self, module: nn.Module) -> ResumePoint:
         """The newest checkpoint that can be read: the last one, else the one before, else the best epoch's.
+
+        Args:
+            module: what is trained; a checkpoint of another network is none to go on from.
 
         Raises:
             ValueError: there are checkpoints, and none of them can be read.
@@ -99,6 +150,7 @@ class RunFolder:
                 continue
             try:
                 state = load_checkpoint(path)
+                _require_state(state, module)
                 progress = state["loops"]["fit_loop"]["epoch_progress"]["current"]
                 return ResumePoint(path, int(progress["processed"]), int(state["global_step"]), tuple(unreadable))
             except Exception as error:
@@ -165,7 +217,26 @@ class RunFolder:
         folder = cls(Path(path))
         if not folder.config.is_file() or not (folder.path / "run.json").is_file():
             raise ValueError(f"resume: expected a run folder with config.yaml and run.json, found none at {path}")
+        folder.check()
         return folder
+
+
+def _require_texts(path: Path, record: Mapping[str, Any], names: Sequence[str]) -> None:
+    missing = [name for name in names if not isinstance(record.get(name), str)]
+    if missing:
+        raise ValueError(f"resume: {path} holds no {' and no '.join(missing)}; it may be damaged")
+
+
+def _require_state(state: Mapping[str, Any], module: nn.Module) -> None:
+    """Raises ValueError for a checkpoint without optimiser, or of another network."""
+    missing = [key for key in ("state_dict", "optimizer_states", "loops") if not state.get(key)]
+    if missing:
+        raise ValueError(f"it holds no {' and no '.join(missing)}")
+    held, own = state["state_dict"], module.state_dict()
+    for name in (name for name in {**own, **held} if name.startswith("net.")):
+        shapes = [tuple(each[name].shape) if name in each else "none" for each in (held, own)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"it is of another network: {name} {shapes[0]} where this one has {shapes[1]}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 import train
+from interpret import storage
 from interpret.views import page
 from lightning_modules.classifier import RobustClassifier
 from tests.composing import SMALL
@@ -105,7 +106,7 @@ def carry_out(plan: Plan) -> None:
         replace(source, target)
 
     fsync, replace = os.fsync, os.replace
-    page.os.fsync, page.os.replace = written, renamed  # type: ignore[attr-defined]
+    storage.os.fsync, storage.os.replace = written, renamed  # type: ignore[attr-defined]
     RobustClassifier.training_step = before("step", RobustClassifier.training_step)  # type: ignore[method-assign]
     RobustClassifier.validation_step = before("validation", RobustClassifier.validation_step)  # type: ignore[method-assign]
     page.ReportPage.write_epoch = before("log", page.ReportPage.write_epoch)  # type: ignore[method-assign]

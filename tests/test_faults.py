@@ -90,9 +90,9 @@ OFTEN = (("step", 3), ("write", 2), ("log", 1), ("rename", 2))
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(kind, places, whole, tmp_path: Path) -> None:
     folder, log = tmp_path / "cut", tmp_path / "log"
     for i, place in enumerate(places):
-        arguments = [f"resume={folder}"] if i else [*options(kind), f"out={tmp_path}", "name=cut"]
+        arguments = [f"resume={folder}", "trust=true"] if i else [*options(kind), f"out={tmp_path}", "name=cut"]
         assert run(log, *arguments, plan={place: DIE}) == -signal.SIGKILL, (place, log.read_text())
-    assert run(log, f"resume={folder}") == 0, log.read_text()
+    assert run(log, f"resume={folder}", "trust=true") == 0, log.read_text()
     assert_same_run(whole(kind), folder)
 
 
@@ -108,7 +108,9 @@ def test_kills_from_outside_at_random_moments(kind, whole, tmp_path: Path) -> No
         after = []
         for _ in range(20):
             arguments = (
-                [f"resume={folder}"] if folder.exists() else [*options(kind), f"out={tmp_path}", f"name=cut{attempt}"]
+                [f"resume={folder}", "trust=true"]
+                if folder.exists()
+                else [*options(kind), f"out={tmp_path}", f"name=cut{attempt}"]
             )
             process = start(log, *arguments)
             after.append(moments.uniform(0, 1.2 * took))
@@ -122,7 +124,7 @@ def test_kills_from_outside_at_random_moments(kind, whole, tmp_path: Path) -> No
                 assert "expected a run folder" in log.read_text(), log.read_text()
                 shutil.rmtree(folder)
         else:
-            assert run(log, f"resume={folder}") == 0, log.read_text()
+            assert run(log, f"resume={folder}", "trust=true") == 0, log.read_text()
         print(f"{kind}: killed after {after[:-1]} s of {took:.1f}")
         assert_same_run(whole(kind), folder)
 
@@ -137,7 +139,7 @@ def test_signals_save_and_end_the_run_with_code_75(whole, tmp_path: Path) -> Non
         (("step", 1), signal.SIGUSR2, 11),  # the last of an epoch, resumed: stops in the validation that follows
     ]
     for i, (place, number, held) in enumerate(asked):
-        arguments = [f"resume={folder}"] if i else [*now, f"out={tmp_path}", "name=cut"]
+        arguments = [f"resume={folder}", "trust=true"] if i else [*now, f"out={tmp_path}", "name=cut"]
         assert run(log, *arguments, plan={place: partial(raise_signal, number)}) == 75, log.read_text()
         assert held_step(folder) == held
         last = log.read_text().strip().splitlines()[-1]
@@ -146,7 +148,7 @@ def test_signals_save_and_end_the_run_with_code_75(whole, tmp_path: Path) -> Non
             == f"{number.name}: last.ckpt holds step {held}; go on with  python train.py resume={folder}  (exit code 75)"
         )
         assert "Traceback" not in log.read_text()
-    assert run(log, f"resume={folder}") == 0, log.read_text()
+    assert run(log, f"resume={folder}", "trust=true") == 0, log.read_text()
     assert_same_run(whole(FREE), folder)
 
 
@@ -164,7 +166,7 @@ def test_a_bad_checkpoint_is_replaced_by_the_one_before_or_the_best(whole, tmp_p
 
     def resumed(name: str) -> str:
         log = tmp_path / f"log-{name}"
-        assert run(log, f"resume={tmp_path / name}") == 0, log.read_text()
+        assert run(log, f"resume={tmp_path / name}", "trust=true") == 0, log.read_text()
         assert_same_run(whole(RESTLESS), tmp_path / name)
         return " ".join(log.read_text().split())
 
@@ -257,17 +259,22 @@ def test_files_that_may_not_grow_end_no_run(whole, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_disk_that_stays_full_ends_no_run(small_disk: Path, tmp_path: Path) -> None:
-    """With W&B's own files on it; the table is printed, and what was written before is whole."""
+def test_a_disk_that_stays_full_is_told_at_the_end(small_disk: Path, tmp_path: Path) -> None:
+    """With W&B's own files on it; the table is printed, what was written before is whole, and no other file is named."""
     log = tmp_path / "log"
     arguments = [entry for entry in options(TRADES) if not entry.startswith("wandb.mode")]
     plan = {("step", 7): partial(fill, small_disk)}
-    assert run(log, *arguments, f"out={small_disk}", "name=cut", "wandb.mode=offline", plan=plan) == 0, log.read_text()
+    assert run(log, *arguments, f"out={small_disk}", "name=cut", "wandb.mode=offline", plan=plan) == 1, log.read_text()
     assert held_step(small_disk / "cut") == 6
     assert len((small_disk / "cut" / "metrics.csv").read_text().splitlines()) == 2
     assert "defended, best epoch" in log.read_text()
     assert "defended, last epoch" in log.read_text()
-    assert log.read_text().count("could not write metrics.csv") == 1
+    said = " ".join(log.read_text().split())
+    assert "the run ended, but could not write metrics.csv" in said
+    assert "could not write results.json" in said
+    assert f"go on with python train.py resume={small_disk / 'cut'}" in said
+    for path in re.findall(rf"{small_disk / 'cut'}/[\w./-]+\.\w+", said.rpartition("defended, last epoch")[2]):
+        assert Path(path).is_file(), path
 
 
 class _Broken:
@@ -329,3 +336,64 @@ def test_a_wandb_server_lost_in_the_middle_ends_no_run(tmp_path: Path, monkeypat
 def test_bad_intervals(every, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint_every: expected null or a whole number >= 1, found"):
         Checkpoints(tmp_path, every)
+
+
+def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(whole, tmp_path: Path) -> None:
+    folder, log = tmp_path / "cut", tmp_path / "log"
+    interrupt = partial(raise_signal, signal.SIGINT)
+    arguments = [*options(RESTLESS), f"out={tmp_path}", "name=cut"]
+    assert run(log, *arguments, plan={("step", 2): interrupt}) == 130, log.read_text()
+    assert held_step(folder) == 2
+    last = log.read_text().strip().splitlines()[-1]
+    assert last == f"SIGINT: last.ckpt holds step 2; go on with  python train.py resume={folder}  (exit code 130)"
+    assert run(log, f"resume={folder}", "trust=true") == 0, log.read_text()
+    assert_same_run(whole(RESTLESS), folder)
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    stop = partial(raise_signal, signal.SIGSTOP)
+    first = start(tmp_path / "first", *options(FREE), f"out={tmp_path}", "name=cut", plan={("step", 2): stop})
+    while not (folder / "checkpoints" / "last.ckpt").is_file():
+        assert first.is_alive(), (tmp_path / "first").read_text()
+        time.sleep(0.05)
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    assert run(tmp_path / "second", f"resume={folder}") == 2
+    said = f"error: resume: another process (number {first.pid}) trains in {folder}; expected a run that has ended"
+    assert said in (tmp_path / "second").read_text()
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+    first.kill()
+    first.join()
+    assert run(tmp_path / "third", f"resume={folder}") == 0, (tmp_path / "third").read_text()
+
+
+CUT = {
+    "run.json": b'{"what": "x"',
+    "cost.json": b"[1]",
+    "health.jsonl": b"{}\nnull\n",
+    "metrics.csv": b"epoch,step\nx,1\n",
+    "config.yaml": b"a: [",
+    "report/data/manifest.js": b"GLASSARMOR.manifest({",
+}
+
+
+@pytest.mark.parametrize("name", [*CUT, "another width", "no optimiser"])
+def test_a_bad_sidecar_is_one_line_with_its_name(name: str, whole, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole(RESTLESS), folder)
+    if name in CUT:
+        (folder / name).write_bytes(CUT[name])
+    else:
+        for path in (folder / "checkpoints").iterdir():
+            state = torch.load(path, weights_only=True)
+            if name == "no optimiser":
+                state["optimizer_states"] = []
+            else:
+                state["state_dict"] = {key: value[..., :1] for key, value in state["state_dict"].items() if value.ndim}
+            torch.save(state, path)
+    assert run(tmp_path / "log", f"resume={folder}", "trust=true", "trainer.max_epochs=4") == 2
+    lines = (tmp_path / "log").read_text().strip().splitlines()
+    assert lines[-2].startswith(("error: resume: ", f"error: {folder}"))
+    assert (name if name in CUT else "last.ckpt") in lines[-2]
+    assert lines[-1] == "(debug=true shows the stack trace)"
+    assert "Traceback" not in "".join(lines)

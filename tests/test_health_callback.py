@@ -26,12 +26,13 @@ import train
 from defenses.alarms import ABOUT_ATTACKS, KINDS, Limits, remedy
 from defenses.attacks import NFGSM, PGD
 from defenses.terms import Ramp
+from interpret.storage import read_lines
 from interpret.views.page import ReportPage, read_script
 from lightning_modules.callbacks.averaging import averaging
 from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.callbacks.health import Health, watch
 from lightning_modules.entry import require_class
-from lightning_modules.logging import RunLog, read_events
+from lightning_modules.logging import RunLog
 from tests.composing import SMALL, config
 from tests.wandb_log import finished
 
@@ -88,7 +89,7 @@ class Fit:
         return self.folder / "checkpoints" / "last.ckpt"
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in read_events(self.folder / "health.jsonl") if event["event"] == kind]
+        return [event for event in read_lines(self.folder / "health.jsonl") if event["event"] == kind]
 
 
 def same(one: Any, other: Any) -> bool:
@@ -444,7 +445,7 @@ def collapse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.long
 def test_a_planted_collapse_is_caught_rolled_back_and_survived(collapse: Path) -> None:
-    events = read_events(collapse / "health.jsonl")
+    events = read_lines(collapse / "health.jsonl")
     alarms = [event for event in events if event["event"] == "alarm"]
     assert alarms[0]["kind"] == "catastrophic"
     assert alarms[0]["epoch"] <= 1
@@ -464,7 +465,7 @@ def test_the_alert_is_in_the_wandb_log(collapse: Path) -> None:
     (path,) = (collapse / "wandb").glob("offline-run-*/run-*.wandb")
     records = finished(path)
     alerts = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
-    alarms = [event for event in read_events(collapse / "health.jsonl") if event["event"] == "alarm"]
+    alarms = [event for event in read_lines(collapse / "health.jsonl") if event["event"] == "alarm"]
     assert [alert.title for alert in alerts] == [alarm["text"].split(":")[0] for alarm in alarms]
     assert alarms[0]["text"] in alerts[0].text
     assert "rolled back" in alerts[0].text

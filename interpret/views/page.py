@@ -222,15 +222,7 @@ class ReportPage:
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.data / "manifest.js"
-        if not path.exists():
-            return {}
-        try:
-            manifest: dict[str, Any] = read_script(path)
-            if manifest["schema"] != SCHEMA:
-                raise ValueError(f"schema {manifest['schema']}, expected {SCHEMA}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no report of this version ({error}); move the folder away") from error
-        return manifest
+        return read_manifest(path) if path.exists() else {}
 
     def _write_manifest(self) -> None:
         write_atomic(self.data / "manifest.js", f"{_MANIFEST_CALL}{to_json(self._manifest)});\n")
@@ -296,6 +288,23 @@ def packed(epoch: Mapping[str, Any]) -> str:
     """An epoch as JSON, deflated: a third of its size, so that a hundred epochs fit into one file that can be sent."""
     body = base64.b64encode(zlib.compress(to_json(epoch).encode(), 9)).decode("ascii")
     return to_json({"epoch": epoch["epoch"], "deflated": body})
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What all epochs of a report share, from its ``manifest.js``.
+
+    Raises:
+        ValueError: of another version, or damaged; names the file.
+    """
+    try:
+        manifest: dict[str, Any] = read_script(path)
+        if manifest["schema"] != SCHEMA:
+            raise ValueError(f"schema {manifest['schema']}, expected {SCHEMA}")
+        if not all(isinstance(manifest[name], list) for name in ("epochs", "alarms")):
+            raise ValueError("epochs and alarms are no lists")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no report of this version ({error}); move the folder away") from error
+    return manifest
 
 
 def read_script(path: Path) -> Any:

@@ -176,6 +176,11 @@ class Checkpoints(Checkpoint):
             return f"no earlier step was saved; {path} holds step {at}, whose weights are finite"
         return f"{path} holds {f'an earlier step, {at}' if at else 'the start'}"
 
+    @property
+    def lost(self) -> dict[str, str]:
+        """What could not be written, as :class:`lightning_modules.logging.RunLog` has it."""
+        return {f"write {self.last.name}": "the disk took no checkpoint"} if self._stale or not self._whole else {}
+
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score, "generators": generator_states()}
 

@@ -1,7 +1,8 @@
-"""A machine that is taken away: SIGTERM, SIGUSR1 and SIGUSR2 finish the step, save, and end the run with exit code 75."""
+"""A run that is asked to end: signals finish the step, save, and end it; exit code 75, after Ctrl-C 130."""
 
 from __future__ import annotations
 
+import shlex
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
+from interpret.storage import write_atomic
 from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.console import console
 from lightning_modules.processes import Poll, is_leader
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, worth starting again
 STOPPED = "stopped"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+INTERRUPTED = 130  # what a shell makes of a command that Ctrl-C ended
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Preempted(SystemExit):
@@ -26,8 +29,8 @@ class Preempted(SystemExit):
     Of several processes the leader tells: what launched them would kill a leader that still writes, where another failed.
     """
 
-    def __init__(self) -> None:
-        super().__init__(EXIT_CODE if is_leader() else 0)
+    def __init__(self, code: int = EXIT_CODE) -> None:
+        super().__init__(code if is_leader() else 0)
 
 
 class Preemption(Checkpoint):
@@ -36,7 +39,7 @@ class Preemption(Checkpoint):
     In validation it raises after the batch, with the step before the last one saved.  Wherever no step is under way it
     raises at once.  Of several processes it is enough that one is told: all end together, one step later.  Use it as a
     context around all of a run, and as a callback of the training.  A ``Checkpoint`` to Lightning, so that it comes after
-    every callback whose state is to be saved.
+    every callback whose state is to be saved.  A second Ctrl-C does not wait for the step.
 
     Lightning's own handlers are replaced: on SIGTERM it ends a run unsaved, with exit code 0, and of several processes
     one would talk to the others from inside the handler, in the middle of whatever they are at; its SLURM handler saves in
@@ -65,8 +68,9 @@ class Preemption(Checkpoint):
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
+        again = number == signal.SIGINT and self.received == signal.SIGINT
         self.received = signal.Signals(number)
-        if not self._training:
+        if again or not self._training:
             raise self._ended()
 
     def _ended(self) -> Preempted:
@@ -74,10 +78,12 @@ class Preemption(Checkpoint):
         step = self.checkpoints.saved_step
         held = "no step was saved" if step is None else f"last.ckpt holds step {step}"
         name = "another process's signal" if self.received is None else self.received.name
-        console.print(f"\n{name}: {held}; go on with  python train.py resume={self.folder}  (exit code {EXIT_CODE})")
+        code = INTERRUPTED if self.received == signal.SIGINT else EXIT_CODE
+        go_on = shlex.join(["python", "train.py", f"resume={self.folder}"])
+        console.print(f"\n{name}: {held}; go on with  {go_on}  (exit code {code})")
         with suppress(OSError):  # a full disk must not keep it from ending
-            (self.folder / STOPPED).write_text(f"{name}: {held}\n", encoding="utf-8")
-        return Preempted()
+            write_atomic(self.folder / STOPPED, f"{name}: {held}\n")
+        return Preempted(code)
 
     def _asked(self) -> bool:
         """On every process, if on one."""
