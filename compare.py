@@ -24,7 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from defenses.suite import SUITES
-from interpret.storage import read_numbers, read_record
+from interpret.storage import file_name, read_numbers, read_record
 from interpret.views.figures import charts_figure, save
 from interpret.views.page import ReportPage, stored_charts
 from interpret.views.view import Bars, Chart, Lines, Stored, Table, View
@@ -288,7 +288,7 @@ def compare_result_cards(paths: list[Path], out: Path | None, debug: bool) -> No
     """Cards of evaluate.py's suites on one page."""
     with clear_errors(debug, "--debug"):
         cards = read_result_cards(paths)
-        out = out or Path("comparisons") / "_".join(cards)[:120]
+        out = out or Path("comparisons") / file_name("_".join(cards))
         if (out / "index.html").exists():
             raise ValueError(f"--out: {out} holds a comparison already; choose another folder")
     view = cards_view(cards)
@@ -336,7 +336,7 @@ def main() -> None:
                 raise ValueError(f"runs: expected at least two run folders, found {len(cards)}")
             check_comparable(cards, args.any_effort)
         runs = [read_run(path) for path in folders if (path / "config.yaml").is_file()]
-        name = "_".join((path.parent if path.name == "cards" else path).stem for path in folders)[:120]
+        name = file_name("_".join((path.parent if path.name == "cards" else path).stem for path in folders))
         out = args.out / "comparison" if study is not None else args.out or Path("comparisons") / name
         if study is None and (out / "index.html").exists():
             raise ValueError(f"--out: {out} holds a comparison already; choose another folder")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -40,7 +39,7 @@ from defenses.threat import Threat
 from interpret.association import concept_weights
 from interpret.dissection import dissect
 from interpret.observation import feature_layers
-from interpret.storage import check_links, read_record, write_atomic
+from interpret.storage import check_links, check_name, file_name, read_record, write_atomic
 from interpret.views.encode import plain
 from interpret.views.figures import save, write_png
 from interpret.views.masking import masking_view
@@ -298,9 +297,8 @@ def new_folder(cfg: DictConfig, default: str, whole: str, what: str) -> Path:
     Raises:
         ValueError: a name that is a path, or results of that name.
     """
-    name = cfg.name or re.sub(r"[^A-Za-z0-9_+.-]+", "-", default)
-    if Path(name).name != name:
-        raise ValueError(f"name: expected the plain name of a folder inside out={cfg.out}, found {name!r}")
+    name = file_name(default) if cfg.name is None else cfg.name
+    check_name(name, cfg.out)
     folder = Path(cfg.out) / name
     if (folder / whole).exists():
         raise ValueError(f"name: {folder} holds an {what} already; choose another name, or move it away")

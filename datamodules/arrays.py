@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import glob
+import math
+import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 
 from datamodules.images import ImageDataModule, Images
 
@@ -82,6 +86,7 @@ def _read(key: str, file: Path, with_names: bool) -> tuple[np.ndarray, np.ndarra
     where = f"{key}: {str(file)!r}"
     arrays: dict[str, np.ndarray] = {}
     try:
+        _check_sizes(file)
         with np.load(file, allow_pickle=False) as archive:
             keys = list(archive.files)
             for name in ("images", "labels", "class_names")[: 3 if with_names else 2]:
@@ -113,6 +118,28 @@ def _read(key: str, file: Path, with_names: bool) -> tuple[np.ndarray, np.ndarra
     if lowest < 0 or highest > largest:
         raise ValueError(f"{where}: labels must lie in 0..{largest}, found {lowest}..{highest}")
     return images, labels.astype(np.int64), names
+
+
+def _memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _check_sizes(file: Path) -> None:
+    """Raises ValueError for an archive whose arrays would not fit: a small file can unpack to more than memory holds."""
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > (room := _memory() // 2):
+            raise ValueError(f"it unpacks to {unpacked >> 20} MiB, more than half of the memory here, {room >> 20} MiB")
+        for entry in archive.infolist():
+            with archive.open(entry) as part:  # a header alone can ask for any amount
+                read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+                header = read.get(npy.read_magic(part))
+                if header is None:
+                    continue
+                shape, _, dtype = header(part)
+            if math.prod(shape) * dtype.itemsize > entry.file_size:
+                raise ValueError(f"{entry.filename} says that it holds {shape} {dtype}, and is smaller")
 
 
 def _strings(where: str, names: np.ndarray) -> tuple[str, ...]:

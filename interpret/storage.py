@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,17 @@ def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def file_name(text: str) -> str:
+    """A plain file name from any text: no folder, nothing hidden, at most 120 letters of A to Z, digits and ``_+.-``."""
+    return re.sub(r"[^A-Za-z0-9_+.-]+", "-", text).lstrip(".-")[:120] or "unnamed"
+
+
+def check_name(name: str, out: str | Path) -> None:
+    """Raises ValueError unless ``name`` is the plain name of something inside the folder ``out``."""
+    if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+        raise ValueError(f"name: expected the plain name of a folder inside out={out}, found {name!r}")
 
 
 def read_json(path: Path, key: str = "") -> Any:

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from interpret.storage import check_links, read_lines, read_numbers, read_record, write_atomic
+from interpret.storage import check_links, check_name, file_name, read_lines, read_numbers, read_record, write_atomic
 from interpret.views.page import read_manifest
 
 _PACKAGES = (
@@ -172,9 +171,9 @@ class RunFolder:
         Raises:
             ValueError: a folder of this name exists (nothing is ever overwritten), or the name is a path.
         """
-        if name is not None and Path(name).name != name:
-            raise ValueError(f"name: expected the plain name of a folder inside out={out}, found {name!r}")
-        stem = name or f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{re.sub(r'[^A-Za-z0-9_+.-]+', '-', what)}"
+        if name is not None:
+            check_name(name, out)
+        stem = name or f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{file_name(what)}"
         path = Path(out) / stem
         for i in range(2, 1000):
             try:

@@ -312,10 +312,10 @@ def command(member: Member, place: Place, script: Path) -> list[str]:
     if place.trained:
         suite = place.unjudged[0]
         folder = place.judged(suite).parent
-        asked = (f"checkpoint={place.run}", f"out={folder.parent}", f"name={folder.name}", "threads=1", *place.suites[suite])
-        return [sys.executable, str(script.with_name("evaluate.py")), *asked]
+        where = (f"checkpoint={place.run}", "trust=true", f"out={folder.parent}", f"name={folder.name}", "threads=1")
+        return [sys.executable, str(script.with_name("evaluate.py")), *where, *place.suites[suite]]
     if place.state == "resumable":
-        return [sys.executable, str(script), f"resume={place.run}"]
+        return [sys.executable, str(script), f"resume={place.run}", "trust=true"]  # the study's own
     fixed = [f"{key}={_word(value)}" for key, value in place.decided(member).items()]
     return [sys.executable, str(script), *member.overrides, *fixed, f"out={place.folder}", "name=run"]
 

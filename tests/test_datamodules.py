@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -662,3 +665,24 @@ def test_configs_instantiate(file: Path) -> None:
     assert isinstance(data, ImageDataModule)
     assert data.seed == 3
     assert data.augment is None or isinstance(data.augment, Augment)
+
+
+def test_an_archive_that_unpacks_to_more_than_memory_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez_compressed(tmp_path / "train.npz", images=np.zeros((4096, 64, 64), np.uint8), labels=np.zeros(4096, np.int64))
+    shutil.copy(tmp_path / "train.npz", tmp_path / "test.npz")
+    assert (tmp_path / "train.npz").stat().st_size < 100_000, "a small file"
+    monkeypatch.setattr("datamodules.arrays._memory", lambda: 16 << 20)
+    with pytest.raises(ValueError, match=r"data\.path: .*train\.npz.* unpacks to 16 MiB, more than half .* here, 8 MiB"):
+        Arrays(path=str(tmp_path)).setup("fit")
+
+
+def test_a_header_that_asks_for_more_than_there_is_is_refused(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 64, 64, 3)})
+    with zipfile.ZipFile(tmp_path / "train.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + b"abc")
+    shutil.copy(tmp_path / "train.npz", tmp_path / "test.npz")
+    with pytest.raises(ValueError, match=r"images\.npy says that it holds \(1000000000, 64, 64, 3\) uint8, and is smaller"):
+        Arrays(path=str(tmp_path)).setup("fit")
