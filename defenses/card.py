@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.attacks import PGD, Attack
+from defenses.consistency import contradictions
 from defenses.objectives import Margin
 from defenses.robustness import Evaluation, device_of, predict
 from defenses.sanity import SanityReport
@@ -32,6 +33,8 @@ MUST_AGREE: Final = {  # what makes the accuracies of two cards comparable, and 
     ("threat", "eps"): "ε",
     ("data", "images"): "images",
     ("suite", "name"): "suite",
+    ("examples", "labels"): "labels",
+    ("data", "classes"): "classes",
 }
 
 
@@ -92,29 +95,34 @@ def make_card(
     versions: Mapping[str, str],
     commit: str,
     config: Mapping[str, Any] | None = None,
+    places: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The card as plain JSON.
 
     Args:
-        model: ``name``, ``source`` (where its weights come from) and ``parameters``.
-        data: ``name``, ``split``, and ``selection``: what chose the checkpoint.
-        curve: of :func:`accuracy_curve`.
+        model: ``name``, ``source`` (where its weights come from) and ``parameters``; ``training``, where its run is known:
+            the hash of the config, and what was ``changed`` while it was trained.
+        data: ``name``, ``split``, and ``selection``: what chose the checkpoint; ``fingerprint`` of the whole split, and
+            ``differs``: how the images differ from those that the network was trained and chosen on.
+        class_names: by label; a label without one is called by its number.
+        curve: of :func:`accuracy_curve`; through the radius of ``threat`` if it has more points than ε = 0.
         interpretation: what the panels measured, by name; numbers that are not finite are left out.
+        places: of the images of the checks and of the curve among those that were judged, increasing.
 
     Raises:
-        ValueError: the card would not follow the schema.
+        ValueError: the card would not follow the schema, or contradict itself.
     """
     correct = found.felled != -2
+    names = [*class_names, *(str(label) for label in range(len(class_names), int(found.labels.max()) + 1))]
     classes = []
     for label in found.labels.unique().tolist():
         mine = found.labels == label
-        name = class_names[label] if label < len(class_names) else str(label)
         shares = (float(kept[mine].float().mean()) for kept in (correct, found.standing))
-        classes.append({"class": name, "n": int(mine.sum())} | dict(zip(("clean", "robust"), shares, strict=True)))
+        classes.append({"class": names[label], "n": int(mine.sum())} | dict(zip(("clean", "robust"), shares, strict=True)))
     card = {
         "schema": VERSION,
         "model": {**model, "weights": found.fingerprint["weights"]},
-        "data": {**data, "n": found.n, "images": found.fingerprint["images"]},
+        "data": {**data, "n": found.n, "images": found.fingerprint["images"], "classes": names},
         "threat": {"norm": type(threat).__name__, "eps": float(threat.eps)},
         "suite": {
             "name": found.suite,
@@ -137,6 +145,7 @@ def make_card(
             "reasons": list(sanity.reasons),
             "images": sanity.images,
             "checks": [asdict(check) for check in sanity.checks],
+            **({} if places is None else {"places": list(places)}),
         },
         "interpretation": {name: float(value) for name, value in interpretation.items() if abs(value) < float("inf")},
         "examples": {
@@ -157,36 +166,56 @@ def make_card(
 
 
 def check_card(card: object) -> None:
-    """Raises ValueError, naming the place, unless ``card`` follows ``card.schema.json``."""
+    """Raises ValueError, naming the place, unless ``card`` follows ``card.schema.json`` and holds together."""
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(card))
     if error is not None:
         place = "/".join(map(str, error.absolute_path)) or "the whole"
         raise ValueError(f"card: {place}: {error.message[:200]}")
+    assert isinstance(card, Mapping)
+    if found := contradictions(card):
+        more = f"; and {len(found) - 3} more" * (len(found) > 3)
+        raise ValueError(f"card: it contradicts itself: {'; '.join(found[:3])}{more}")
 
 
 def read_card(path: str | Path) -> dict[str, Any]:
     """A card from its file.
 
     Raises:
-        ValueError: no such file, no JSON, or no card.
+        ValueError: no such file, no JSON, no card, or one whose numbers do not follow from its own entries; names the file.
     """
     try:
-        card = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"card: expected a card.json, found none at {path} ({type(error).__name__})") from error
-    check_card(card)
+        card = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"card: expected a card.json, found none at {path} ({type(error).__name__}: {error})") from error
+    try:
+        check_card(card)
+    except ValueError as error:
+        raise ValueError(f"{error} ({path})") from error
     found: dict[str, Any] = card
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; Python would keep the last of entries of one name, another reader the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"two entries of one name among {', '.join(key for key, _ in pairs)[:100]}")
     return found
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Why the accuracies of two cards do not compare; empty where they do."""
     return [
-        f"{name} {a[room][key]} and {b[room][key]}"
+        f"{name} {_brief(a[room][key])} and {_brief(b[room][key])}"
         for (room, key), name in MUST_AGREE.items()
-        if a[room][key] != b[room][key]
+        if key in a[room] and key in b[room] and a[room][key] != b[room][key]  # older cards have no classes
     ]
+
+
+def _brief(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def markdown(card: Mapping[str, Any]) -> str:
@@ -232,7 +261,7 @@ def markdown(card: Mapping[str, Any]) -> str:
         for head, rows in tables:
             lines += _rows(head, rows)
         lines += ["## About this card", ""]
-    lines += [f"- {note}" for note in card["notes"]]
+    lines += [f"- {note}" for note in (*card["notes"], *card["data"].get("differs", ()), *_changes(card))]
     about = {
         "weights": f"{card['model']['weights']} ({card['model']['source']}, {card['model']['parameters']:,} parameters)",
         "images": card["data"]["images"],
@@ -251,6 +280,11 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_escaped(inner) for inner in value]
     return markdown_text(value) if isinstance(value, str) else value
+
+
+def _changes(card: Mapping[str, Any]) -> list[str]:
+    """What was changed while the network was trained."""
+    return [f"changed while it was trained: {each}" for each in card["model"].get("training", {}).get("changed", ())]
 
 
 def settings_of(settings: Mapping[str, Any]) -> str:

@@ -29,6 +29,12 @@ def net_hash(net: nn.Module) -> str:
     return hashlib.sha256((names + tensors_hash(*tensors.values())).encode()).hexdigest()[:16]
 
 
+def settings_hash(attacks: Sequence[Mapping[str, Any]], ball: str, eps: float, batch_size: int) -> str:
+    """First 16 hex digits of the SHA-256 of what a suite did: :func:`described` attacks, their ball, images a batch."""
+    asked = json.dumps([list(attacks), ball, eps, batch_size], sort_keys=True)
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+
 def described(value: object) -> Any:
     """An object as plain JSON: its class and public attributes; nets and tensors by their hash.  For settings, not for data.
 

@@ -10,7 +10,6 @@ All attacks run in fp32, in eval mode, on logits, through whatever the net is ma
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from defenses.corruptions import corrupted_accuracy
 from defenses.fallen import Fallen
 from defenses.gradient import Reachable, has_gradient
-from defenses.identity import described, net_hash, tensors_hash
+from defenses.identity import described, net_hash, settings_hash, tensors_hash
 from defenses.sampling import stratified_rows, wilson
 from defenses.suite import Suite, SuiteName, make_suite, without_gradient
 from defenses.terms import Term
@@ -337,11 +336,10 @@ def evaluate_robustness(
         net = Reachable(net)
         chosen = without_gradient(chosen, threat, seed) if not isinstance(suite, Suite) else chosen
     settings = [{"name": step.name, **described(step.attack)} for step in chosen.steps]
-    asked = json.dumps([settings, repr(threat), threat.eps, batch_size], sort_keys=True)
     fingerprint = {
         "weights": weights,
         "images": tensors_hash(images, labels),
-        "settings": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "settings": settings_hash(settings, repr(threat), threat.eps, batch_size),
     }
     path = None if state is None else Path(state)
     if path is not None:

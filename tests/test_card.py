@@ -17,6 +17,7 @@ import compare
 from defenses.card import SCHEMA, accuracy_curve, check_card, differences, make_card, markdown, read_card, settings_of
 from defenses.identity import described
 from defenses.robustness import evaluate_robustness
+from defenses.sampling import wilson
 from defenses.sanity import Check, SanityReport
 from defenses.suite import make_suite
 from defenses.threat import L2, Linf
@@ -162,10 +163,15 @@ def test_markdown_tells_the_settings_of_each_attack(card: dict[str, Any]) -> Non
 
 
 def saved(folder: Path, name: str, card: dict[str, Any], standing: list[bool]) -> Path:
-    """A card of the same images on which other images stand."""
+    """A card of the same images on which other images stand, and all that follows from them."""
     other = copy.deepcopy(card)
-    other["model"]["name"], other["examples"]["standing"] = name, standing
-    other["accuracy"]["robust"] = sum(standing) / len(standing)
+    other["model"]["name"], n = name, len(standing)
+    other["examples"] |= {"standing": standing, "felled_by": [None if stands else "PGD-20" for stands in standing]}
+    other["accuracy"] |= {"robust": sum(standing) / n, "interval95": list(wilson(sum(standing), n))}
+    other["suite"]["attacks"][0] |= {"felled": n - sum(standing), "accuracy": sum(standing) / n}
+    for label, row in enumerate(other["accuracy"]["by_class"]):
+        mine = [stands for stands, y in zip(standing, other["examples"]["labels"], strict=True) if y == label]
+        row["robust"] = sum(mine) / len(mine)
     path = folder / name / "card.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(other), encoding="utf-8")
@@ -245,7 +251,9 @@ def test_cards_beside_each_other_are_compared_image_by_image(
     assert "these images do not tell one (75.0 %), two (37.5 %) apart (p ≥ 0.45)" in told(capsys)
     assert (tmp_path / "page" / "index.html").stat().st_size > 10_000
     wrong = json.loads(two.read_text())
-    wrong["threat"]["eps"] = 0.3
+    wrong["threat"]["eps"] = wrong["suite"]["attacks"][0]["settings"]["threat"]["eps"] = 0.3
+    for point in wrong["accuracy"]["by_eps"]:
+        point["eps"] *= 3
     two.write_text(json.dumps(wrong))
     monkeypatch.setattr(sys, "argv", ["compare.py", str(one), str(two), "--out", str(tmp_path / "other")])
     with pytest.raises(SystemExit):

@@ -1,0 +1,190 @@
+"""Cards are believed: what follows from their own entries is computed anew, and a contradiction is refused by its name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from defenses.attacks import PGD
+from defenses.card import accuracy_curve, check_card, make_card, read_card
+from defenses.robustness import evaluate_robustness
+from defenses.sampling import stratified_rows
+from defenses.sanity import Check, SanityReport, share_check
+from defenses.suite import Step, Suite
+from defenses.threat import Linf
+
+STUDY = Path(__file__).resolve().parents[1] / "docs" / "study"
+SUITES = sorted(STUDY.glob("*/suites/*.json"))
+# What nothing else in a card says, so that no reader can know better.
+FREE = (
+    *("model", "data/selection", "data/images", "data/fingerprint", "versions", "commit", "notes", "interpretation"),
+    *("sanity/checks/0", "sanity/checks/1/name", "sanity/checks/1/expected", "sanity/checks/1/sentence", "schema"),
+    *("config/checkpoint", "examples/rows/5", "accuracy/by_eps/1", "accuracy/by_eps/3"),
+    *("data/classes/2", "sanity/places"),  # no image of that class; other images checked
+)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).eval()
+
+
+@pytest.fixture(scope="module")
+def card() -> dict[str, Any]:
+    """Of 60 images and two attacks, some of which fell to each, checked on 40 of them."""
+    own, threat = net(), Linf("8/255")
+    x = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    y = torch.where(torch.arange(60) % 4 == 0, (own(x).argmax(1) + 1) % 3, own(x).argmax(1)).detach()
+    steps = (Step("weak", PGD(threat, 1, step_size=0.004, seed=1), 1), Step("PGD-20", PGD(threat, 20, seed=1), 21))
+    found = evaluate_robustness(own, x, y, threat, Suite("own", steps), batch_size=16, corruptions=True, seed=1)
+    few = stratified_rows(found.labels, 40, 1)
+    checks = Check("losses agree", True, 0.0, "≤ 5 %", "they do"), share_check("PGD ≥ FGSM", 8, 40, "fall to FGSM alone")
+    made = make_card(
+        found,
+        threat,
+        model={"name": "net", "source": "by hand", "parameters": 1},
+        data={"name": "Noise", "split": "test", "selection": "nothing", "fingerprint": {"n": 60, "sample": "0" * 16}},
+        class_names=("a", "b", "c"),
+        curve=accuracy_curve(own, x[few], y[few], threat, (0.5, 1.0, 2.0)),
+        sanity=SanityReport(checks, {}, 40),
+        interpretation={"outcome/clean_acc": 0.5},
+        seed=1,
+        versions={},
+        commit="abc",
+        config={
+            "checkpoint": "net.pt",
+            "suite": "own",
+            "split": "test",
+            "seed": 1,
+            "batch": 16,
+            "images": 60,
+            "threat": {"_target_": "defenses.threat.Linf", "eps": "8/255"},
+            "data": {"_target_": "x.Noise"},
+        },
+        places=few.tolist(),
+    )
+    assert len({None, "clean", "weak", "PGD-20"} & set(made["examples"]["felled_by"])) == 4
+    assert made["sanity"]["verdict"] == "invalid"
+    return json.loads(json.dumps(made, allow_nan=False))
+
+
+def leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Places of all plain values; of long lists the first, one in the middle, and the last."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, (*place, key))
+    elif isinstance(value, list):
+        for i in sorted({0, len(value) // 2, len(value) - 1} if len(value) > 8 else range(len(value))):
+            yield from leaves(value[i], (*place, i))
+    else:
+        yield place
+
+
+def other(value: Any) -> Any:
+    """Another value that the schema allows in its place."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value + 0.0437 if value < 0.9 else value - 0.0437
+    words = {"test": "val", "Linf": "L2", "trusted": "invalid", "invalid": "trusted", "suspicious": "trusted"}
+    if isinstance(value, str) and set(value) <= set("0123456789abcdef") and len(value) == 16:
+        return value[::-1].replace(value[-1], "f", 1) if value[0] != "f" else "0" * 16
+    return words.get(value, "weak" if value is None else "other")
+
+
+def replaced(card: dict[str, Any], place: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(card)
+    inner = changed
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    return changed
+
+
+def unnoticed(card: dict[str, Any], free: tuple[str, ...]) -> list[str]:
+    """Entries that can be changed without a word, or are refused under another name."""
+    check_card(card)
+    found = []
+    for place in leaves(card):
+        path = "/".join(map(str, place))
+        if any(path == each or path.startswith(f"{each}/") for each in free):
+            continue
+        inner: Any = card
+        for key in place:
+            inner = inner[key]
+        try:
+            check_card(replaced(card, place, other(inner)))
+            found.append(path)
+        except ValueError as error:
+            names = [key for key in place if isinstance(key, str)]
+            if not any(name in str(error) for name in names[-3:]):
+                found.append(f"{path}: {error}")
+    return found
+
+
+def test_whatever_follows_from_other_entries_cannot_be_changed_alone(card: dict[str, Any]) -> None:
+    assert unnoticed(card, FREE) == []
+
+
+def test_the_suites_of_the_studies_hold_together_and_so_do_their_parts() -> None:
+    assert len(SUITES) == 13
+    for path in SUITES:
+        read_card(path)
+    old = read_card(SUITES[2])
+    free = ("model", "data/selection", "data/images", "versions", "commit", "notes", "interpretation", "config", "schema")
+    # Without the data's class names, and what measured no count of images.
+    free += ("sanity/checks", "examples/rows", *(f"accuracy/by_class/{i}/class" for i in range(10)))
+    free += tuple(f"accuracy/by_eps/{i}/eps" for i in range(1, 9) if i != 4)
+    assert [p for p in unnoticed(old, free) if not p.startswith("accuracy/by_eps")] == []
+
+
+EXAMPLES = {  # what was read without a word
+    "robust against its own images": (lambda c: c["accuracy"].update(robust=0.99), "accuracy/robust is 0.99, but examples/"),
+    "trusted beside a grave check": (
+        lambda c: c["sanity"].update(verdict="trusted", reasons=[]),
+        "sanity/verdict is trusted",
+    ),
+    "10,000 images with 60 rows": (lambda c: c["data"].update(n=10_000), "60 entries, but data/n gives 10000 entries"),
+    "an image twice": (lambda c: c["examples"]["rows"].__setitem__(3, 2), "examples/rows"),
+    "rows that the split lacks": (lambda c: c["examples"]["rows"].__setitem__(-1, 60), "examples/rows"),
+    "no attack of that name": (lambda c: c["examples"]["felled_by"].__setitem__(0, "luck"), "examples/felled_by/0"),
+    "another radius": (lambda c: c["threat"].update(eps=4 / 255), "threat/eps is 0.0156863"),
+    "a curve that rises": (lambda c: c["accuracy"]["by_eps"][2].update(robust=0.975), "accuracy/by_eps"),
+    "a curve that leaves ε out": (lambda c: c["accuracy"]["by_eps"].pop(2), "threat/eps"),
+    "half an image": (lambda c: c["accuracy"]["by_corruption"]["JPEG"].__setitem__(0, 0.5083), "60 images"),
+    "a check that passed but did not": (lambda c: c["sanity"]["checks"][1].update(passed=True), "PGD ≥ FGSM/passed"),
+    "a number that is none": (lambda c: c["accuracy"].update(robust=float("nan")), "accuracy/robust"),
+    "no end": (lambda c: c["interpretation"].update(x=float("inf")), "interpretation/x"),
+    "an attack's settings": (lambda c: c["suite"]["attacks"][1]["settings"].update(steps=1), "suite/settings"),
+    "another class's name": (lambda c: c["data"].update(classes=["b", "a", "c"]), "accuracy/by_class/a"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), EXAMPLES.values(), ids=EXAMPLES)
+def test_a_contradiction_is_refused_by_name(
+    card: dict[str, Any], tmp_path: Path, change: Callable[[dict[str, Any]], None], said: str
+) -> None:
+    changed = copy.deepcopy(card)
+    change(changed)
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(ValueError, match="card: it contradicts itself") as error:
+        read_card(path)
+    assert said in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_json_that_readers_read_in_two_ways_is_refused(card: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps(card).replace('"seed": 1,', '"seed": 1, "commit": "first",', 1), encoding="utf-8")
+    with pytest.raises(ValueError, match="two entries of one name"):
+        read_card(path)
