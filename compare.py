@@ -24,13 +24,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from defenses.suite import SUITES
-from interpret.storage import file_name, read_numbers, read_record
+from interpret.storage import file_name
 from interpret.views.figures import charts_figure, save
 from interpret.views.page import ReportPage, stored_charts
 from interpret.views.view import Bars, Chart, Lines, Stored, Table, View
 from lightning_modules.ablation import ablation_view, attack_compared, write_ablation
-from lightning_modules.cards import RunCard, check_comparable, read_cards
+from lightning_modules.cards import RunCard, check_comparable, read_cards, read_metrics
 from lightning_modules.comparison import SELECTED, accuracy_table, runs_table, settings_of
+from lightning_modules.consistency import read_json
 from lightning_modules.console import NOT_FINITE, clear_errors, console, show
 from lightning_modules.logging import check_wandb_mode, log_tables
 from lightning_modules.race import Race, race, race_table, rounds_of
@@ -74,16 +75,16 @@ def read_run(path: Path) -> Run:
     if not (path / "config.yaml").is_file() or not (path / "metrics.csv").is_file():
         raise ValueError(f"runs: expected a run folder with config.yaml and metrics.csv, found none at {path}")
     config = OmegaConf.create(read_yaml(path / "config.yaml", "runs"))
-    metrics = read_numbers(path / "metrics.csv", "runs")
+    metrics = read_metrics(path)
     if not metrics:
         raise ValueError(f"runs: {path} holds no finished epoch")
     results = path / "results.json"
     return Run(
         path.name,
         config,
-        read_record(path / "run.json", "runs"),
+        read_json(path / "run.json"),
         metrics,
-        read_record(results, "runs") if results.is_file() else {},
+        read_json(results) if results.is_file() else {},
         path / "report",
     )
 

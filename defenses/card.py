@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -167,8 +168,7 @@ def make_card(
 
 def check_card(card: object) -> None:
     """Raises ValueError, naming the place, unless ``card`` follows ``card.schema.json`` and holds together."""
-    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(card))
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(card))
     if error is not None:
         place = "/".join(map(str, error.absolute_path)) or "the whole"
         raise ValueError(f"card: {place}: {error.message[:200]}")
@@ -176,6 +176,11 @@ def check_card(card: object) -> None:
     if found := contradictions(card):
         more = f"; and {len(found) - 3} more" * (len(found) > 3)
         raise ValueError(f"card: it contradicts itself: {'; '.join(found[:3])}{more}")
+
+
+@cache
+def _validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 
 def read_card(path: str | Path) -> dict[str, Any]:

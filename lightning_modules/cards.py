@@ -19,6 +19,7 @@ from torch import Tensor
 
 from interpret.storage import read_numbers, write_atomic
 from interpret.views.encode import plain
+from lightning_modules.consistency import check_evaluations, check_metrics, check_run, read_json, unpack
 
 SAME: Final = {  # key of the config → what it is about; only seeds may differ
     "data": "split",
@@ -82,24 +83,28 @@ def _pack(right: np.ndarray) -> str:
     return f"{len(right)}:{np.packbits(right.astype(bool)).tobytes().hex()}"
 
 
-def _unpack(text: str) -> np.ndarray:
-    count, _, digits = text.partition(":")
-    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=int(count)).astype(bool)
-
-
 def read_evaluations(folder: Path) -> dict[str, Evaluation]:
-    """By network, from ``results.json`` and, where it is there, ``correct.json``; empty for a run that has not finished."""
-    results, correct = ({}, {})
-    if (folder / "results.json").is_file():
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    if (folder / "correct.json").is_file():
-        correct = json.loads((folder / "correct.json").read_text(encoding="utf-8"))
+    """By network, from ``results.json`` and, where it is there, ``correct.json``; empty for a run that has not finished.
+
+    Raises:
+        ValueError: names the file that cannot be read, or whose numbers are not those of the other.
+    """
+    results, correct = (
+        read_json(folder / name) if (folder / name).is_file() else {} for name in ("results.json", "correct.json")
+    )
     broken = results.get("not_finite", [])
-    return {
-        name: Evaluation(row, {attack: _unpack(bits) for attack, bits in correct.get(name, {}).items()}, name not in broken)
-        for name, row in results.items()
-        if isinstance(row, dict)
-    }
+    try:
+        found = {
+            name: Evaluation(
+                row, {attack: unpack(bits) for attack, bits in correct.get(name, {}).items()}, name not in broken
+            )
+            for name, row in results.items()
+            if isinstance(row, dict)
+        }
+        check_evaluations(found)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"runs: {folder / 'results.json'} and correct.json do not fit: {error}") from error
+    return found
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,10 +138,19 @@ def _without_seeds(value: Any) -> Any:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """``metrics.csv``, a row an epoch; empty where there is none."""
+    """``metrics.csv``, a row an epoch; empty where there is none.
+
+    Raises:
+        ValueError: the file is no table of numbers by rising epoch.
+    """
     if not (folder / "metrics.csv").is_file():
         return []
-    return read_numbers(folder / "metrics.csv", "runs")
+    rows = read_numbers(folder / "metrics.csv", "runs")
+    try:
+        check_metrics(rows)
+    except ValueError as error:
+        raise ValueError(f"runs: {folder / 'metrics.csv'}: {error}") from error
+    return rows
 
 
 def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", failure: str = "") -> RunCard:
@@ -153,7 +167,7 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
     if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
         raise ValueError(f"runs: expected a run folder with config.yaml and run.json, or a card, found none at {folder}")
     config = _config(folder)
-    info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    info = read_json(folder / "run.json")
     metrics, evaluations = read_metrics(folder), read_evaluations(folder)
     best = max(metrics, key=lambda row: row.get("val/robust_acc", -math.inf), default={})
     drawn = [row for row in metrics if any(_is_measure(key) and not key.startswith("health/") for key in row)]
@@ -183,8 +197,15 @@ def read_cost(folder: Path) -> dict[str, float]:
     """Sums of ``cost.json`` (:class:`lightning_modules.callbacks.cost.Cost`); empty for runs that have none."""
     if not (folder / "cost.json").is_file():
         return {}
-    found = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
-    return {key: sum(value) if isinstance(value, list) else value for key, value in found.items()}
+    found = read_json(folder / "cost.json")
+    try:
+        cost = {key: sum(value) if isinstance(value, list) else value for key, value in found.items()}
+        wrong = [key for key, value in cost.items() if not value >= 0]
+    except TypeError as error:
+        raise ValueError(f"runs: {folder / 'cost.json'}: expected numbers ({error})") from error
+    if wrong:
+        raise ValueError(f"runs: {folder / 'cost.json'}: expected numbers >= 0, found {wrong[0]} = {cost[wrong[0]]}")
+    return cost
 
 
 def write_card(card: RunCard, path: Path) -> None:
@@ -207,26 +228,28 @@ def read_card(path: Path) -> RunCard:
     """What :func:`write_card` wrote.
 
     Raises:
-        ValueError: another kind of file.
+        ValueError: another kind of file, or a card whose numbers do not follow from its own entries; names the file.
     """
+    record = read_json(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         evaluations = {
             name: Evaluation(
                 row["accuracy"],
-                {attack: _unpack(bits) for attack, bits in row["correct"].items()},
+                {attack: unpack(bits) for attack, bits in row["correct"].items()},
                 row.get("finite", True),  # cards of before did not say
             )
             for name, row in record["evaluations"].items()
         }
-        for name, row in evaluations.items():
-            for attack, right in row.correct.items():
-                if abs(float(np.mean(right)) - row.accuracy[attack]) > 1e-6:
-                    said = f"{row.accuracy[attack]:.4f} under {attack}, its images {float(np.mean(right)):.4f}"
-                    raise ValueError(f"{name}: the accuracy says {said}")
-        return RunCard(**{**record, "evaluations": evaluations})
-    except (KeyError, TypeError, ValueError) as error:
+        card = RunCard(**{**record, "evaluations": evaluations, "measured": _known(record["measured"])})
+        check_run(card)
+        return card
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"runs: {path} is no card of a run ({type(error).__name__}: {error})") from error
+
+
+def _known(measured: Mapping[str, float | None]) -> dict[str, float]:
+    """JSON has no NaN: what could not be measured is null there."""
+    return {key: math.nan if value is None else value for key, value in measured.items()}
 
 
 def read_cards(paths: Sequence[Path]) -> list[RunCard]:

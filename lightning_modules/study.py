@@ -31,6 +31,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from defenses.card import read_card as read_result_card
 from interpret.views.page import write_atomic
 from lightning_modules.cards import (
     ELSEWHERE,
@@ -488,11 +489,20 @@ def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
 
 
 def _trained_elsewhere(member: Member, out: Path) -> RunCard | None:
-    """The card of a member that ended well, if it was brought here without its whole run."""
+    """The card of a member that ended well, if it was brought here without its whole run.
+
+    Raises:
+        ValueError: a card that contradicts itself, or is that of another run.
+    """
     path = out / "cards" / f"{member.name}.json"
     if place_of(member, out).state == "done" or not path.is_file():
         return None
     card = read_card(path)
+    if (card.config, card.seed) != (member.hash, member.seed):
+        raise ValueError(
+            f"runs: {path} is the card of another run: expected config {member.hash} and seed {member.seed}, "
+            f"found {card.config} and {card.seed}"
+        )
     return None if card.failure or card.settled.get("suites", {}) != _suites(member).get("suites", {}) else card
 
 
@@ -513,7 +523,7 @@ def _card(member: Member, place: Place) -> RunCard:
     about = {**card.about, "overrides": [o for o in member.overrides if portable_override(o)]}
     evaluations = dict(card.evaluations)
     for suite in [s for s in member.suites if SELECTED in evaluations and s not in place.unjudged]:
-        row, result = evaluations[SELECTED], json.loads(place.judged(suite).read_text(encoding="utf-8"))
+        row, result = evaluations[SELECTED], read_result_card(place.judged(suite))
         standing = np.array(result["examples"]["standing"], bool)
         evaluations[SELECTED] = replace(
             row, accuracy={**row.accuracy, suite: float(standing.mean())}, correct={**row.correct, suite: standing}

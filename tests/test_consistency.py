@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from defenses.sampling import stratified_rows
 from defenses.sanity import Check, SanityReport, share_check
 from defenses.suite import Step, Suite
 from defenses.threat import Linf
+from lightning_modules.cards import Evaluation, card_of, write_card
+from lightning_modules.cards import read_card as read_run_card
+from lightning_modules.study import Member, cards_of, planned
 
 STUDY = Path(__file__).resolve().parents[1] / "docs" / "study"
 SUITES = sorted(STUDY.glob("*/suites/*.json"))
@@ -188,3 +192,93 @@ def test_json_that_readers_read_in_two_ways_is_refused(card: dict[str, Any], tmp
     path.write_text(json.dumps(card).replace('"seed": 1,', '"seed": 1, "commit": "first",', 1), encoding="utf-8")
     with pytest.raises(ValueError, match="two entries of one name"):
         read_card(path)
+
+
+def test_every_card_of_the_studies_is_read_and_holds_together() -> None:
+    paths = sorted(STUDY.glob("*/cards/*.json"))
+    assert len(paths) == 319
+    for path in paths:
+        assert read_run_card(path).name == path.stem
+
+
+BEST = ("evaluations", "defended, best epoch")
+RUN_EXAMPLES = {
+    "accuracy": ((*BEST, "accuracy", "PGD-20"), 0.9, "under PGD-20, its images"),
+    "no share": ((*BEST, "accuracy", "clean"), 1.7, "accuracy under clean: expected a number in [0,1], found 1.7"),
+    "fewer bits": ((*BEST, "correct", "clean"), "1000:00", "expected 1000 bits, one an image, found 2 digits"),
+    "no bits": ((*BEST, "correct", "clean"), "0:", "expected 0 bits"),
+    "bits beyond": ((*BEST, "correct", "clean"), "3:ff", "expected 3 bits"),
+    "bits of no attack": ((*BEST, "correct", "luck"), "8:ff", "no accuracy under luck"),
+    "seed": (("seed",), 1, "seed is 1"),
+    "config": (("config",), "0" * 12, "config is '000000000000'"),
+    "overrides": (("about", "overrides", -1), "seed=99", "seed is"),
+    "verdict": (("about", "verdicts", "fast suite"), "fine", "about/verdicts/fast suite is 'fine'"),
+    "a suite that nobody asked for": (("about", "verdicts", "x"), "trusted", "about/verdicts/x is 'x'"),
+    "a suite without an accuracy": (("settled", "suites", "x"), ["suite=fast"], "evaluations: x is 'missing'"),
+    "nothing found and nothing failed": (("evaluations",), {}, "failure is ''"),
+    "an epoch too many": (("selected", "epoch"), 10, "selected/epoch: expected one of 10 epochs, from 0, found 10"),
+    "held out": (("selected", "val/robust_acc"), 31.2, "selected/val/robust_acc: expected a number in [0,1]"),
+    "cost": (("cost", "seconds"), -1, "cost/seconds: expected a number >= 0"),
+    "measure": (("measured", "pse/promotion"), "much", "measured/pse/promotion: expected a number"),
+    "no number": (("cost", "seconds"), float("nan"), "expected numbers, found NaN"),
+    "another entry": (("surprise",), 1, "surprise"),
+}
+
+
+@pytest.mark.parametrize(("place", "value", "said"), RUN_EXAMPLES.values(), ids=RUN_EXAMPLES)
+def test_a_card_of_a_run_that_contradicts_itself_is_refused(tmp_path: Path, place: Any, value: Any, said: str) -> None:
+    path = sorted(STUDY.glob("confirm/cards/*.json"))[0]
+    (tmp_path / path.name).write_text(json.dumps(replaced(json.loads(path.read_text()), place, value)))
+    with pytest.raises(ValueError, match=r"is no") as error:
+        read_run_card(tmp_path / path.name)
+    assert said in str(error.value)
+    assert str(tmp_path / path.name) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("results.json", '{"best": {"clean": 0.5, "PGD": 0.75}}', "the accuracy says 0.7500 under PGD, its images 0.5000"),
+        ("results.json", '{"best": {"clean": 1.5}}', "expected a number in [0,1], found 1.5"),
+        ("results.json", '{"best": {"clean": NaN}}', "results.json is no readable JSON"),
+        ("results.json", '{"best": {"cl', "results.json is no readable JSON"),
+        ("results.json", "[1]", "results.json: expected a JSON object"),
+        ("correct.json", '{"best": {"PGD": "9:c0"}}', "expected 9 bits"),
+        ("correct.json", '{"best": 7}', "correct.json do not fit"),
+        ("cost.json", '{"seconds": [1, -9]}', "cost.json: expected numbers >= 0, found seconds = -8"),
+        ("cost.json", '{"seconds": [1, "x"]}', "cost.json: expected numbers"),
+        ("metrics.csv", "epoch,val/clean_acc\n0,many\n", "metrics.csv: could not convert"),
+        ("metrics.csv", "epoch,val/clean_acc\n0,7\n", "metrics.csv: val/clean_acc of epoch 0: expected a number in [0,1]"),
+        ("metrics.csv", "epoch,val/clean_acc\n1,0.5\n0,0.5\n", "metrics.csv: expected epochs that rise"),
+        ("run.json", '{"what": "x"', "run.json is no readable JSON"),
+    ],
+)
+def test_what_a_comparison_reads_of_a_run_folder_is_checked(tmp_path: Path, file: str, text: str, said: str) -> None:
+    whole = {
+        "config.yaml": "seed: 0\n",
+        "run.json": '{"what": "x"}',
+        "results.json": '{"best": {"clean": 0.5, "PGD": 0.5}}',
+        "correct.json": '{"best": {"PGD": "8:f0"}}',
+        "cost.json": '{"seconds": [1, 2]}',
+        "metrics.csv": "epoch,val/clean_acc\n0,0.5\n",
+    }
+    for name, content in whole.items():
+        (tmp_path / name).write_text(content)
+    assert card_of(tmp_path).cost == {"seconds": 3}
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match="runs: ") as error:
+        card_of(tmp_path)
+    assert said in str(error.value)
+    assert file in str(error.value)
+
+
+def test_a_card_brought_from_elsewhere_is_that_of_its_member(tmp_path: Path) -> None:
+    member = Member("A", "", 1, ("seed=1",), "hash", {})
+    card = replace(planned(member), evaluations={"best": Evaluation({"clean": 0.5})}, failure="")
+    (tmp_path / "cards").mkdir()
+    path = tmp_path / "cards" / f"{member.name}.json"
+    write_card(card, path)
+    assert cards_of([member], tmp_path) == [card]
+    write_card(replace(card, config="other"), path)
+    with pytest.raises(ValueError, match="the card of another run: expected config hash and seed 1, found other and 1"):
+        cards_of([member], tmp_path)

@@ -42,6 +42,7 @@ from lightning_modules.study import (
     read_study,
     run_members,
 )
+from tests.cards import suite_card
 from tests.composing import CONFIGS, config
 
 STUDIES = sorted((CONFIGS / "study").glob("*.yaml"))
@@ -148,13 +149,14 @@ folder = Path(given["out"]) / given["name"]
 folder.mkdir(parents=True, exist_ok=True)
 with (folder.parents[1] / "calls").open("a") as file: file.write(given["suite"] + "\\n")
 if given["suite"] == "bad": sys.exit("ValueError: no such suite")
-standing = [True, False, False, True] if given["suite"] == "one" else [False, False, False, True]
-(folder / "card.json").write_text(json.dumps({"examples": {"standing": standing}, "sanity": {"verdict": "trusted"}}))
+(folder / "card.json").write_text(Path(sys.argv[0]).with_name(given["suite"] + ".json").read_text())
 """
 
 
 def test_suites_judge_every_member_after_its_training(tmp_path: Path, script: Path) -> None:
     script.with_name("evaluate.py").write_text(JUDGE)
+    script.with_name("one.json").write_text(json.dumps(suite_card([True, False, False, True])))
+    script.with_name("two.json").write_text(json.dumps(suite_card([False, False, False, True])))
     both = {"AA": ["suite=one"], "adaptive": ["suite=two"]}
     members = [replace(fake("good", seed), suites=both) for seed in (0, 1)]
     out = tmp_path / "out"
