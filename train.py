@@ -39,10 +39,11 @@ from lightning_modules.cards import write_correct
 from lightning_modules.classifier import Diverged, RobustClassifier
 from lightning_modules.console import accuracy_table, clear_errors, console, require_whole, show
 from lightning_modules.entry import require_class, run_command
-from lightning_modules.hardware import AUTO, settled, wandb_sweep
+from lightning_modules.hardware import settled, wandb_sweep
 from lightning_modules.logging import NotKept, RunLog, check_wandb_mode, wandb_logger
 from lightning_modules.networks.build import make_network
 from lightning_modules.processes import any_process, be_patient, check_processes, check_same_step, is_leader, launches
+from lightning_modules.resuming import note_changes, resumed_config
 from lightning_modules.run_folder import RunFolder
 from lightning_modules.saved_config import read_config
 
@@ -164,6 +165,9 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
             folder = RunFolder.create(cfg.out, cfg.name, what, composed, probe=probe.hash, command=command, **many)
         hold = folder.hold()
         folder.note(**many)
+        if point is not None and is_leader():
+            for sentence in note_changes(folder, cfg, point, {}):
+                console.print(f"changed     {sentence}", highlight=False)
 
     info = folder.info
     dashboard.command = info.get("command", dashboard.command)
@@ -251,25 +255,6 @@ def settle(cfg: DictConfig, shared: Path | None = None) -> None:
     """Write into the config what ``auto`` stands for on this hardware, or for the first member of a sweep, in ``shared``."""
     given = cfg.trainer.precision, cfg.channels_last, cfg.trainer.accelerator
     cfg.trainer.precision, cfg.channels_last = settled(*given, shared)
-
-
-def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """The saved config of a run folder, with the plain keys given on the command line.
-
-    Raises:
-        ValueError: no run folder, or an override that the saved config does not hold.
-    """
-    saved = OmegaConf.create(read_config(RunFolder.existing(cfg.resume).config, "resume", cfg.trust))
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if value == AUTO and key in ("trainer.precision", "channels_last"):
-            continue  # decided when the run began
-        if key != "resume" and OmegaConf.is_config(OmegaConf.select(saved, key, default=OmegaConf.create())):
-            raise ValueError(
-                f"resume: {key!r} is no single value of the saved config; allowed is e.g. trainer.max_epochs=50"
-            )
-        OmegaConf.update(saved, key, OmegaConf.from_dotlist([f"value={value}"]).value)
-    return saved
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from interpret.storage import read_numbers, write_atomic
 from interpret.views.encode import plain
+from lightning_modules.changes import CHANGED, changes, flat
 from lightning_modules.consistency import check_evaluations, check_metrics, check_run, read_json, unpack
 
 SAME: Final = {  # key of the config → what it is about; only seeds may differ
@@ -29,10 +30,12 @@ SAME: Final = {  # key of the config → what it is about; only seeds may differ
     "test_attacks": "evaluation",
     "suites": "evaluation",
     "probe": "dashboard images",
+    CHANGED: "changes while it was trained (--any-effort compares all the same)",
 }
 EFFORT: Final = ("trainer.max_epochs", "trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.precision")
 # They say where things lie, not what is computed.
 ELSEWHERE: Final = ("out", "name", "resume", "trust", "debug", "hydra", "wandb")
+SHOWN: Final = ("panels", "checkpoint_every", "compare_undefended", "probe.every_n_epochs")  # nothing that is trained
 PLACES: Final = ("path", "test_path", "root", "download")  # of the data
 
 
@@ -112,7 +115,14 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in ELSEWHERE}
     if isinstance(kept.get("data"), Mapping):
         kept["data"] = {key: value for key, value in kept["data"].items() if key not in PLACES}
-    return kept
+    changed = [entry for entry in kept.pop(CHANGED, None) or () if _is_trained(entry["key"])]
+    return kept | ({CHANGED: changed} if changed else {})
+
+
+def _is_trained(key: str) -> bool:
+    """Whether another value of this key is another training, not another place or picture."""
+    elsewhere = key.split(".")[0] in ELSEWHERE or key in {f"data.{place}" for place in PLACES}
+    return not elsewhere and not any(key == shown or key.startswith(f"{shown}.") for shown in SHOWN)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -184,7 +194,10 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
         selected={key: best[key] for key in selected if key in best},
         measured={key: value for key, value in shown[0].items() if _is_measure(key)},
         cost=read_cost(folder),
-        about={key: info[key] for key in ("commit", "versions", "machine", "probe") if key in info},
+        about={
+            **{key: info[key] for key in ("commit", "versions", "machine", "probe") if key in info},
+            **({CHANGED: changes(portable(config))} if CHANGED in portable(config) else {}),
+        },
         failure="" if evaluations else failure or "not finished",
     )
 
@@ -270,7 +283,9 @@ def read_cards(paths: Sequence[Path]) -> list[RunCard]:
             folders.append((len(cards), {}))
             cards.append(card_of(path))
             trained = {key: value for key, value in portable(_config(path)).items() if key != "panels"}  # drawn, not trained
-            folders[-1][1].update(_flat(_without_seeds(trained)))
+            if CHANGED in trained:
+                trained[CHANGED] = "; ".join(changes(trained))
+            folders[-1][1].update(flat(_without_seeds(trained)))
     for i, config in folders:
         others = [other for j, other in folders if cards[j].method == cards[i].method]
         cards[i] = replace(cards[i], setting=_told_apart(config, others))
@@ -301,14 +316,6 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of all leaves."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) and inner else {f"{prefix}{key}": inner}
-    return flat
-
-
 def check_comparable(cards: Sequence[RunCard], any_effort: bool = False) -> None:
     """Numbers compare only under one threat model, split, selection, evaluation and training effort.
 
@@ -322,7 +329,7 @@ def check_comparable(cards: Sequence[RunCard], any_effort: bool = False) -> None
     for card in cards[1:]:
         for key in dict.fromkeys([*first.settled, *card.settled]):
             mine, theirs = first.settled.get(key), card.settled.get(key)
-            if mine == theirs or (any_effort and key in EFFORT):
+            if mine == theirs or (any_effort and key in (*EFFORT, CHANGED)):
                 continue
             where, one, other = _difference(key, mine, theirs)
             about = SAME.get(key, "training effort (--any-effort compares all the same)")

@@ -293,13 +293,15 @@ def _not_finite(setting: Setting, network: str) -> str:
 
 
 def _doubted(setting: Setting) -> str:
-    """Seeds whose suites found signs that gradients are masked: their accuracies may be too high."""
+    """Seeds whose suites found signs that gradients are masked, and those that were changed while they were trained."""
     words = {
         f"{verdict} under {suite} in seed {seed}": None
         for seed, card in setting.runs.items()
         for suite, verdict in card.about.get("verdicts", {}).items()
         if verdict != "trusted"
     }
+    for seed, card in setting.runs.items():
+        words |= {f"seed {seed} changed {change}": None for change in card.about.get("changed", ())}
     return "".join(f", {text}" for text in words)
 
 

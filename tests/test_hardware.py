@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 import train
 from lightning_modules import hardware
 from lightning_modules.hardware import Settings, settled, suited, wandb_sweep
+from lightning_modules.resuming import resumed_config
 from tests.composing import SMALL, config
 
 PLAIN, FAST = Settings("32-true", False), Settings("bf16-mixed", True)
@@ -149,10 +150,10 @@ def test_a_resumed_run_keeps_what_was_decided(monkeypatch, tmp_path: Path):
     train.settle(cfg)
     OmegaConf.save(cfg, tmp_path / "config.yaml")
     machine(monkeypatch, cpu="AVX2")
-    again = train.resumed_config(cfg, [f"resume={tmp_path}", "trainer.precision=auto", "wandb.mode=auto"])
+    again = resumed_config(cfg, [f"resume={tmp_path}", "trainer.precision=auto", "wandb.mode=auto"])
     train.settle(again)
     assert (again.trainer.precision, again.channels_last) == ("bf16-mixed", True)
-    assert train.resumed_config(cfg, ["trainer.precision=32-true"]).trainer.precision == "32-true"
+    assert resumed_config(cfg, ["trainer.precision=32-true"]).trainer.precision == "32-true"
 
 
 @pytest.mark.parametrize("text", ['{"precision": "bf16', "{}", "[]"])

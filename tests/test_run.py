@@ -21,6 +21,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 from torch import nn
 
 import compare
@@ -215,6 +216,9 @@ def test_a_finished_run_can_be_trained_longer(run: Path, tmp_path: Path, monkeyp
     began = json.loads(path.read_text())
     path.write_text(json.dumps(began | {"processes": 2}))  # as if two had trained, on half a step's images each
     command(monkeypatch, f"resume={tmp_path / 'more'}", "trainer.max_epochs=2")
+    whole = yaml.safe_load((tmp_path / "more" / "config.yaml").read_text())
+    assert whole["trainer"]["max_epochs"] == 2
+    assert whole["changed"] == [{"epoch": 1, "step": 4, "key": "trainer.max_epochs", "from": 1, "to": 2}]
     assert json.loads(path.read_text()) == began
     assert began["processes"] == 1
     with (tmp_path / "more" / "metrics.csv").open() as file:
