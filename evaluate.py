@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from datamodules.concepts import procedural_concepts
+from datamodules.fingerprint import Fingerprint, fingerprint
 from datamodules.images import ImageDataModule, ProbeBatch
 from defenses.attacks import PGD, Attack
 from defenses.card import accuracy_curve, make_card, margin_pgd
@@ -48,7 +49,9 @@ from interpret.views.profiles import ProfilesPanel
 from interpret.views.versus import versus_view
 from interpret.views.view import Bars, Lines, Table, View
 from lightning_modules.callbacks.dashboard import Dashboard, Nudge
+from lightning_modules.cards import training_of
 from lightning_modules.console import clear_errors, console, note, require_whole, steps
+from lightning_modules.data_record import compared, places_of
 from lightning_modules.entry import run_command
 from lightning_modules.judging import card_view, judge, trust, write_card
 from lightning_modules.networks.build import load_weights, make_network
@@ -107,6 +110,9 @@ def completed(cfg: DictConfig, run: Path | None) -> DictConfig:
     for key in ("data", "network", "threat", "budget", "channels_last", "regularizers"):
         if cfg.get(key) is None and saved.get(key) is not None:
             cfg[key] = saved[key]
+    if run is not None and cfg.get("data") is not None and cfg.data == saved.get("data"):
+        for place, found in places_of(cfg.data, run.parent).items():
+            cfg.data[place] = found
     for key in ("data", "network", "threat"):
         if cfg.get(key) is None:
             raise ValueError(
@@ -202,6 +208,8 @@ def against(cfg: DictConfig, data: ImageDataModule) -> Other:
     net = make_network(instantiate(saved.network), data, bool(saved.get("channels_last")))
     with told_as(checkpoint="against"):
         load_weights(net, weights)
+    if run is not None:
+        say(compared(run.parent, fingerprint(data), "against", own=False))
     return Other(named(weights, run), net.eval())
 
 
@@ -235,6 +243,8 @@ class Subject:
     net: nn.Module
     weights: Path | None
     run: Path | None  # config.yaml of the run folder
+    about: Fingerprint  # its data
+    differs: tuple[str, ...] = ()  # how that differs from what its run was about
 
     @property
     def name(self) -> str:
@@ -252,6 +262,7 @@ def subject(cfg: DictConfig) -> Subject:
     theirs = {"checkpoint": "weights", "network.target": "model", "network": "model"} if cfg.model else {}
     with told_as(**theirs):
         weights, run = (None, None) if cfg.model and cfg.checkpoint is None else located(cfg.checkpoint)
+    own = cfg.get("data") is None
     cfg = completed(cfg, run)
     require_whole(cfg, {"seed": 0, "threads": 1, "training": 1, "images": 1, "batch": 1})
     if cfg.split not in ("test", "val"):
@@ -261,11 +272,20 @@ def subject(cfg: DictConfig) -> Subject:
         torch.set_num_threads(cfg.threads)
     data = instantiate(cfg.data, batch_size=1, _convert_="all")  # nothing is trained, however few the images are
     data.setup("fit")
+    about = fingerprint(data, cfg.hash_images)
+    differs = () if run is None else tuple(compared(run.parent, about, "checkpoint", own))
+    say(differs)
     with told_as(**theirs):
         net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")), differentiable=cfg.suite is None)
         if weights is not None:
             load_weights(net, weights)
-    return Subject(cfg, data, net.eval(), weights, run)
+    return Subject(cfg, data, net.eval(), weights, run, about, differs)
+
+
+def say(notes: Iterable[str]) -> None:
+    """Lines that a reader must know beside the numbers."""
+    for words in notes:
+        note(words)
 
 
 def dashboard_of(of: Subject, images: int) -> tuple[Dashboard, ProbeBatch]:
@@ -402,6 +422,8 @@ def judge_by_suite(cfg: DictConfig) -> Path:
                 saved = cfg if twin_run is None else OmegaConf.create(read_config(twin_run, "twin", cfg.trust))
                 twin = make_network(instantiate(saved.network), data).eval()
                 load_weights(twin, twin_weights)
+            if twin_run is not None:
+                say(compared(twin_run.parent, of.about, "twin", own=False))
         part = data.test if cfg.split == "test" else data.val
         if cfg.images is not None and cfg.images > len(part):
             raise ValueError(f"images: expected 1 to {len(part)} images of the {cfg.split} split, found {cfg.images}")
@@ -417,8 +439,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
                 raise ValueError("masking: units are chosen by gradients, and none reaches the images of this net")
             cfg.panels = {}
             left_out = (*left_out, NO_PANELS)
-        for words in left_out:
-            note(words)
+        say(left_out)
         if cfg.masking.by is not None:
             require_masking(cfg.masking)
             choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
@@ -467,11 +488,13 @@ def judge_by_suite(cfg: DictConfig) -> Path:
     card = make_card(
         found,
         threat,
-        model={"name": of.name, "source": source, "parameters": sum(p.numel() for p in net.parameters())},
+        model={"name": of.name, "source": source, "parameters": sum(p.numel() for p in net.parameters()), **trained(of)},
         data={
             "name": str(cfg.data.get("_target_", "")).rpartition(".")[2],
             "split": cfg.split,
             "selection": selection(of, cfg.split),
+            "fingerprint": of.about["splits"][cfg.split],
+            "differs": list(of.differs),
         },
         class_names=data.class_names,
         curve=curve,
@@ -481,6 +504,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         versions=versions(),
         commit=commit(),
         config=plain(OmegaConf.to_container(cfg, resolve=True)),
+        places=few.tolist(),
     )
     lead = card_view(card, sanity, found)
     meta = {
@@ -549,6 +573,11 @@ def selection(of: Subject, split: str) -> str:
         return f"{of.weights.name} of its run: the epoch was not selected"
     chosen = "the epoch with the best held-out robust accuracy (best.ckpt)"
     return chosen + ("; these images chose it: not a test" if split == "val" else "")
+
+
+def trained(of: Subject) -> dict[str, Any]:
+    """What the card says of the training: the hash of the config that ran, and what was changed on the way."""
+    return {} if of.run is None or of.weights is None else {"training": training_of(of.run.parent)}
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="evaluate")

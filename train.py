@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from datamodules.fingerprint import fingerprint
 from datamodules.images import ImageDataModule
 from defenses.alarms import Limits
 from defenses.evaluation import correct_under
@@ -37,7 +38,8 @@ from lightning_modules.callbacks.preemption import Preemption, Unkept
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.cards import write_correct
 from lightning_modules.classifier import Diverged, RobustClassifier
-from lightning_modules.console import accuracy_table, clear_errors, console, require_whole, show
+from lightning_modules.console import accuracy_table, clear_errors, console, note, require_whole, show
+from lightning_modules.data_record import compared, note_data
 from lightning_modules.entry import require_class, run_command
 from lightning_modules.hardware import settled, wandb_sweep
 from lightning_modules.logging import NotKept, RunLog, check_wandb_mode, wandb_logger
@@ -113,6 +115,9 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
                 raise ValueError(f"trainer.{key}: expected true, for train.py brings its own; found {cfg.trainer[key]!r}")
         parts = build(cfg)
         data, module = parts.data, parts.module
+        about = fingerprint(data, cfg.get("hash_images", False))
+        own = folder is not None and cfg.data == OmegaConf.load(folder.config).data
+        differs = [] if folder is None else compared(folder.path, about, "resume", own)
         probe = data.probe(cfg.probe.size)
         attacks = instantiate(cfg.test_attacks, _convert_="all")
         dashboard = Dashboard(
@@ -162,12 +167,14 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
             folder = RunFolder.scratch(what)
         elif folder is None:
             composed = OmegaConf.to_yaml(cfg, resolve=True)
-            folder = RunFolder.create(cfg.out, cfg.name, what, composed, probe=probe.hash, command=command, **many)
+            known = {"probe": probe.hash, "command": command, "data": about, **many}
+            folder = RunFolder.create(cfg.out, cfg.name, what, composed, **known)
         hold = folder.hold()
         folder.note(**many)
         if point is not None and is_leader():
-            for sentence in note_changes(folder, cfg, point, {}):
-                console.print(f"changed     {sentence}", highlight=False)
+            for sentence in [*note_changes(folder, cfg, point), *differs]:
+                note(sentence)
+            note_data(folder, about, point)
 
     info = folder.info
     dashboard.command = info.get("command", dashboard.command)

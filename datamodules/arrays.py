@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
+from datamodules.fingerprint import SourceFile
 from datamodules.images import ImageDataModule, Images
 
 
@@ -45,6 +46,8 @@ class Arrays(ImageDataModule):
         test_files = _files(key, self.path if self.test_path is None else self.test_path, "test*.npz")
         if shared := set(train_files) & set(test_files):
             raise ValueError(f"data.path and data.test_path must not share files, both hold {str(min(shared))!r}")
+        files = {"training": train_files, "test": test_files}
+        self.files = {source: [SourceFile(file.name, file) for file in each] for source, each in files.items()}
         with_names = self.names is None
         shards = [_read("data.path", file, with_names) for file in train_files]
         test_shards = [_read(key, file, with_names) for file in test_files]

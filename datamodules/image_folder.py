@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from datamodules.fingerprint import SourceFile
 from datamodules.images import ImageDataModule, Images, require_fraction, require_whole, stratified_split
 
 _TEST_SEED = 1797  # one test set for all runs, whatever their seed
@@ -53,6 +55,7 @@ class ImageFolder(ImageDataModule):
         if not ((root / "train").is_dir() and _folders(root / "train")):
             names = self._classes(root)
             everything = self._read(root, names)
+            self.files["test"] = self.files["training"]
             train, test = stratified_split(everything.labels, self.test_fraction, _TEST_SEED)
             return everything[train], everything[test], names
         held_out = next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
@@ -61,7 +64,7 @@ class ImageFolder(ImageDataModule):
         names = self._classes(root / "train")
         if unknown := sorted(set(_folders(held_out)) - set(names)):
             raise ValueError(f"data.path: {str(held_out)!r} has classes that train/ lacks: {unknown!r}")
-        return self._read(root / "train", names), self._read(held_out, names, some_empty=True), names
+        return self._read(root / "train", names), self._read(held_out, names, "test"), names
 
     def _classes(self, folder: Path) -> tuple[str, ...]:
         names = _folders(folder)
@@ -69,15 +72,17 @@ class ImageFolder(ImageDataModule):
             raise FileNotFoundError(f"data.path: {str(folder)!r} must have a folder per class, found none")
         return names
 
-    def _read(self, folder: Path, names: tuple[str, ...], some_empty: bool = False) -> Images:
+    def _read(self, folder: Path, names: tuple[str, ...], source: str = "training") -> Images:
+        """Test folders may lack classes."""
         samples = make_dataset(folder, {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
         labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
         empty = [name for name, count in zip(names, labels.bincount(minlength=len(names)), strict=True) if count == 0]
-        if not samples or (empty and not some_empty):
+        if not samples or (empty and source == "training"):
             raise FileNotFoundError(
                 f"data.path: {str(folder)!r} must have images of every class, found none of {empty!r}"
                 f" (allowed: {' '.join(IMG_EXTENSIONS)})"
             )
+        self.files[source] = [SourceFile(os.path.relpath(file, folder), Path(file)) for file, _ in samples]
         channels = 1 if self.grey else 3
         images = torch.empty(len(samples), self.size, self.size, channels, dtype=torch.uint8)
         with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from datamodules.augment import Augmentation
+from datamodules.fingerprint import SourceFile, source_print
 from datamodules.loader import Replayed, TensorLoader, seeded
 
 _SPLIT, _LIMIT, _PROBE = 11, 12, 13  # keep the uses of one seed apart
@@ -172,9 +173,11 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     class_names: tuple[str, ...] = field(init=False)
     mean: tuple[float, ...] = field(init=False)
     std: tuple[float, ...] = field(init=False)
+    sources: dict[str, Any] = field(init=False)  # prints of all that was read: datamodules.fingerprint
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.files: dict[str, list[SourceFile]] = {}  # by source, training and test; ``load`` fills it where there are any
         self._position: dict[str, Any] | None = None  # of the next training loader
         require_whole("data.batch_size", self.batch_size, 1)
         require_whole("data.eval_batch_size", self.eval_batch_size, 1)
@@ -213,6 +216,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
                 )
         if len(names) < 2:
             raise ValueError(f"a classifier needs at least 2 classes, found {len(names)}: {names!r}")
+        self.sources = {
+            name: source_print(images, len(names), self.files.get(name, ()))
+            for name, images in (("training", everything), ("test", test))
+        }
         if self.train_limit is not None:
             everything = everything[stratified_subset(everything.labels, self.train_limit, self.seed)]
         if self.test_limit is not None:

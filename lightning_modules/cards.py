@@ -21,6 +21,7 @@ from interpret.storage import read_numbers, write_atomic
 from interpret.views.encode import plain
 from lightning_modules.changes import CHANGED, changes, flat
 from lightning_modules.consistency import check_evaluations, check_metrics, check_run, read_json, unpack
+from lightning_modules.data_record import data_changes, recorded
 
 SAME: Final = {  # key of the config → what it is about; only seeds may differ
     "data": "split",
@@ -34,7 +35,7 @@ SAME: Final = {  # key of the config → what it is about; only seeds may differ
 }
 EFFORT: Final = ("trainer.max_epochs", "trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.precision")
 # They say where things lie, not what is computed.
-ELSEWHERE: Final = ("out", "name", "resume", "trust", "debug", "hydra", "wandb")
+ELSEWHERE: Final = ("out", "name", "resume", "trust", "debug", "hash_images", "hydra", "wandb")
 SHOWN: Final = ("panels", "checkpoint_every", "compare_undefended", "probe.every_n_epochs")  # nothing that is trained
 PLACES: Final = ("path", "test_path", "root", "download")  # of the data
 
@@ -178,6 +179,8 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
         raise ValueError(f"runs: expected a run folder with config.yaml and run.json, or a card, found none at {folder}")
     config = _config(folder)
     info = read_json(folder / "run.json")
+    if earlier := data_changes(info):
+        config[CHANGED] = [*config.get(CHANGED, []), *earlier]
     metrics, evaluations = read_metrics(folder), read_evaluations(folder)
     best = max(metrics, key=lambda row: row.get("val/robust_acc", -math.inf), default={})
     drawn = [row for row in metrics if any(_is_measure(key) and not key.startswith("health/") for key in row)]
@@ -196,10 +199,25 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
         cost=read_cost(folder),
         about={
             **{key: info[key] for key in ("commit", "versions", "machine", "probe") if key in info},
+            **_data_of(folder),
             **({CHANGED: changes(portable(config))} if CHANGED in portable(config) else {}),
         },
         failure="" if evaluations else failure or "not finished",
     )
+
+
+def training_of(folder: Path) -> dict[str, Any]:
+    """Of a run folder: the hash of the config with which it was trained, and what was changed on the way."""
+    config = _config(folder)
+    if earlier := data_changes(read_json(folder / "run.json")) if (folder / "run.json").is_file() else []:
+        config[CHANGED] = [*config.get(CHANGED, []), *earlier]
+    return {"config": config_hash(config), CHANGED: changes(portable(config))}
+
+
+def _data_of(folder: Path) -> dict[str, Any]:
+    """The classes and the splits that a run was about, not where they lay."""
+    data = recorded(folder)
+    return {} if data is None else {"data": {"classes": data["classes"], "splits": data["splits"]}}
 
 
 def _is_measure(key: str) -> bool:
@@ -336,6 +354,12 @@ def check_comparable(cards: Sequence[RunCard], any_effort: bool = False) -> None
             raise ValueError(
                 f"runs: {first.name} and {card.name} don't compare: {key} differs, the {about}: {where} is {one} and {other}"
             )
+    known = [card for card in cards if "data" in card.about]
+    for card in known[1:]:
+        if card.about["data"]["classes"] != known[0].about["data"]["classes"]:
+            raise ValueError(
+                f"runs: {known[0].name} and {card.name} don't compare: they are of other classes or another order"
+            )
     probes: dict[int, RunCard] = {}
     for card in cards:
         other = probes.setdefault(card.seed, card)
@@ -343,6 +367,11 @@ def check_comparable(cards: Sequence[RunCard], any_effort: bool = False) -> None
             raise ValueError(
                 f"runs: {other.name} and {card.name} don't compare: seed {card.seed} gave them other validation images "
                 f"(hashes {other.about['probe']} and {card.about['probe']}), so the data differ"
+            )
+        one, two = (each.about.get("data", {}).get("splits") for each in (other, card))
+        if one and two and (split := next((name for name in one if one[name]["sample"] != two[name]["sample"]), None)):
+            raise ValueError(
+                f"runs: {other.name} and {card.name} don't compare: seed {card.seed} gave them other {split} images"
             )
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from omegaconf import DictConfig, OmegaConf
 
 from interpret.storage import write_atomic
 from lightning_modules.changes import CHANGED, changes, flat
+from lightning_modules.data_record import places_of, recorded
 from lightning_modules.hardware import AUTO
 from lightning_modules.run_folder import ResumePoint, RunFolder
 from lightning_modules.saved_config import read_config
 
-HERE: Final = ("resume", "trust", "debug", "hydra", "wandb", CHANGED)  # of this start, not of the run
+HERE: Final = ("resume", "trust", "debug", "hash_images", "hydra", "wandb", CHANGED)  # of this start, not of the run
 FIXED: Final = {  # key of the config → what another value would be; with another it is another run
     "data": "other images, or another split of them",
     "threat": "another threat model",
@@ -39,6 +41,8 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     saved = OmegaConf.create(read_config(RunFolder.existing(cfg.resume).config, "resume", bool(cfg.get("trust"))))
     copies = dict(_copies(saved))
+    for place, found in places_of(saved.data, Path(cfg.resume)).items():
+        saved.data[place] = found
     for override in overrides:
         word, _, value = override.partition("=")
         key = word.lstrip("+")  # what the run has, the defaults may lack
@@ -95,17 +99,17 @@ def _copies(saved: DictConfig) -> Iterator[tuple[str, str]]:
         yield from within(group, name)
 
 
-def note_changes(folder: RunFolder, cfg: DictConfig, point: ResumePoint, places: Mapping[str, str]) -> list[str]:
+def note_changes(folder: RunFolder, cfg: DictConfig, point: ResumePoint) -> list[str]:
     """Write the config with which a run goes on, and what is changed from here, in one file and one write.
 
     Args:
         point: where it goes on; what was changed later than that, and is trained again, is changed there now.
-        places: the data's ``path`` and the like in full, which are not changed by being spelt in another way.
 
     Returns:
         A sentence a change, new ones only.
     """
     saved, now = (_plain(each) for each in (OmegaConf.load(folder.config), cfg))
+    places = (recorded(folder.path) or {}).get("places", {})  # a place is not changed by being spelt in full
     here = {"epoch": point.epoch, "step": point.step}
     before = [dict(entry) | (here if entry["step"] > point.step else {}) for entry in saved.get(CHANGED, [])]
     old, new = (flat({key: value for key, value in each.items() if key not in HERE}) for each in (saved, now))
@@ -115,7 +119,7 @@ def note_changes(folder: RunFolder, cfg: DictConfig, point: ResumePoint, places:
         if old.get(key) != new.get(key) and not (key.startswith("data.") and places.get(key[5:]) == new.get(key))
     ]
     if [*before, *found] != saved.get(CHANGED, []):
-        whole = {key: value for key, value in now.items() if key != CHANGED} | {key: saved.get(key) for key in HERE[:3] if key in saved}
+        whole = {key: value for key, value in now.items() if key != CHANGED} | {key: saved.get(key) for key in HERE[:4] if key in saved}
         write_atomic(folder.config, OmegaConf.to_yaml(OmegaConf.create(whole | {CHANGED: before + found})))
     return changes({CHANGED: found})
 

@@ -94,7 +94,7 @@ class RunFolder:
         }
         return {what: path for what, path in named.items() if path.is_file()}
 
-    def note(self, **info: str | int) -> None:
+    def note(self, **info: Any) -> None:
         """Write these entries of ``run.json`` anew, e.g. where a resumed run has another number of processes."""
         if (record := self.info) != record | info:
             write_atomic(self.path / "run.json", json.dumps(record | info, indent=2) + "\n")
@@ -159,7 +159,7 @@ class RunFolder:
         return ResumePoint(None, 0, 0, ())
 
     @classmethod
-    def create(cls, out: str | Path, name: str | None, what: str, config: str, **info: str | int) -> RunFolder:
+    def create(cls, out: str | Path, name: str | None, what: str, config: str, **info: Any) -> RunFolder:
         """Make a new folder and write what is known at the start.
 
         Args:

@@ -85,7 +85,7 @@ def leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         for key, inner in value.items():
             yield from leaves(inner, (*place, key))
     elif isinstance(value, list):
-        for i in sorted({0, len(value) // 2, len(value) - 1} if len(value) > 8 else range(len(value))):
+        for i in sorted({0, len(value) // 2, len(value) - 1} if len(value) > 5 else range(len(value))):
             yield from leaves(value[i], (*place, i))
     else:
         yield place

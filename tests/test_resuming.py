@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,14 @@ from lightning_modules.run_folder import ResumePoint, RunFolder
 from tests.composing import config
 
 
+@cache  # composing is what takes time
+def composed(*overrides: str) -> str:
+    return OmegaConf.to_yaml(config(*overrides), resolve=True)
+
+
 def run_folder(path: Path, *overrides: str) -> RunFolder:
     path.mkdir(parents=True)
-    (path / "config.yaml").write_text(OmegaConf.to_yaml(config(*overrides), resolve=True))
+    (path / "config.yaml").write_text(composed(*overrides))
     (path / "run.json").write_text(json.dumps({"what": "digits"}))
     (path / "results.json").write_text(json.dumps({"defended, best epoch": {"clean": 0.9, "PGD-20": 0.5}}))
     return RunFolder(path)
