@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from datamodules.concepts import procedural_concepts
-from datamodules.fingerprint import Fingerprint, fingerprint
+from datamodules.fingerprint import fingerprint
 from datamodules.images import ImageDataModule, ProbeBatch
 from defenses.attacks import PGD, Attack
 from defenses.card import accuracy_curve, make_card, margin_pgd
@@ -51,7 +51,7 @@ from interpret.views.view import Bars, Lines, Table, View
 from lightning_modules.callbacks.dashboard import Dashboard, Nudge
 from lightning_modules.cards import training_of
 from lightning_modules.console import clear_errors, console, note, require_whole, steps
-from lightning_modules.data_record import compared, places_of
+from lightning_modules.data_record import Fingerprint, compared, places_of
 from lightning_modules.entry import run_command
 from lightning_modules.judging import card_view, judge, trust, write_card
 from lightning_modules.networks.build import load_weights, make_network
@@ -374,6 +374,7 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
         "images": f"{len(images.ids)} of the {cfg.split} split, hash {images.hash}",
         "observed layers": ", ".join(dashboard.layers),
         **({"against": cfg.against} if other is not None else {}),
+        **({"data": "; ".join(of.differs)} if of.differs else {}),
         "seed": cfg.seed,
         "commit": commit(),
     }
@@ -415,7 +416,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
             raise ValueError(f"suite: expected {', '.join(SUITES)}; found {cfg.suite!r}")
         of = subject(cfg)
         cfg, data, net = of.cfg, of.data, of.net
-        twin = None
+        twin, twin_differs = None, list[str]()
         if cfg.twin is not None:
             with told_as(checkpoint="twin", network="twin"):
                 twin_weights, twin_run = located(cfg.twin)
@@ -423,7 +424,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
                 twin = make_network(instantiate(saved.network), data).eval()
                 load_weights(twin, twin_weights)
             if twin_run is not None:
-                say(compared(twin_run.parent, of.about, "twin", own=False))
+                twin_differs = compared(twin_run.parent, of.about, "twin", own=False)
         part = data.test if cfg.split == "test" else data.val
         if cfg.images is not None and cfg.images > len(part):
             raise ValueError(f"images: expected 1 to {len(part)} images of the {cfg.split} split, found {cfg.images}")
@@ -433,7 +434,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         if threat.eps <= 0:
             raise ValueError(f"eps: expected a radius above 0, found {threat.eps}")
         terms = instantiate(cfg.regularizers or {}, _convert_="all")
-        left_out = (ONLY_CHECKS,) if twin is not None and cfg.suite != "adaptive" else ()
+        left_out = (*((ONLY_CHECKS,) if twin is not None and cfg.suite != "adaptive" else ()), *twin_differs)
         if not has_gradient(net, images[:ASKED]):
             if cfg.masking.by is not None:
                 raise ValueError("masking: units are chosen by gradients, and none reaches the images of this net")

@@ -29,7 +29,6 @@ PLACES: Final = ("path", "test_path", "root")  # arguments that say where the da
 SPLITS: Final = ("train", "val", "test")
 SAMPLE: Final = 256  # images of a split, or of all classes together, whose pixels are hashed
 CHUNK: Final = 1024  # images hashed at a time
-Fingerprint = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,47 +77,6 @@ def fingerprint(data: ImageDataModule, whole: bool = False, cache: Path | None =
         "sources": data.sources,
         "splits": splits,
     }
-
-
-def other_classes(before: Fingerprint, now: Fingerprint) -> str:
-    """Why a network's outputs would be read as other classes than it was trained on; "" where they would not."""
-    old, new = before["classes"], now["classes"]
-    if old != new:
-        kind = "the same classes in another order" if sorted(old) == sorted(new) else "other classes"
-        differ = [i for i in range(max(len(old), len(new))) if old[i : i + 1] != new[i : i + 1]]
-        few = slice(max(0, differ[0] - 1), differ[0] + 4)
-        return f"{kind}: expected {_listed(old, few)}, found {_listed(new, few)}"
-    for source, was in before["sources"].items():
-        prints, found = was["by_class"], now["sources"].get(source, {}).get("by_class", [])
-        for label, (one, other) in enumerate(zip(prints, found, strict=False)):
-            if other is not None and other != one and other in prints:
-                return f"the {source} images of class {old[prints.index(other)]!r} are now those of {old[label]!r}"
-    return ""
-
-
-def other_images(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """How the images of each split differ, a sentence each; empty for the same."""
-    found = []
-    for split, was in before["splits"].items():
-        here = now["splits"][split]
-        if was["n"] != here["n"]:
-            found.append(f"{split}: {here['n']} images where there were {was['n']}")
-        elif any(was[key] != here[key] for key in ("sample", "whole") if key in was and key in here):
-            found.append(f"{split}: other images or labels, {here['n']} as before")
-    if found:
-        return found
-    for source, was in before["sources"].items():
-        here = now["sources"][source]
-        if was["by_class"] != here["by_class"]:
-            found.append(f"{source} images: others among those that these splits leave out or that were not compared")
-        elif was["files"] != here["files"]:
-            found.append(f"{source} files: other names or sizes, though the images that were compared are the same")
-    return found
-
-
-def _listed(names: Sequence[str], part: slice) -> str:
-    dots = "… " * (part.start > 0), " …" * (part.stop < len(names))
-    return f"{dots[0]}{', '.join(names[part])}{dots[1]} ({len(names)})"
 
 
 def _spread(n: int, most: int) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torchvision.datasets import SVHN as TorchvisionSVHN
 
 from datamodules.downloads import open_dataset
+from datamodules.fingerprint import SourceFile
 from datamodules.images import ImageDataModule, Images
 
 
@@ -30,4 +32,6 @@ class SVHN(ImageDataModule):
         part = open_dataset(
             lambda: TorchvisionSVHN(self.root, split=split, download=self.download), "SVHN", self.root, self.download
         )
+        name = part.filename
+        self.files["training" if split == "train" else "test"] = [SourceFile(name, Path(self.root) / name)]
         return Images(torch.from_numpy(part.data).contiguous(), torch.from_numpy(part.labels).long())

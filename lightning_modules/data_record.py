@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from datamodules.fingerprint import PLACES, Fingerprint, other_classes, other_images
 from lightning_modules.consistency import read_json
 from lightning_modules.run_folder import ResumePoint, RunFolder
 
+Fingerprint = Mapping[str, Any]  # of datamodules.fingerprint
 UNKNOWN: Final = "the run is from before runs recorded their data: neither classes nor images are compared with it"
 
 
@@ -38,7 +38,7 @@ def recorded(run: Path) -> Fingerprint | None:
 def places_of(data: Mapping[str, Any], run: Path) -> dict[str, str]:
     """Entries of a run's data config that say where its data lies, in full, the same from any folder; not what is gone."""
     known = (recorded(run) or {}).get("places", {})
-    return {key: known[key] for key in PLACES if data.get(key) and key in known and _is_there(known[key])}
+    return {key: place for key, place in known.items() if data.get(key) and _is_there(place)}
 
 
 def _is_there(place: str) -> bool:
@@ -93,3 +93,44 @@ def data_changes(info: Mapping[str, Any]) -> list[dict[str, Any]]:
         for each in info.get("earlier_data", [])
         if each["data"] is not None
     ]
+
+
+def other_classes(before: Fingerprint, now: Fingerprint) -> str:
+    """Why a network's outputs would be read as other classes than it was trained on; "" where they would not."""
+    old, new = before["classes"], now["classes"]
+    if old != new:
+        kind = "the same classes in another order" if sorted(old) == sorted(new) else "other classes"
+        differ = [i for i in range(max(len(old), len(new))) if old[i : i + 1] != new[i : i + 1]]
+        few = slice(max(0, differ[0] - 1), differ[0] + 4)
+        return f"{kind}: expected {_listed(old, few)}, found {_listed(new, few)}"
+    for source, was in before["sources"].items():
+        prints, found = was["by_class"], now["sources"].get(source, {}).get("by_class", [])
+        for label, (one, other) in enumerate(zip(prints, found, strict=False)):
+            if other is not None and other != one and other in prints:
+                return f"the {source} images of class {old[prints.index(other)]!r} are now those of {old[label]!r}"
+    return ""
+
+
+def other_images(before: Fingerprint, now: Fingerprint) -> list[str]:
+    """How the images of each split differ, a sentence each; empty for the same."""
+    found = []
+    for split, was in before["splits"].items():
+        here = now["splits"][split]
+        if was["n"] != here["n"]:
+            found.append(f"{split}: {here['n']} images where there were {was['n']}")
+        elif any(was[key] != here[key] for key in ("sample", "whole") if key in was and key in here):
+            found.append(f"{split}: other images or labels, {here['n']} as before")
+    if found:
+        return found
+    for source, was in before["sources"].items():
+        here = now["sources"][source]
+        if was["by_class"] != here["by_class"]:
+            found.append(f"{source} images: others among those that these splits leave out or that were not compared")
+        elif was["files"] != here["files"]:
+            found.append(f"{source} files: other names or sizes, though the images that were compared are the same")
+    return found
+
+
+def _listed(names: Sequence[str], part: slice) -> str:
+    dots = "… " * (part.start > 0), " …" * (part.stop < len(names))
+    return f"{dots[0]}{', '.join(names[part])}{dots[1]} ({len(names)})"

@@ -17,12 +17,13 @@ import train
 from datamodules import fingerprint as module
 from datamodules.arrays import Arrays
 from datamodules.digits import Digits
-from datamodules.fingerprint import fingerprint, other_classes, other_images
+from datamodules.fingerprint import fingerprint
 from datamodules.image_folder import ImageFolder
 from datamodules.images import ImageDataModule
 from datamodules.shapes import Shapes
 from defenses.card import read_card
 from lightning_modules.cards import card_of, check_comparable
+from lightning_modules.data_record import other_classes, other_images
 from tests.test_evaluate import command
 
 CLASSES = ("ants", "bees", "wasps")

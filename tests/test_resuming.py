@@ -36,7 +36,7 @@ def given(folder: RunFolder, *overrides: str) -> DictConfig:
 
 
 def resumed(folder: RunFolder, step: int, *overrides: str) -> list[str]:
-    return note_changes(folder, given(folder, *overrides), ResumePoint(None, step // 10, step, ()), {})
+    return note_changes(folder, given(folder, *overrides), ResumePoint(None, step // 10, step, ()))
 
 
 def saved(folder: RunFolder) -> DictConfig:
