@@ -47,7 +47,6 @@ from lightning_modules.networks.build import make_network
 from lightning_modules.processes import any_process, be_patient, check_processes, check_same_step, is_leader, launches
 from lightning_modules.resuming import note_changes, resumed_config
 from lightning_modules.run_folder import RunFolder
-from lightning_modules.saved_config import read_config
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
