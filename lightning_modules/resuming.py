@@ -119,7 +119,7 @@ def note_changes(folder: RunFolder, cfg: DictConfig, point: ResumePoint) -> list
         if old.get(key) != new.get(key) and not (key.startswith("data.") and places.get(key[5:]) == new.get(key))
     ]
     if [*before, *found] != saved.get(CHANGED, []):
-        whole = {**now, **{key: saved.get(key) for key in HERE[:4] if key in saved}}
+        whole = now | {key: saved[key] for key in HERE[:4] if key in saved}
         whole.pop(CHANGED, None)  # the last entry
         write_atomic(folder.config, OmegaConf.to_yaml(OmegaConf.create(whole | {CHANGED: before + found})))
     return changes({CHANGED: found})

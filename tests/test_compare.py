@@ -500,8 +500,8 @@ def test_measures_are_of_the_best_epoch_or_the_first_drawn_after_it(tmp_path: Pa
     """With probe.every_n_epochs=100 the first and the last are drawn; the first is of a net that has hardly learnt."""
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     (tmp_path / "run.json").write_text("{}")
-    lines = ["epoch,val/robust_acc,health/pgd,pse/gap", "0,0.1,0.2,1", "1,0.4,0.5,", "2,0.3,0.5,3"]
-    for rows, expected in ((lines, 3.0), ([*lines[:2], "1,0.4,0.5,2", lines[3]], 2.0), (lines[:3], 1.0)):
+    lines = ["epoch,step,val/robust_acc,health/pgd,pse/gap", "0,1,0.1,0.2,1", "1,2,0.4,0.5,", "2,3,0.3,0.5,3"]
+    for rows, expected in ((lines, 3.0), ([*lines[:2], "1,2,0.4,0.5,2", lines[3]], 2.0), (lines[:3], 1.0)):
         (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
         assert card_of(tmp_path).measured["pse/gap"] == expected
 

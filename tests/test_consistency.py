@@ -248,9 +248,13 @@ def test_a_card_of_a_run_that_contradicts_itself_is_refused(tmp_path: Path, plac
         ("correct.json", '{"best": 7}', "correct.json do not fit"),
         ("cost.json", '{"seconds": [1, -9]}', "cost.json: expected numbers >= 0, found seconds = -8"),
         ("cost.json", '{"seconds": [1, "x"]}', "cost.json: expected numbers"),
-        ("metrics.csv", "epoch,val/clean_acc\n0,many\n", "metrics.csv: could not convert"),
-        ("metrics.csv", "epoch,val/clean_acc\n0,7\n", "metrics.csv: val/clean_acc of epoch 0: expected a number in [0,1]"),
-        ("metrics.csv", "epoch,val/clean_acc\n1,0.5\n0,0.5\n", "metrics.csv: expected epochs that rise"),
+        ("metrics.csv", "epoch,step,val/clean_acc\n0,1,many\n", "metrics.csv is no readable table"),
+        (
+            "metrics.csv",
+            "epoch,step,val/clean_acc\n0,1,7\n",
+            "metrics.csv: val/clean_acc of epoch 0: expected a number in [0,1]",
+        ),
+        ("metrics.csv", "epoch,step,val/clean_acc\n1,1,0.5\n0,1,0.5\n", "metrics.csv: expected epochs that rise"),
         ("run.json", '{"what": "x"', "run.json is no readable JSON"),
     ],
 )
@@ -261,7 +265,7 @@ def test_what_a_comparison_reads_of_a_run_folder_is_checked(tmp_path: Path, file
         "results.json": '{"best": {"clean": 0.5, "PGD": 0.5}}',
         "correct.json": '{"best": {"PGD": "8:f0"}}',
         "cost.json": '{"seconds": [1, 2]}',
-        "metrics.csv": "epoch,val/clean_acc\n0,0.5\n",
+        "metrics.csv": "epoch,step,val/clean_acc\n0,1,0.5\n",
     }
     for name, content in whole.items():
         (tmp_path / name).write_text(content)

@@ -143,12 +143,12 @@ def test_the_composed_config_holds_what_was_decided(monkeypatch):
 
 def test_a_resumed_run_keeps_what_was_decided(monkeypatch, tmp_path: Path):
     (tmp_path / "checkpoints").mkdir()
-    for name in ("run.json", "checkpoints/last.ckpt"):
-        (tmp_path / name).touch()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "run.json").write_text('{"what": "digits", "wandb_id": "1", "commit": "abc", "started": "now"}')
     cfg = config("trainer.precision=auto", "channels_last=auto", f"resume={tmp_path}")
     machine(monkeypatch, cuda=(9, 0))
     train.settle(cfg)
-    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    OmegaConf.save(cfg, tmp_path / "config.yaml", resolve=True)
     machine(monkeypatch, cpu="AVX2")
     again = resumed_config(cfg, [f"resume={tmp_path}", "trainer.precision=auto", "wandb.mode=auto"])
     train.settle(again)

@@ -25,7 +25,7 @@ def composed(*overrides: str) -> str:
 def run_folder(path: Path, *overrides: str) -> RunFolder:
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(composed(*overrides))
-    (path / "run.json").write_text(json.dumps({"what": "digits"}))
+    (path / "run.json").write_text(json.dumps({"what": "digits", "wandb_id": "1", "commit": "abc", "started": "now"}))
     (path / "results.json").write_text(json.dumps({"defended, best epoch": {"clean": 0.9, "PGD-20": 0.5}}))
     return RunFolder(path)
 
