@@ -29,10 +29,10 @@ from interpret.views.figures import charts_figure, save
 from interpret.views.page import ReportPage, stored_charts
 from interpret.views.view import Bars, Chart, Lines, Stored, Table, View
 from lightning_modules.ablation import ablation_view, attack_compared, write_ablation
-from lightning_modules.cards import RunCard, check_comparable, read_cards, read_metrics
+from lightning_modules.cards import RunCard, best_row, check_comparable, read_cards, read_metrics
 from lightning_modules.comparison import SELECTED, accuracy_table, runs_table, settings_of
 from lightning_modules.consistency import read_json
-from lightning_modules.console import NOT_FINITE, clear_errors, console, show
+from lightning_modules.console import clear_errors, console, marked, show
 from lightning_modules.logging import check_wandb_mode, log_tables
 from lightning_modules.race import Race, race, race_table, rounds_of
 from lightning_modules.result_cards import cards_tables, cards_view, is_result_card, read_result_cards
@@ -95,9 +95,9 @@ def results_table(runs: list[Run]) -> Table:
     rows: list[tuple[str | float | int, ...]] = []
     for run in runs:
         for network, row in _networks(run).items():
-            broken = NOT_FINITE * (network in run.results.get("not_finite", []))
+            broken, guessing = (network in run.results.get(key, []) for key in ("not_finite", "guessing"))
             shares = (round(100 * row[a], 2) if a in row else float("nan") for a in attacks)
-            rows.append((run.name, network + broken, *shares))
+            rows.append((run.name, marked(network, not broken, guessing), *shares))
         if not _networks(run):
             rows.append((run.name, "not finished", *(float("nan") for _ in attacks)))
     return Table("Accuracy on the test set", ("run", "network", *(f"{a} (%)" for a in attacks)), rows, open=True)
@@ -108,8 +108,8 @@ def _networks(run: Run) -> dict[str, dict[str, float]]:
 
 
 def best_epoch(run: Run) -> dict[str, float]:
-    """The epoch with the highest held-out robust accuracy, the first of several."""
-    return max(run.metrics, key=lambda row: row.get("val/robust_acc", float("-inf")))
+    """The epoch that ``best.ckpt`` holds; empty where no epoch was the best."""
+    return dict(best_row(run.metrics, run.report.parent))
 
 
 def curves(runs: list[Run]) -> list[Lines]:
@@ -172,7 +172,7 @@ def compare(runs: list[Run]) -> View:
         "What the dashboards measured at each run's best epoch",
         ("run", "epoch", *(CURVES[key][0] for key in keys)),
         [
-            (run.name, int(row["epoch"]), *(round(row.get(key, float("nan")), 4) for key in keys))
+            (run.name, int(row["epoch"]) if row else "none", *(round(row.get(key, float("nan")), 4) for key in keys))
             for run, row in zip(runs, best, strict=True)
         ],
         open=True,

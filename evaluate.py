@@ -48,6 +48,7 @@ from interpret.views.page import KeyFigure, ReportPage
 from interpret.views.profiles import ProfilesPanel
 from interpret.views.versus import versus_view
 from interpret.views.view import Bars, Lines, Table, View
+from lightning_modules.callbacks.checkpointing import how_chosen
 from lightning_modules.callbacks.dashboard import Dashboard, Nudge
 from lightning_modules.cards import training_of
 from lightning_modules.console import clear_errors, console, note, require_whole, steps
@@ -55,7 +56,7 @@ from lightning_modules.data_record import Fingerprint, compared, places_of
 from lightning_modules.entry import run_command
 from lightning_modules.judging import card_view, judge, trust, write_card
 from lightning_modules.networks.build import load_weights, make_network
-from lightning_modules.run_folder import commit, versions
+from lightning_modules.run_folder import RunFolder, commit, versions
 from lightning_modules.saved_config import read_config
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -91,7 +92,9 @@ def located(checkpoint: str | None) -> tuple[Path, Path | None]:
     if checkpoint is None:
         raise ValueError("checkpoint: expected a run folder or a file of weights, e.g. checkpoint=runs/NAME; found none")
     path = Path(checkpoint).expanduser()
-    weights = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+    weights = RunFolder(path).judged if path.is_dir() else path
+    if path.is_dir() and weights.name != "best.ckpt" and weights.is_file():
+        console.print(f"{path} holds no best.ckpt, so no epoch is known to be better than guessing: {weights.name} is taken")
     if not weights.is_file():
         raise ValueError(f"checkpoint: expected a run folder or a file of weights, found none at {path}")
     config = weights.parent.parent / "config.yaml"
@@ -572,8 +575,7 @@ def selection(of: Subject, split: str) -> str:
         return "unknown: the weights lie in no run folder"
     if of.weights.name != "best.ckpt":
         return f"{of.weights.name} of its run: the epoch was not selected"
-    chosen = "the epoch with the best held-out robust accuracy (best.ckpt)"
-    return chosen + ("; these images chose it: not a test" if split == "val" else "")
+    return f"{how_chosen(of.weights)} (best.ckpt)" + ("; these images chose it: not a test" if split == "val" else "")
 
 
 def trained(of: Subject) -> dict[str, Any]:

@@ -26,8 +26,6 @@ from omegaconf import DictConfig, OmegaConf
 from datamodules.fingerprint import fingerprint
 from datamodules.images import ImageDataModule
 from defenses.alarms import Limits
-from defenses.evaluation import correct_under
-from defenses.health import count_nonfinite, watched_logits
 from interpret.views.page import ReportPage
 from lightning_modules.callbacks.averaging import averaging
 from lightning_modules.callbacks.checkpointing import Checkpoints
@@ -38,15 +36,17 @@ from lightning_modules.callbacks.preemption import Preemption, Unkept
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.cards import write_correct
 from lightning_modules.classifier import Diverged, RobustClassifier
-from lightning_modules.console import accuracy_table, clear_errors, console, note, require_whole, show
+from lightning_modules.console import clear_errors, console, note, require_whole, show
 from lightning_modules.data_record import compared, note_data
-from lightning_modules.entry import require_class, run_command
+from lightning_modules.entry import Stopped, require_class, run_command
 from lightning_modules.hardware import settled, wandb_sweep
 from lightning_modules.logging import NotKept, RunLog, check_wandb_mode, wandb_logger
 from lightning_modules.networks.build import make_network
-from lightning_modules.processes import any_process, be_patient, check_processes, check_same_step, is_leader, launches
+from lightning_modules.outcome import UNDEFENDED, Outcome
+from lightning_modules.processes import be_patient, check_processes, check_same_step, is_leader, launches
 from lightning_modules.resuming import note_changes, resumed_config
 from lightning_modules.run_folder import RunFolder
+from lightning_modules.selection import Select
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -109,6 +109,8 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
         folder = RunFolder.existing(cfg.resume) if cfg.resume is not None else None
         require_class(cfg, "health", Health)
         require_class(cfg, "health.limits", Limits)
+        chosen_by = None if cfg.get("select") is None else OmegaConf.to_container(cfg.select)
+        select = Select.of(chosen_by, attacks=bool(cfg.defense.attack))  # type: ignore[arg-type]
         for key in ("enable_progress_bar", "enable_checkpointing"):
             if cfg.trainer.get(key, True) is not True:
                 raise ValueError(f"trainer.{key}: expected true, for train.py brings its own; found {cfg.trainer[key]!r}")
@@ -199,7 +201,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
     dashboard.log_to = log = RunLog(folder.path, ReportPage(folder.report, folder.path.name, meta), logger)
     for monitor in health:
         monitor.log_to, monitor.command, dashboard.lead = log, dashboard.command, monitor.views
-    kept = Checkpoints(folder.checkpoints, cfg.get("checkpoint_every"))
+    kept = Checkpoints(folder.checkpoints, cfg.get("checkpoint_every"), select)
     if point is not None:
         console.print(f"resume      {point}")
         log.resume_from(point.epoch)
@@ -221,17 +223,10 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
             advice = "Try a lower optimizer.lr or trainer.gradient_clip_val=1"
             raise Diverged(f"{error}; {kept.holding(trainer.global_step)}. {advice}") from None
 
-        def judge(name: str, net: torch.nn.Module) -> dict[str, float]:
-            device = trainer.strategy.root_device
-            with watched_logits(net.to(device)) as logits:
-                correct[name] = correct_under(net, data.whole_test(), attacks, device)
-            broken.extend([name] if any_process(any(map(bool, logits))) or count_nonfinite(net)[0] else [])
-            return {attack: float(right.double().mean()) for attack, right in correct[name].items()}
-
-        records, correct, broken = {}, dict[str, dict[str, torch.Tensor]](), list[str]()
+        found = Outcome(data, attacks, trainer.strategy.root_device)
         for name, state in kept.final_states(module).items():
             module.load_state_dict(state)
-            records[f"defended, {name}"] = judge(f"defended, {name}", module.net)
+            found.judge(f"defended, {name}", module.net)
         if cfg.compare_undefended:
             console.print("training the same network without defense, for comparison")
             plain = build(undefended(cfg))
@@ -239,21 +234,26 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
             quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
             try:
                 instantiate(cfg.trainer, callbacks=callbacks, **quiet).fit(plain.module, datamodule=plain.data)
-                records["undefended"] = judge("undefended", plain.module.net)
+                found.judge(UNDEFENDED, plain.module.net)
             except Diverged as error:  # what is compared with it is not lost
                 console.print(f"the network without defense is left out of the table: {error}")
         if not is_leader():
             return kept.best_score or 0.0
-        log.keep("write correct.json", lambda: write_correct(folder.path, correct))
-        table = accuracy_table(f"Accuracy on the test set, {meta['threat']}", records, broken)
-        log.results(table, {"threat": meta["threat"], "not_finite": broken, **records})
+        log.keep("write correct.json", lambda: write_correct(folder.path, found.correct))
+        stopped = "; ".join(monitor.stopped for monitor in health if monitor.stopped)
+        table = found.table(meta["threat"], kept.choice)
+        log.results(table, found.results(meta["threat"], kept.choice, stopped))
     show(table)
+    for words in found.notes(stopped):
+        console.print(words)
     for what, path in folder.files().items():
         console.print(f"{what:<11}  {path}")
     if logger is not None:
         console.print(f"W&B          {folder.path / 'wandb'} (an offline run is sent with: wandb sync DIRECTORY)")
     if lost := log.lost | kept.lost:
         raise NotKept(lost, folder.path)
+    if stopped and HydraConfig.get().mode != RunMode.MULTIRUN:  # a sweep goes on with its next member
+        raise Stopped(stopped)
     return kept.best_score or 0.0
 
 

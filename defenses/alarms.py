@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Final, Literal
 
 from defenses.attacks import NFGSM, PGD, Attack, Scalable
-from defenses.health import Reading
+from defenses.health import MULTI_STEP, Reading
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Check:
 
 CHECKS: Final = (
     Check("nonfinite", "nonfinite", "{value}", "count"),
-    Check("catastrophic", "gap", "FGSM accuracy is {value} above PGD accuracy: only one step is answered", "points"),
-    Check("catastrophic", "fall", "PGD accuracy fell by {value} since the reading before", "points"),
+    Check("catastrophic", "gap", "FGSM accuracy is {value} above multi-step accuracy: only one step is answered", "points"),
+    Check("catastrophic", "fall", "multi-step accuracy fell by {value} since the reading before", "points"),
     Check("guessing", "guess", "a lucky guesser reaches {value} of its clean accuracy"),
     Check("guessing", "one_class", "{value} of the images of other classes get one and the same answer"),
     Check("masked", "zero_gradient", "{value} of the images have an input gradient of exactly zero"),
@@ -122,8 +122,8 @@ def indicators(history: Sequence[Reading], grace: int | None = 0) -> dict[str, f
     last = history[-1].values
     held = {name: reading.values[name] for reading in history for name in SELDOM if name in reading.values}
     found = held | {name: value for name, value in last.items() if name not in GUESSING} | _guessing(history, grace)
-    if len(history) > 1 and "pgd" in last and "pgd" in history[-2].values:
-        found["fall"] = history[-2].values["pgd"] - last["pgd"]
+    if len(history) > 1 and (both := [name for name in MULTI_STEP if name in last and name in history[-2].values]):
+        found["fall"] = max(history[-2].values[name] - last[name] for name in both)  # each attack against itself
     if "robust" in last and "train_robust" in last:
         best = max(reading.values["robust"] for reading in history if "robust" in reading.values)
         found["behind"] = min(best - last["robust"], last["train_robust"] - last["robust"])
@@ -146,6 +146,19 @@ def guesses(values: Mapping[str, float], limits: Limits) -> bool:
     """Is the net of this reading no better than guessing, be that news or not?  Then it is nothing to go back to."""
     known = {name: values[name] for name in GUESSING if name in values}
     return any((limit := limits.of(name)) is not None and not value <= limit for name, value in known.items())
+
+
+def withstands(values: Mapping[str, float], limits: Limits) -> dict[str, float]:
+    """Accuracies under multi-step attacks; none of a net that guesses or is not finite, whose accuracies mean nothing."""
+    return {} if guesses(values, limits) else {name: values[name] for name in MULTI_STEP if name in values}
+
+
+def better(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Does the first of two readings (:func:`withstands`) withstand more, by the strongest attack that both hold?"""
+    if not other:
+        return bool(one) and min(one.values()) > 0
+    both = one.keys() & other.keys()
+    return bool(both) and min(one[name] for name in both) > min(other[name] for name in both)
 
 
 def judge(

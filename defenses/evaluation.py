@@ -61,5 +61,21 @@ def correct_under(
     return {name: torch.cat([correct[index][name] for index in sorted(correct)]) for name in ("clean", *attacks)}
 
 
+def answers_to(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the net says of clean images, in eval mode, and their labels: (N,) int64 each, on the CPU.
+
+    Raises:
+        ValueError: no batch.
+    """
+    answers, labels = [], []
+    for x, y in batches:
+        with undisturbed(net), torch.no_grad():
+            answers.append(net(x.to(device)).argmax(1).cpu())
+        labels.append(y.cpu())
+    if not answers:
+        raise ValueError("evaluation: expected at least one batch, found none")
+    return torch.cat(answers), torch.cat(labels)
+
+
 def _grouped() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -28,11 +28,15 @@ SAME: Final = {  # key of the config → what it is about; only seeds may differ
     "threat": "threat model",
     "budget": "threat model",
     "val_attack": "selection",
+    "select": "selection",
     "test_attacks": "evaluation",
     "suites": "evaluation",
     "probe": "dashboard images",
     CHANGED: "changes while it was trained (--any-effort compares all the same)",
 }
+# What a config without ``select`` stands for (the first), and what it is composed to today: as nothing in training differs,
+# a card keeps its hash in both, and what must agree tells them apart.
+SELECTED: Final = ({"by": "robust", "within": None}, {"by": None, "within": 1})
 EFFORT: Final = ("trainer.max_epochs", "trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.precision")
 # They say where things lie, not what is computed.
 ELSEWHERE: Final = ("out", "name", "resume", "trust", "debug", "hash_images", "hydra", "wandb")
@@ -50,6 +54,7 @@ class Evaluation:
     accuracy: Mapping[str, float]
     correct: Mapping[str, np.ndarray] = field(default_factory=dict)
     finite: bool = True  # else its weights or logits are not, and its accuracies mean nothing
+    guesses: bool = False  # no better than guessing, so they mean nothing either
 
 
 @dataclass(frozen=True)
@@ -96,12 +101,11 @@ def read_evaluations(folder: Path) -> dict[str, Evaluation]:
     results, correct = (
         read_json(folder / name) if (folder / name).is_file() else {} for name in ("results.json", "correct.json")
     )
-    broken = results.get("not_finite", [])
+    broken, guessing = results.get("not_finite", []), results.get("guessing", [])
     try:
+        right = {name: {attack: unpack(bits) for attack, bits in row.items()} for name, row in correct.items()}
         found = {
-            name: Evaluation(
-                row, {attack: unpack(bits) for attack, bits in correct.get(name, {}).items()}, name not in broken
-            )
+            name: Evaluation(row, right.get(name, {}), name not in broken, name in guessing)
             for name, row in results.items()
             if isinstance(row, dict)
         }
@@ -114,6 +118,8 @@ def read_evaluations(folder: Path) -> dict[str, Evaluation]:
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A composed config without what only says where things lie."""
     kept = {key: value for key, value in config.items() if key not in ELSEWHERE}
+    if kept.get("select") in SELECTED:
+        del kept["select"]
     if isinstance(kept.get("data"), Mapping):
         kept["data"] = {key: value for key, value in kept["data"].items() if key not in PLACES}
     changed = [entry for entry in kept.pop(CHANGED, None) or () if _is_trained(entry["key"])]
@@ -136,6 +142,7 @@ def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config that must agree before numbers compare, seeds left out."""
     kept = {key: _without_seeds(value) for key, value in portable(config).items() if key in SAME}
     trainer = config.get("trainer") or {}
+    kept["select"] = dict(config.get("select") or SELECTED[0])
     return {**kept, **{key: trainer.get(key.removeprefix("trainer.")) for key in EFFORT}}
 
 
@@ -182,7 +189,7 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
     if earlier := data_changes(info):
         config[CHANGED] = [*config.get(CHANGED, []), *earlier]
     metrics, evaluations = read_metrics(folder), read_evaluations(folder)
-    best = max(metrics, key=lambda row: row.get("val/robust_acc", -math.inf), default={})
+    best = best_row(metrics, folder)
     drawn = [row for row in metrics if any(_is_measure(key) and not key.startswith("health/") for key in row)]
     shown = [row for row in drawn if row["epoch"] >= best.get("epoch", 0)][:1] or drawn[-1:] or [{}]
     selected = ("epoch", "val/robust_acc", "val/clean_acc")
@@ -220,6 +227,18 @@ def _data_of(folder: Path) -> dict[str, Any]:
     return {} if data is None else {"data": {"classes": data["classes"], "splits": data["splits"]}}
 
 
+def best_row(metrics: Sequence[Mapping[str, float]], folder: Path) -> Mapping[str, float]:
+    """The row of the epoch that ``best.ckpt`` holds.
+
+    As ``results.json`` says; without it, of a run that goes on or is older, the first of the highest held-out robust
+    accuracy.  Empty where no epoch was the best.
+    """
+    results = read_json(folder / "results.json") if (folder / "results.json").is_file() else {}
+    if "guessing" in results:  # says what was chosen, or that nothing was
+        return next((row for row in metrics if row["epoch"] == results.get("best_epoch")), {})
+    return max(metrics, key=lambda row: row.get("val/robust_acc", -math.inf), default={})
+
+
 def _is_measure(key: str) -> bool:
     return key not in ("epoch", "step") and not key.startswith(("train/", "val/"))
 
@@ -247,6 +266,7 @@ def write_card(card: RunCard, path: Path) -> None:
                 "accuracy": dict(found.accuracy),
                 "correct": {attack: _pack(right) for attack, right in found.correct.items()},
                 "finite": found.finite,
+                **({"guesses": True} if found.guesses else {}),
             }
             for name, found in card.evaluations.items()
         }
@@ -268,6 +288,7 @@ def read_card(path: Path) -> RunCard:
                 row["accuracy"],
                 {attack: unpack(bits) for attack, bits in row["correct"].items()},
                 row.get("finite", True),  # cards of before did not say
+                row.get("guesses", False),
             )
             for name, row in record["evaluations"].items()
         }
@@ -346,7 +367,8 @@ def check_comparable(cards: Sequence[RunCard], any_effort: bool = False) -> None
     first = cards[0]
     for card in cards[1:]:
         for key in dict.fromkeys([*first.settled, *card.settled]):
-            mine, theirs = first.settled.get(key), card.settled.get(key)
+            silent = dict(SELECTED[0]) if key == "select" else None
+            mine, theirs = first.settled.get(key, silent), card.settled.get(key, silent)
             if mine == theirs or (any_effort and key in (*EFFORT, CHANGED)):
                 continue
             where, one, other = _difference(key, mine, theirs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics import CatMetric, MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from defenses.attacks import Attack
@@ -62,6 +62,8 @@ class RobustClassifier(pl.LightningModule):
         for metric in self._epoch_metrics():
             metric.persistent(True)  # an epoch may be resumed in its middle
         self.broken_logits = SumMetric(nan_strategy="disable")  # that are not finite, on the images judged last
+        self.held_out = CatMetric(nan_strategy="disable")  # (N, 3): label, answer to the clean image, right under attack?
+        self.num_classes = num_classes
         self.clean = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
         self.robust = nn.ModuleDict({s: MulticlassAccuracy(num_classes, average="micro") for s in ("val", "test")})
 
@@ -71,6 +73,7 @@ class RobustClassifier(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.broken_logits.reset()
+        self.held_out.reset()
 
     def _epoch_metrics(self) -> list[Metric]:
         """What is summed over an epoch of training."""
@@ -132,6 +135,9 @@ class RobustClassifier(pl.LightningModule):
                 answers = self.net(x).float(), self.net(x_adv).float()
                 clean(answers[0], y)
                 robust(answers[1], y)
+                if split == "val":
+                    labels = [y, answers[0].argmax(1), answers[1].argmax(1) == y]
+                    self.held_out.update(torch.stack([value.float() for value in labels], 1))
                 self.broken_logits.update((~torch.stack(answers).isfinite()).sum())
             if split == "val" and batch_idx == 0 and self.defense.prepared:
                 for name, (value, gap) in self.defense.signal_gap(self.net, x.clone(), x_adv, y.clone()).items():

@@ -12,7 +12,7 @@ import numpy as np
 from defenses.statistics import Paired, bootstrap_interval, front, holm, hypervolume, mean_std, paired, robust_at
 from interpret.views.view import Table
 from lightning_modules.cards import Evaluation, RunCard
-from lightning_modules.console import NOT_FINITE
+from lightning_modules.console import marked
 
 SELECTED: Final = "defended, best epoch"  # chosen on the validation split; the test set selects nothing
 
@@ -287,9 +287,10 @@ def accuracy_table(
 
 
 def _not_finite(setting: Setting, network: str) -> str:
-    """Seeds whose network has weights or logits that are not finite: their accuracies are of a net that is broken."""
-    seeds = [f"{s}" for s, c in setting.runs.items() if network in c.evaluations and not c.evaluations[network].finite]
-    return f", not finite in seed {', '.join(seeds)}" if seeds else ""
+    """Seeds whose network has weights or logits that are not finite, or guesses: their accuracies mean nothing."""
+    found = {s: c.evaluations[network] for s, c in setting.runs.items() if network in c.evaluations}
+    broken = {"not finite": [s for s in found if not found[s].finite], "guesses": [s for s in found if found[s].guesses]}
+    return "".join(f", {what} in seed {', '.join(map(str, seeds))}" for what, seeds in broken.items() if seeds)
 
 
 def _doubted(setting: Setting) -> str:
@@ -412,7 +413,7 @@ def runs_table(cards: Sequence[RunCard]) -> Table:
         for network, row in (card.evaluations or {"": Evaluation({})}).items():
             rows.append(
                 (
-                    *(card.method, card.setting, card.seed, network + NOT_FINITE * (not row.finite), card.failure),
+                    *(card.method, card.setting, card.seed, marked(network, row.finite, row.guesses), card.failure),
                     *(row.accuracy.get(a, math.nan) for a in attacks),
                     card.selected.get("val/robust_acc", math.nan),
                     *(float(card.cost.get(c, math.nan)) for c in costs),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any, Final
@@ -98,16 +98,12 @@ def require_whole(config: Mapping[str, Any], least: Mapping[str, int]) -> None:
 
 
 NOT_FINITE: Final = " (not finite)"  # behind the name of a network: its accuracies mean nothing
+GUESSES: Final = " (guesses)"
 
 
-def accuracy_table(title: str, records: Mapping[str, Mapping[str, float]], not_finite: Collection[str] = ()) -> Table:
-    """Rows of networks, columns of attacks, accuracies in percent; networks that are not finite say so."""
-    names = list(next(iter(records.values())))
-    rows: list[tuple[str | float, ...]] = [
-        (network + NOT_FINITE * (network in not_finite), *[round(100 * record[name], 2) for name in names])
-        for network, record in records.items()
-    ]
-    return Table(title, ("network", *[f"{name} (%)" for name in names]), rows)
+def marked(network: str, finite: bool = True, guesses: bool = False) -> str:
+    """The name of a network, with what makes its accuracies mean nothing."""
+    return network + NOT_FINITE * (not finite) + GUESSES * guesses
 
 
 def show(table: Table) -> None:

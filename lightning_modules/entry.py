@@ -28,6 +28,10 @@ from lightning_modules.processes import is_echo
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Stopped(Exception):
+    """An alarm ended the run before its time: no error, for all is on the disk, but the exit code tells."""
+
+
 def run_command(command: Callable[[], Any], configs: Path, name: str, again: str) -> None:
     """Call a Hydra main on this process's arguments; exit code 2 for arguments that it refuses, 1 where it cannot go on.
 
@@ -49,6 +53,9 @@ def run_command(command: Callable[[], Any], configs: Path, name: str, again: str
         _end(refusal(said, words, configs, name), 2)
     except (Diverged, NotCompiled, NotKept) as error:
         _end(str(error), 1)
+    except Stopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -22,6 +22,7 @@ FIXED: Final = {  # key of the config → what another value would be; with anot
     "budget": "another threat model",
     "network": "another network",
     "val_attack": "another choice of the best epoch",
+    "select": "another choice of the best epoch",
     "probe": "other images on the dashboard",
     "ema": "other weights that are judged",
     "name": "another folder",

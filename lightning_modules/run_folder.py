@@ -76,6 +76,13 @@ class RunFolder:
         return self.checkpoints / "previous.ckpt"
 
     @property
+    def judged(self) -> Path:
+        """What stands for the run where no checkpoint is named: the best epoch, or the last where none was better than
+        guessing.
+        """
+        return self.last if self.last.is_file() and not self.best.is_file() else self.best
+
+    @property
     def report(self) -> Path:
         return self.path / "report"
 

@@ -20,12 +20,13 @@ from interpret.views.view import Probe
 from lightning_modules.callbacks.averaging import Averaging
 from lightning_modules.callbacks.checkpointing import Checkpoints
 from lightning_modules.callbacks.dashboard import Dashboard
-from tests.composing import SMALL, config
+from tests.composing import SMALL, config, without_guessing
 
 QUICK = (
     *SMALL, "defense=n_fgsm", "regularizers=[sensitivity]", "panels=[]", "val_attack.steps=2", "probe.attack.steps=2",
-    "trainer.max_epochs=3", "threads=1", "wandb.mode=disabled", "compare_undefended=false", "ema=0.9",
-)  # fmt: skip
+    "trainer.max_epochs=3", "threads=1", "wandb.mode=disabled", "compare_undefended=false",
+    "select.within=null", "ema=0.9",
+    )  # fmt: skip
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
@@ -36,6 +37,11 @@ def command(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
 
 def state(run: Path, name: str, key: str = "state_dict") -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)[key]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_guessing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NETRC", os.devnull)
         patch.setattr(train, "averaging", lambda decay: [Watch(decay)])
+        without_guessing(patch)
         command(patch, *QUICK, f"out={out}", "name=whole")
     return out / "whole", steps
 

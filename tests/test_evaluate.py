@@ -23,7 +23,7 @@ from defenses.threat import Linf
 from interpret.dissection import dissect
 from interpret.views.page import read_script
 from lightning_modules.networks.build import load_weights
-from tests.composing import SMALL, config, options
+from tests.composing import SMALL, config, options, without_guessing
 
 FAST = ("images=12", "panels.sensitivity.points=3", "panels.units.steps=2", "threads=1")
 
@@ -39,6 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NETRC", os.devnull)
+        without_guessing(patch)
         steps = ("defense.attack.steps=1", "val_attack.steps=1", "probe.attack.steps=1", "compare_undefended=false")
         options = (*SMALL, *steps, "panels=[]", "wandb.mode=disabled", "trainer.max_epochs=2", "threads=1")
         command(patch, train, *options, f"out={out}", "name=net")

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from defenses.alarms import CHECKS, KINDS, Limits, guesses, indicators, judge, safer
+from defenses.alarms import CHECKS, KINDS, Limits, better, guesses, indicators, judge, safer, withstands
 from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD
 from defenses.free import Free
 from defenses.health import (
     FEW,
     LUCK,
+    MULTI_STEP,
     Images,
     Reading,
     count_nonfinite,
@@ -328,6 +329,29 @@ def test_an_attack_that_needs_many_steps_and_noise_that_wins_are_reported() -> N
     assert masked({"noise_wins": 0.2}) == ("noise_wins",)
 
 
+def test_the_gap_is_that_of_the_strongest_attack_and_all_are_of_the_same_images() -> None:
+    net = conv_bn(seed=1)
+    images, layers, ball = of(net, n=FEW + 16), [f"net.{layer}" for layer in LAYERS], Linf(0.2)
+    for by in (1.0, 1e5):  # the louder net's cross-entropy has no gradient, its margin has
+        found = measure(Before(Louder(net, by), lambda x: x), images, ball, [f"net.{layer}" for layer in layers], steps=1)
+        assert found["gap"] == found["fgsm"] - min(found[name] for name in MULTI_STEP)
+        assert found["margin_gain"] == pytest.approx(found["pgd"] - found["margin"])
+        assert found["step_gain"] == pytest.approx(found["pgd"] - found["longer"])
+        for name in MULTI_STEP:
+            count = found[name] * (FEW + 16)
+            assert count == pytest.approx(round(count), abs=1e-4), f"{name}: of all images"
+    assert found["gap"] > found["fgsm"] - found["pgd"] + 0.2, "the cross-entropy alone sees nothing"
+
+
+def test_a_suspicious_gap_is_looked_into() -> None:
+    net = conv_bn(seed=1)
+    images = of(net, n=8)
+    plain = measure(net, images, BALL, LAYERS, steps=1, thorough=False)
+    assert "longer" not in plain
+    assert "longer" in measure(net, images, BALL, LAYERS, steps=1, thorough=False, suspect=plain["gap"])
+    assert "longer" not in measure(net, images, BALL, LAYERS, steps=1, thorough=False, suspect=plain["gap"] + 0.01)
+
+
 # ---- rules ------------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +377,39 @@ def test_catastrophic_overfitting_is_a_gap_or_a_fall() -> None:
     assert (alarm.epoch, alarm.step) == (1, 10)
     assert "60 points above" in alarm.text
     assert "fell by 45 points" in alarm.text
+
+
+def test_the_reading_of_issue_eighteen_rings() -> None:
+    """FGSM .609, PGD .453: no gap of 20 points; four times the steps .312: one of 30."""
+    reading = {
+        **HONEST,
+        "fgsm": 0.609,
+        "pgd": 0.453,
+        "longer": 0.312,
+        "margin": 0.44,
+        "step_gain": 0.141,
+        "gap": 0.609 - 0.312,
+    }
+    assert found(reading) == {"catastrophic"}
+
+
+def test_a_fall_is_that_of_an_attack_against_itself() -> None:
+    before, after = {**HONEST, "longer": 0.44}, {**HONEST, "longer": 0.20}
+    assert found(before, after) == {"catastrophic"}
+    assert found({**HONEST, "pgd": 0.5}, {**HONEST, "longer": 0.25}) == set(), "more steps than before are no fall"
+
+
+def test_what_a_net_withstands_and_which_withstands_more() -> None:
+    limits = Limits()
+    assert withstands({"pgd": 0.5, "longer": 0.3, "clean": 0.9, "guess": 0.4}, limits) == {"pgd": 0.5, "longer": 0.3}
+    assert withstands({"pgd": 0.5, "guess": 1.2}, limits) == withstands({"pgd": 0.5, "one_class": 0.95}, limits) == {}
+    assert better({"pgd": 0.1}, {})
+    assert not better({"pgd": 0.0}, {}), "nothing is no more than nothing"
+    assert not better({}, {})
+    assert not better({}, {"pgd": 0.0})
+    assert better({"pgd": 0.4, "longer": 0.1}, {"pgd": 0.3}), "by the attacks that both were read with"
+    assert not better({"pgd": 0.6, "longer": 0.1}, {"pgd": 0.3, "longer": 0.2}), "by the strongest of them"
+    assert not better({"pgd": 0.3}, {"pgd": 0.3})
 
 
 LOST = {**HONEST, "guess": 1.3, "one_class": 1.0}
@@ -490,7 +547,7 @@ def test_the_panel_says_whether_the_defense_is_healthy() -> None:
     assert "Not healthy: catastrophic overfitting" in bad.headline
     assert "N-FGSM" in bad.headline
     rows = {row[0]: row[1:] for row in bad.charts[0].rows}
-    assert rows["FGSM − PGD accuracy"] == ("31.0 points", "20.0 points", "⚠ beyond")
+    assert rows["FGSM − strongest PGD accuracy"] == ("31.0 points", "20.0 points", "⚠ beyond")
     assert rows["dead units, worst layer"] == ("10.0 %", "50.0 %", "✓ within")
     assert rows["misaligned gradients, 1 − cos"][1:] == ("–", "not judged")
     used = bad.charts[1]
@@ -501,6 +558,21 @@ def test_the_panel_says_whether_the_defense_is_healthy() -> None:
     told = health_view(values, {"gap": 0.2}, "dead units: …", remedy="half the learning rate", command="python train.py …")
     assert told.answers == (Answer("healthy", f"{told.headline} To try: half the learning rate.", "python train.py …"),)
     assert bad.table is bad.charts[0]
+
+
+def test_the_panel_says_of_which_images_and_when_a_number_is() -> None:
+    values = {"gap": 0.1, "dead": 0.1, "noise_wins": 0.05}
+    view = health_view(values, {"gap": 0.2, "noise_wins": 0.1}, step=40, held={"noise_wins": 10}, images=(64, 32))
+    assert [row[0] for row in view.charts[0].rows] == [
+        "FGSM − strongest PGD accuracy",
+        "right under PGD, wrong under noise, read at step 10",
+        "dead units, worst layer, first 32 images",
+    ]
+    assert view.scalars.keys() == {"health/gap", "health/dead"}, "a number is logged where it was measured"
+    assert "first" not in health_view(values, {}, images=(20, 20)).charts[0].rows[-1][0], "all of them"
+    guess = health_view(values, {"gap": 0.2}, guesses=True)
+    assert guess.headline.startswith("No better than guessing so far; healthy: none of 1")
+    assert "so far" not in health_view(values, {"gap": 0.2}, "no better than guessing: …", guesses=True).headline
 
 
 def test_the_page_keeps_alarms_and_a_resumed_run_forgets_later_ones(tmp_path) -> None:
@@ -519,7 +591,7 @@ def test_what_a_reading_costs() -> None:
     net = conv_bn()
     images, seen = of(net, n=FEW + 4), []
     net.register_forward_pre_hook(lambda _m, inputs: seen.append(len(inputs[0])))
-    for thorough, passes in ((False, 8), (True, 8 + 5 * 3 + 6)):
+    for thorough, passes in ((False, 3 + 4), (True, 3 + 4 + 5 * 3 + 6)):
         seen.clear()
         measure(net, images, BALL, LAYERS, steps=3, thorough=thorough)
-        assert sum(seen) == (3 + 4) * (FEW + 4) + passes * FEW + 40
+        assert sum(seen) == passes * (FEW + 4) + 8 * FEW + 40

@@ -56,7 +56,7 @@ class Fit:
 
     def __init__(
         self, folder: Path, *overrides: str, script: list[dict] | None = None, ema: float | None = None,
-        monitored: bool = True, resume: bool = False, extra: list[pl.Callback] | None = None,
+        monitored: bool = True, resume: bool = False, extra: list[pl.Callback] | None = None, trial: int = 20,
     ) -> None:  # fmt: skip
         cfg = composed(overrides)
         parts = train.build(cfg)
@@ -72,6 +72,7 @@ class Fit:
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             self.thorough: list[bool] = []  # of each scripted reading
+            patch.setattr(module_under_test, "LEAST_TRIAL", trial)
             if script is not None:
                 left = iter(script)
 
@@ -329,7 +330,7 @@ def test_a_net_with_masked_gradients_is_not_kept_as_healthy_by_a_reading_that_do
 def test_without_a_healthy_state_masked_gradients_are_measured_before_they_are_blamed_again(tmp_path: Path) -> None:
     masked, clear = {**WELL, "noise_wins": 0.5}, {**WELL, "noise_wins": 0.0}
     script = [{"nonfinite": 1.0}, masked, clear, WELL, clear]
-    run = Fit(tmp_path / "run", "health.actions.masked=rollback", "trainer.max_epochs=4", script=script)
+    run = Fit(tmp_path / "run", "health.actions.masked=rollback", "trainer.max_epochs=4", script=script, trial=1)
     assert run.thorough == [True, True, True, False, True]
     assert len(run.events("alarm")) == 1
     assert healthy_step(run) == 16
@@ -351,10 +352,87 @@ def test_what_is_proposed_is_a_command_that_changes_what_it_says(kind: str) -> N
         assert cfg.optimizer.lr == 0.05
 
 
+COLLAPSED = {**ILL, "pgd": 0.0, "gap": 0.8}
+
+
 @pytest.mark.parametrize("start", [{"nonfinite": 0.0, "dead": 0.9}, ILL])
-def test_an_untrained_net_is_a_place_to_go_back_to(tmp_path: Path, start: dict) -> None:
-    run = Fit(tmp_path / "run", "trainer.max_epochs=2", script=[start, ILL, WELL])
-    assert run.events("alarm")[0]["action"].startswith("rolled back to step 0")
+def test_an_untrained_net_is_a_place_to_go_back_to_for_one_that_withstands_nothing(tmp_path: Path, start: dict) -> None:
+    run = Fit(tmp_path / "run", "trainer.max_epochs=3", script=[start, COLLAPSED, COLLAPSED, WELL], trial=8)
+    told = [event["action"] for event in run.events("alarm")]
+    assert told[0] == "warned: the net is given until step 8", "that early the alarm is about a net that has not learnt"
+    assert told[1].startswith("rolled back to step 0; from here on: one-step")
+    run = Fit(tmp_path / "more", "trainer.max_epochs=2", script=[start, ILL, WELL], trial=1)
+    (event,) = run.events("alarm")
+    assert event["action"].startswith("stays where it is, for step 0 withstood no more; from here on: one-step")
+    assert healthy_step(run) == 8
+
+
+def worse(pgd: float) -> dict[str, float]:
+    return {**ILL, "pgd": pgd, "gap": 0.8 - pgd}
+
+
+def test_a_measure_is_on_trial_and_undone_where_it_does_not_help(tmp_path: Path) -> None:
+    """Collapsed at step 8 with 10 %; N-FGSM is given until step 16 and ends at 5 %; two steps take its place."""
+    script = [WELL, WELL, ILL, worse(0.05), worse(0.05), WELL, WELL]
+    spy = Spy()
+    run = Fit(tmp_path / "run", "trainer.max_epochs=6", script=script, trial=8, extra=[spy])
+    told = [event["action"] for event in run.events("alarm")]
+    assert told[0].startswith("rolled back to step 4; from here on: one-step")
+    assert told[1] == "warned: one-step attack from noise of 2ε (N-FGSM) is given until step 16"
+    assert told[2].startswith(
+        "one-step attack from noise of 2ε (N-FGSM) did not help and is undone; rolled back to step 4; "
+    )
+    assert told[2].endswith("from here on: two attack steps instead of one")
+    (health,) = run.health
+    assert (health.measures, health.failed, health.trial, health.rollbacks) == (["two_steps"], ["noise"], {}, 2)
+    attack = run.module.defense.attack
+    assert (type(attack), attack.steps) == (PGD, 2)
+    assert same(spy.at[16]["optimizer"], spy.at[4]["optimizer"]), "back where it was before"
+    kept = Fit(
+        tmp_path / "kept", "trainer.max_epochs=6", script=[WELL, WELL, ILL, worse(0.2), worse(0.2), WELL, WELL], trial=8
+    )
+    assert kept.health[0].measures == ["noise", "two_steps"], "what helps is kept, though it was not enough"
+
+
+def test_where_no_measure_helps_the_run_goes_on_as_configured_from_its_best_state(tmp_path: Path) -> None:
+    words = ("trainer.max_epochs=5", "health.safer=[noise]")
+    run = Fit(tmp_path / "run", *words, script=[WELL, WELL, *[worse(0.05)] * 4], trial=4)
+    told = [event["action"] for event in run.events("alarm")]
+    assert told[1].endswith("did not help and is undone; rolled back to step 4; from here on: half the learning rate")
+    assert told[2] == (
+        "half the learning rate did not help and is undone; 2 rollbacks did not help, there are no more; "
+        "rolled back to step 4; from here on: no further measure"
+    )
+    assert told[3:] == ["warned: 2 rollbacks did not help, there are no more"]
+    (health,) = run.health
+    assert (health.measures, health.failed, health.stopped) == ([], ["noise", "lower_rate"], "")
+    assert type(run.module.defense.attack).__name__ == "FGSMRS"
+    assert run.trainer.global_step == 20
+    assert run.trainer.optimizers[0].param_groups[0]["initial_lr"] == pytest.approx(0.1), "the rate, too"
+
+
+def test_a_net_that_only_guesses_is_stopped_where_rollbacks_cannot_help(tmp_path: Path) -> None:
+    words = ("trainer.max_epochs=10", "health.grace=4", "health.most=2")
+    run = Fit(tmp_path / "run", *words, script=[GUESS] * 11, trial=4)
+    (health,) = run.health
+    assert run.trainer.global_step == 36
+    assert health.measures == ["lower_rate"] * 2
+    assert health.stopped.startswith("no better than guessing: ")
+    assert health.stopped.endswith("2 rollbacks did not help")
+    assert run.events("alarm")[-1]["action"] == "stopped: 2 rollbacks did not help"
+
+
+def test_the_last_reading_goes_back_to_nothing_worse(tmp_path: Path) -> None:
+    """The state kept is of a net that withstood less, or an untrained one: the last checkpoint stays as it is."""
+    for name, script in (
+        ("less", [WELL, worse(0.5), WELL, {**ILL, "pgd": 0.6, "gap": 0.3}]),
+        ("start", [GUESS, GUESS, GUESS, ILL]),
+    ):
+        run = Fit(tmp_path / name, script=script, trial=1)
+        last = torch.load(run.last, weights_only=True)
+        net = {key: value for key, value in last["state_dict"].items() if key.startswith("net.")}
+        assert same({f"net.{k}": v for k, v in run.module.net.state_dict().items()}, net)
+        assert run.events("alarm")[-1]["action"].startswith("stays where it is"), name
 
 
 @pytest.mark.long

@@ -8,9 +8,9 @@ from interpret.views.rows import percent
 from interpret.views.view import Answer, Bars, Table, Trend, View
 
 LABELS = {
-    "gap": "FGSM − PGD accuracy",
+    "gap": "FGSM − strongest PGD accuracy",
     "fall": "fall of PGD accuracy since the last reading",
-    "guess": "a lucky guesser's accuracy, of the clean one",
+    "guess": "a lucky guesser's accuracy, as a share of the clean one",
     "one_class": "other classes' images with the commonest answer",
     "zero_gradient": "images without an input gradient",
     "noise_wins": "right under PGD, wrong under noise",
@@ -32,6 +32,8 @@ ACCURACIES = {
 }
 
 POINTS = ("gap", "fall", "margin_gain", "step_gain", "behind")  # differences of accuracies
+FEW = ("zero_gradient", "misalignment", "kind_drift", "turning_drift", "dead")  # read from fewer images
+NONE: Mapping[str, int] = {}
 SIGNS = ("gap", "misalignment", "kind_drift", "turning_drift", "dead")
 
 
@@ -43,6 +45,9 @@ def health_view(
     measures: str = "",
     remedy: str = "",
     command: str = "",
+    held: Mapping[str, int] = NONE,
+    images: tuple[int, int] = (0, 0),
+    guesses: bool = False,
 ) -> View:
     """The panel of one reading.
 
@@ -53,9 +58,15 @@ def health_view(
         step: at which was read.
         measures: safety measures in force, in words.
         remedy, command: what to try against it, in words and as a command line; "" where nothing is wrong.
+        held: by indicator that this reading did not measure, the step at which it was.
+        images: of how many the accuracies are, and of how many gradients and signals; 0: not said.
+        guesses: the net is no better than guessing, though that may be no alarm yet.
     """
     shown = [name for name in LABELS if name in values]
-    rows = [(LABELS[name], _text(name, values[name]), *_state(name, values[name], limits.get(name))) for name in shown]
+    rows = [
+        (_label(name, held, images), _text(name, values[name]), *_state(name, values[name], limits.get(name)))
+        for name in shown
+    ]
     judged = [(name, limit) for name in shown if (limit := limits.get(name)) is not None]
     used = Bars(
         "How much of its limit each reading uses",
@@ -67,6 +78,8 @@ def health_view(
     )
     readings = Table(f"Readings at step {step}", ("reading", "value", "limit", "verdict"), rows, open=True)
     headline = f"Not healthy: {verdict}." if verdict else f"Healthy: none of {len(judged)} readings is beyond its limit."
+    if guesses and not verdict:
+        headline = "No better than guessing so far; " + headline[0].lower() + headline[1:]
     if limits.get("noise_wins") is not None and "noise_wins" not in values:
         headline += " Masked gradients were not looked for this time."
     if measures:
@@ -82,12 +95,19 @@ def health_view(
             _trend("Warning signs", {name: LABELS[name] for name in SIGNS}),
         ),
         table=readings,
-        scalars={f"health/{name}": value for name, value in values.items()},
+        scalars={f"health/{name}": value for name, value in values.items() if name not in held},
         answers=(Answer("healthy", f"{headline} To try: {remedy}." if remedy else headline, command),),
         how_to_read="Few held-out images, attacked with one step and with several. A net that withstands FGSM and not "
         "PGD has collapsed (catastrophic overfitting); where noise, another loss or more steps beat PGD by much, its "
-        "gradients are masked and its accuracies mean nothing. A dashed line with ▼ on a curve marks an alarm.",
+        "gradients are masked and its accuracies mean nothing. All accuracies, and what is made of them, are of the same "
+        "images. A dashed line with ▼ on a curve marks an alarm.",
     )
+
+
+def _label(name: str, held: Mapping[str, int], images: tuple[int, int]) -> str:
+    """With what sets a number apart from the others of the panel: fewer images, or an earlier reading."""
+    few = f", first {images[1]} images" if name in FEW and 0 < images[1] < images[0] else ""
+    return LABELS[name] + few + (f", read at step {held[name]}" if name in held else "")
 
 
 def _trend(title: str, names: Mapping[str, str]) -> Trend:

@@ -24,6 +24,7 @@ from interpret.views.page import write_atomic
 from lightning_modules.processes import Poll, leave_sums_to_leader, summed, together
 from lightning_modules.randomness import generator_states, set_generator_states
 from lightning_modules.run_folder import load_checkpoint
+from lightning_modules.selection import OLD, Choice, Select
 
 HEALTHY: Final = "healthy.ckpt"
 COST = 0.01  # share of the training time that checkpoints inside an epoch may take
@@ -58,6 +59,26 @@ def _finite(states: list[dict[str, Any]]) -> bool:
     return all(bool(value.isfinite().all()) for value in held if isinstance(value, torch.Tensor))
 
 
+def _choice(state: dict[str, Any]) -> Choice | None:
+    """What a checkpoint says of the best epoch; one from before there was a choice knows its robust accuracy alone."""
+    if "choice" in state:
+        return None if state["choice"] is None else Choice(**state["choice"])
+    score = state["best_score"]
+    return None if score is None else Choice(-1, score, score, float("nan"), -1, score, 0, "robust", None)
+
+
+def how_chosen(path: Path) -> str:
+    """What chose the epoch of a ``best.ckpt``, for people.
+
+    Raises:
+        Exception: of any kind, for a file that can't be read.
+    """
+    state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    held = [value for name, value in state.get("callbacks", {}).items() if name.startswith(Checkpoints.__qualname__)]
+    choice = _choice(held[0]) if held else None
+    return "the epoch with the best held-out robust accuracy" if choice is None or choice.epoch < 0 else choice.text()
+
+
 class Checkpoints(Checkpoint):
     """``last.ckpt`` every few steps and at the end of each epoch, the one before as ``previous.ckpt``, and ``best.ckpt``.
 
@@ -68,20 +89,20 @@ class Checkpoints(Checkpoint):
     Args:
         folder: where the files go.
         every_n_steps: n; None: as often as it takes no more than ``COST`` of the time.
-        monitor: the metric, higher is better, whose best epoch ``best.ckpt`` holds; weights or logits that are not
-            finite are none.
+        select: which epoch ``best.ckpt`` holds; one whose weights or logits are not finite, or that guesses, is none.
 
     Raises:
         ValueError: ``every_n_steps`` is no whole number >= 1.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int | None = None, monitor: str = "val/robust_acc") -> None:
+    def __init__(self, folder: Path, every_n_steps: int | None = None, select: Select = OLD) -> None:
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise ValueError(f"checkpoint_every: expected null or a whole number >= 1, found {every_n_steps!r}")
         self.best, self.last, self.previous = (folder / f"{name}.ckpt" for name in ("best", "last", "previous"))
         self.healthy = folder / HEALTHY  # written by the health monitor
-        self.every_n_steps, self.monitor = every_n_steps, monitor
-        self.best_score: float | None = None
+        self.every_n_steps, self.select = every_n_steps, select
+        self.choice: Choice | None = None  # what best.ckpt holds
+        self._validated = False  # in this epoch
         self.saved_step: int | None = None  # the optimiser step that last.ckpt holds
         self._files = DurableIO()
         self._generators: dict[str, Any] | None = None
@@ -116,16 +137,26 @@ class Checkpoints(Checkpoint):
         if self.resumable and self._due(trainer, batch_idx):
             self.save_last(trainer)
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._validated = not trainer.sanity_checking
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        score, before = trainer.callback_metrics.get(self.monitor), self.best_score
         # What is not finite answers one class for all, which may well be right more often than a net that is attacked.
-        better = score is not None and (before is None or float(score) > before)
-        if better and not count_nonfinite(pl_module.net)[0] and not pl_module.broken_logits.compute():
-            assert score is not None
-            self.best_score = float(score)  # belongs into the file
-            if not self.written(trainer, self.best):
-                self.best_score = before  # a later epoch is compared with the file that is there
+        if self._validated and not count_nonfinite(pl_module.net)[0] and not pl_module.broken_logits.compute():
+            before, held_out = self.choice, pl_module.held_out.compute()
+            epoch, processes = int(trainer.current_epoch), int(trainer.world_size)
+            self.choice = self.select.next(
+                before, epoch, held_out, pl_module.num_classes, processes
+            )  # belongs into the file
+            if self.choice is not before and not self.written(trainer, self.best):
+                self.choice = before  # a later epoch is compared with the file that is there
+        self._validated = False
         self.save_last(trainer)
+
+    @property
+    def best_score(self) -> float | None:
+        """Held-out robust accuracy of the best epoch, whatever chose it: what runs of a sweep have in common."""
+        return None if self.choice is None else self.choice.robust
 
     def _due(self, trainer: Any, batch_idx: int) -> bool:
         if batch_idx + 2 == trainer.num_training_batches:
@@ -182,10 +213,10 @@ class Checkpoints(Checkpoint):
         return {f"write {self.last.name}": "the disk took no checkpoint"} if self._stale or not self._whole else {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "generators": generator_states()}
+        return {"choice": None if self.choice is None else self.choice.state(), "generators": generator_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_score, self._generators = state_dict["best_score"], state_dict["generators"]
+        self.choice, self._generators = _choice(state_dict), state_dict["generators"]
 
     def final_states(self, module: nn.Module) -> dict[str, dict[str, Any]]:
         """Weights after training: "best epoch", left out if no disk took it, and "last epoch".

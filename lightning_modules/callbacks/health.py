@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, get_args
@@ -19,14 +20,16 @@ from defenses.alarms import (
     SELDOM,
     Alarm,
     Limits,
+    better,
     guesses,
     indicators,
     judge,
     remedy,
     safer,
+    withstands,
 )
 from defenses.attacks import Attack
-from defenses.health import Images, Reading, measure
+from defenses.health import FEW, Images, Reading, measure
 from defenses.threat import Threat
 from interpret.observation import feature_layers
 from interpret.views.health import health_view
@@ -38,6 +41,8 @@ from lightning_modules.run_folder import load_checkpoint, unreadable_because
 
 Action = Literal["warn", "stop", "rollback"]
 LEAST_GRACE: Final = 50  # steps
+LEAST_TRIAL: Final = 20  # steps
+HOPELESS: Final = ("nonfinite", "guessing")  # kinds of alarm that leave nothing to go on with
 DEFAULT: Final = Limits()
 WARN: Final[Mapping[str, Action]] = {}
 
@@ -45,10 +50,14 @@ WARN: Final[Mapping[str, Action]] = {}
 class Health(pl.Callback):
     """Reads the training weights at the end of epochs, and every so many steps; alarms warn, stop, or roll back.
 
-    A rollback happens where the next step would begin: weights, BatchNorm statistics, optimiser, running estimates and the
-    average of the weights become those of ``healthy.ckpt`` again, bit for bit; schedule, data order and step count go on,
-    and one more safety measure is in force from then on (:func:`defenses.alarms.safer`), also in a resumed run.  Without an
-    alarm the run ends in the same weights as without this callback.
+    A rollback happens where the next step would begin: a safety measure is in force from then on
+    (:func:`defenses.alarms.safer`), also in a resumed run, and weights, BatchNorm statistics, optimiser, running estimates
+    and the average of the weights become those of ``healthy.ckpt`` again, bit for bit, unless the present ones withstand
+    more on the images read; schedule, data order and step count go on.  ``healthy.ckpt`` is the latest state without an
+    alarm, or one with an alarm that withstands more.  The measure is on trial for a twentieth of the run, ``LEAST_TRIAL``
+    steps at least; if the alarm is still there then and the net withstands no more than when it rang, it is undone.
+    Where none is left the rollbacks end: a net that guesses or is not finite stops the run, any other is trained on as
+    configured, from the best state there was.  Without an alarm the run ends in the same weights as without this callback.
 
     Put it after an average of the weights and before the dashboard.  In a distributed run the first process reads.
 
@@ -64,7 +73,7 @@ class Health(pl.Callback):
         limits: above which an alarm is raised.
         actions: by kind of alarm; "warn" where none is given.
         safer: safety measures, in this order, where they apply; when none is left, the learning rate is halved.
-        most: rollbacks of a run; further alarms only warn.
+        most: rollbacks of a run; then they end, as where no measure is left.
 
     Raises:
         ValueError: an option out of its range; names the config key.
@@ -132,8 +141,15 @@ class Health(pl.Callback):
         self.verdict = ""
         self.waits = True  # for a net that never beat guessing: until the last reading
         self.measures: list[str] = []  # safety measures in force
+        self.failed: list[str] = []  # those that did not help, undone
+        self.trial: dict[str, Any] = {}  # the last measure: name, given until, withstood before, for which kinds
         self.pending: list[str] = []  # kinds of alarm that ask for a rollback before the next step
         self.healthy_step = -1  # global step of healthy.ckpt
+        self.healthy: dict[str, float] = {}  # what it withstands, by multi-step attack; nothing of a net that guesses
+        self.before: dict[str, float] = {}  # what the net withstands that is rolled back
+        self.patience = LEAST_TRIAL
+        self.ended = ""  # why there are no more rollbacks
+        self.stopped = ""  # why the run was stopped
 
     # ---- before training -----------------------------------------------------------------------------------------------
 
@@ -157,24 +173,26 @@ class Health(pl.Callback):
         return {
             "history": [[reading.epoch, reading.step, dict(reading.values)] for reading in self.history],
             "latest": None if self.latest is None else [self.latest.epoch, self.latest.step, dict(self.latest.values)],
-            **{name: getattr(self, name) for name in ("readings", "rollbacks", "verdict", "healthy_step")},
-            **{name: list(getattr(self, name)) for name in ("present", "measures", "pending")},
+            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: list(getattr(self, name)) for name in _LISTS},
+            **{name: copy.deepcopy(getattr(self, name)) for name in _DICTS},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [Reading(*entry) for entry in state_dict["history"]]
         self.latest = None if state_dict["latest"] is None else Reading(*state_dict["latest"])
-        for name in ("readings", "rollbacks", "verdict", "healthy_step"):
-            setattr(self, name, state_dict[name])
-        self.present = tuple(state_dict["present"])
-        self.measures, self.pending = list(state_dict["measures"]), list(state_dict["pending"])
+        for name in (*_PLAIN, *_LISTS, *_DICTS):
+            if name in state_dict:  # older checkpoints lack some
+                setattr(self, name, copy.deepcopy(state_dict[name]))
+        self.present = tuple(self.present)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.world_size == 1:  # else the other processes would wait for a gradient that never comes
             pl_module.rescue = self._note
         self._arm(pl_module)
-        if self.grace is None:
-            self.grace = max(LEAST_GRACE, int(trainer.estimated_stepping_batches) // 10)
+        steps = int(trainer.estimated_stepping_batches)
+        self.grace = max(LEAST_GRACE, steps // 10) if self.grace is None else self.grace
+        self.patience = max(LEAST_TRIAL, steps // 20)
         group = trainer.optimizers[0].param_groups[0]
         self.rate = float(group.get("initial_lr", group["lr"]))
         if self.log_to is not None and trainer.is_global_zero:
@@ -182,11 +200,11 @@ class Health(pl.Callback):
         if self.healthy_step < 0 and not self.history:  # a place to go back to before the first reading
             reading = self._read(trainer, pl_module, {})
             if not reading.values["nonfinite"]:  # other signs say little of a net that has not been trained
-                self._keep(trainer)
+                self._keep(trainer, {})
 
     def _note(self, message: str) -> bool:
         self.trouble = message
-        return self.actions.get("nonfinite") == "rollback" and self.rollbacks < self.most
+        return self.actions.get("nonfinite") == "rollback" and not self.ended
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """A loss that is not finite and ends the run is told as an alarm, too."""
@@ -219,8 +237,9 @@ class Health(pl.Callback):
         values: dict[str, float] = {}
         if trainer.is_global_zero:
             final = _final(trainer)  # what stays on the page
-            # After a rollback without a healthy state, what called for it is measured before it is blamed again.
-            owed = "masked" in {alarm.kind for alarm in self._alarms(self.grace or 0)} - set(self.present)
+            # What called for a rollback is measured before it is blamed again, and what collapsed until it has not.
+            ringing = {alarm.kind for alarm in self._alarms(self.grace or 0)}
+            owed = bool("masked" in ringing - set(self.present) or "catastrophic" in ringing or self.trial)
             thorough = final or owed or self.readings % self.thorough_every == 0
             values = dict(more) | self.look(pl_module.net, pl_module.device, thorough)
         return Reading(int(trainer.current_epoch), int(trainer.global_step), trainer.strategy.broadcast(values))
@@ -231,7 +250,9 @@ class Health(pl.Callback):
         forked = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False):
             images = self.known.to(device)
-            return measure(net, images, self.threat, self.layers, steps=self.steps, thorough=thorough)
+            suspect = None if self.limits.gap is None else self.limits.gap / 2
+            more = {"thorough": thorough, "suspect": suspect}
+            return measure(net, images, self.threat, self.layers, steps=self.steps, **more)  # type: ignore[arg-type]
 
     # ---- alarms --------------------------------------------------------------------------------------------------------
 
@@ -247,53 +268,107 @@ class Health(pl.Callback):
         if self.log_to is not None and trainer.is_global_zero:
             self.log_to.reading(reading.epoch, reading.step, reading.values)
         early = {alarm.kind for alarm in alarms} - {alarm.kind for alarm in self._alarms(self.grace or 0)}
-        for alarm in fresh:
-            self._act(trainer, alarm, said, "warn" if alarm.kind in early else self.actions.get(alarm.kind, "warn"))
-        if not alarms and not guesses(reading.values, self.limits):
-            self._keep(trainer)
+        stands = {} if reading.values.get("nonfinite") else withstands(reading.values, self.limits)
+        over = bool(self.trial) and (reading.step >= self.trial["until"] or not self.waits)
+        actions = {a.kind: "warn" if a.kind in early else self.actions.get(a.kind, "warn") for a in alarms}
+        acute = [a for a in alarms if a in fresh or (over and actions[a.kind] == "rollback")]
+        asking = [a.kind for a in acute if actions[a.kind] == "rollback"]
+        done = {"warn": "warned", "stop": "stopped", "rollback": self._ask(trainer, asking, stands, over) if asking else ""}
+        if over and not asking:
+            self.trial = {}  # it helped
+        for alarm in acute:
+            if actions[alarm.kind] == "stop":
+                self._stop(trainer, f"{alarm.text} (health.actions.{alarm.kind}=stop)")
+            self._tell(trainer, alarm, f"{alarm.text}{f' ({said})' if said else ''}", done[actions[alarm.kind]])
+        well = not alarms and not guesses(reading.values, self.limits)
+        # A net that collapsed is no healthy one, but may be the best there is.
+        if well or (self.present == ("catastrophic",) and better(stands, self.healthy)):
+            self._keep(trainer, stands)
 
     def _alarms(self, grace: int | None) -> tuple[Alarm, ...]:
         return judge(self.history, self.limits, self.watched, grace)
 
-    def _act(self, trainer: Any, alarm: Alarm, said: str, action: Action) -> None:
-        done = "warned"
-        if action == "stop":
-            trainer.should_stop, done = True, "stopped"
-        elif action == "rollback":
-            if self.rollbacks + bool(self.pending) >= self.most:
-                done = f"warned: the run was rolled back {self.rollbacks} times (health.most)"
-            else:
-                self.pending.append(alarm.kind)
-                done = self._plan(*self._healthy(trainer))
-        text = f"{alarm.text}{f' ({said})' if said else ''}"
+    def _stop(self, trainer: Any, why: str) -> None:
+        trainer.should_stop, self.stopped = True, self.stopped or why
+
+    def _tell(self, trainer: Any, alarm: Alarm, text: str, done: str) -> None:
         if trainer.is_global_zero:
             console.print(f"health: {text} → {done}  (epoch {alarm.epoch}, step {alarm.step})")
             if self.log_to is not None:
                 self.log_to.alarm(alarm.epoch, alarm.step, alarm.kind, text, done, alarm.values)
 
+    def _ask(self, trainer: Any, kinds: list[str], stands: Mapping[str, float], over: bool) -> str:
+        """Have the run rolled back before the next step, where that may help; what is done, in words."""
+        if self.ended:
+            return f"warned: {self.ended}"
+        if "nonfinite" not in kinds:
+            if not self.trial and not self.healthy and trainer.global_step < self.patience and self.waits:
+                self.trial = {"measure": "", "until": self.patience, "before": {}, "kinds": []}
+            if self.trial and not over:
+                given = _SAYS[self.trial["measure"]] if self.trial["measure"] else "the net"
+                return f"warned: {given} is given until step {self.trial['until']}"
+        undone, self.pending, self.before = self._undo(trainer, kinds, stands), kinds, dict(stands)
+        if self.rollbacks < self.most and self._next_measure():
+            return undone + self._plan(*self._healthy(trainer))
+        times = f"{self.rollbacks} rollback{'' if self.rollbacks == 1 else 's'} did not help"
+        self.ended = f"{times}, there are no more"
+        if self.waits and set(kinds) & set(HOPELESS) and not self.healthy:
+            self.pending = []
+            self._stop(trainer, f"{self.verdict}; {times}")
+            return f"{undone}stopped: {times}"
+        return f"{undone}{self.ended}; {self._plan(*self._healthy(trainer))}"
+
+    def _undo(self, trainer: Any, kinds: list[str], stands: Mapping[str, float]) -> str:
+        """Take back the measure on trial if the net withstands no more than before it; what is undone, in words."""
+        trial, self.trial = self.trial, {}
+        if not trial or not trial["measure"] or better(stands, trial["before"]):
+            return ""
+        name = trial["measure"]
+        kinds[:] = list(dict.fromkeys([*kinds, *trial["kinds"]]))  # it may be what did the rest
+        if name == "lower_rate" and set(kinds) <= set(HOPELESS):
+            return ""  # what still does not learn needs a smaller one
+        self.measures.remove(name)
+        self.failed.append(name)
+        if name == "lower_rate":
+            _scale_rate(trainer, 2.0)
+        return f"{_SAYS[name]} did not help and is undone; "
+
+    def _goes_back(self) -> bool:
+        """Is the state that was kept worth more than the one that is to be rolled back?"""
+        more = better(self.healthy, self.before) or "nonfinite" in self.pending
+        return more if not self.waits else not better(self.before, self.healthy)
+
     def _plan(self, state: dict[str, Any] | None, why: str) -> str:
         """What the rollback that is pending will do, with what :meth:`_healthy` found."""
-        none = f"no healthy state to go back to{f' ({why})' if why else ''}"
-        where = none if state is None else f"rolled back to step {self.healthy_step}"
-        return f"{where}; from here on: {_SAYS[self._next_measure()]}"
+        where = f"rolled back to step {self.healthy_step}"
+        if state is None:
+            where = f"no healthy state to go back to{f' ({why})' if why else ''}"
+        elif not self._goes_back():
+            where = f"stays where it is, for step {self.healthy_step} withstood no more"
+        chosen = self._next_measure()
+        return f"{where}; from here on: {_SAYS[chosen] if chosen else 'no further measure'}"
 
     def _next_measure(self) -> str:
+        """The safety measure that the pending rollback brings; "" where none is left."""
+        if self.ended:
+            return ""
         if "nonfinite" not in self.pending and self.pending != ["guessing"]:
             attack = self._armed()
             for name in self.safer:
-                if name not in self.measures and (name == "lower_rate" or safer(attack, name) is not None):
+                known = name in (*self.measures, *self.failed)
+                if not known and (name == "lower_rate" or safer(attack, name) is not None):
                     return name
-        return "lower_rate"
+        return "" if "lower_rate" in self.failed else "lower_rate"
 
     # ---- the way back --------------------------------------------------------------------------------------------------
 
-    def _keep(self, trainer: Any) -> None:
+    def _keep(self, trainer: Any, stands: Mapping[str, float]) -> None:
         """Write ``healthy.ckpt``, whole or not at all."""
-        kept, before = _checkpoints(trainer), self.healthy_step
+        kept, before = _checkpoints(trainer), (self.healthy_step, self.healthy)
         if kept is not None:
-            self.healthy_step = int(trainer.global_step)  # belongs into the file
+            self.healthy_step, self.healthy = int(trainer.global_step), dict(stands)  # belongs into the file
             if not kept.written(trainer, kept.healthy):
-                self.healthy_step = before
+                self.healthy_step, self.healthy = before
 
     def _healthy(self, trainer: Any) -> tuple[dict[str, Any] | None, str]:
         """What ``healthy.ckpt`` holds, or None and why a state that was kept can't be read: that ends no run."""
@@ -307,7 +382,7 @@ class Health(pl.Callback):
                 raise ValueError(f"holds no {' and no '.join(missing)}")
             return state, ""
         except Exception as error:
-            self.healthy_step = -1
+            self.healthy_step, self.healthy = -1, {}
             return None, unreadable_because(path, error)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -336,11 +411,16 @@ class Health(pl.Callback):
         chosen, (healthy, why) = self._next_measure(), self._healthy(trainer)
         if why and trainer.is_global_zero:
             console.print(f"health: {self._plan(healthy, why)}")
-        self.rollbacks, self.pending, self.present = self.rollbacks + 1, [], ()
-        self.measures.append(chosen)
+        healthy = healthy if self._goes_back() else None
+        kinds, self.pending, self.present = self.pending, [], ()
+        self.rollbacks += bool(chosen)
         if healthy is not None:
             _restore(trainer, pl_module, healthy)
             self.history = [reading for reading in self.history if reading.step <= self.healthy_step]
+        if chosen:
+            self.measures.append(chosen)
+            until = int(trainer.global_step) + self.patience
+            self.trial = {"measure": chosen, "until": until, "before": self.before, "kinds": kinds}
         if chosen == "lower_rate":
             _scale_rate(trainer, 0.5)
         self._arm(pl_module)
@@ -354,7 +434,7 @@ class Health(pl.Callback):
         return attack
 
     def _arm(self, pl_module: Any) -> None:
-        if self.measures:
+        if self.measures or self.failed:
             pl_module.defense.attack = self._armed()
 
     # ---- what is shown -------------------------------------------------------------------------------------------------
@@ -367,7 +447,20 @@ class Health(pl.Callback):
         values = indicators(history, self.grace or 0 if self.waits else None)
         limits = {check.name: self.limits.of(check.name) if check.kind in self.watched else None for check in CHECKS}
         in_force = ", then ".join(_SAYS[name] for name in self.measures)
-        return (health_view(values, limits, self.verdict, self.latest.step, in_force, *self._remedy()),)
+        held = {n: r.step for r in history for n in SELDOM if n in r.values and n not in self.latest.values}
+        read = 0 if self.known is None else len(self.known.y)
+        view = health_view(
+            values,
+            limits,
+            self.verdict,
+            self.latest.step,
+            in_force,
+            *self._remedy(),
+            held=held,
+            images=(read, min(read, FEW)),
+            guesses=guesses(self.latest.values, self.limits),
+        )
+        return (view,)
 
     def _remedy(self) -> tuple[str, str]:
         """What to try against the alarms of the last reading, first things first, and the command that does it."""
@@ -387,6 +480,9 @@ _SAYS: Final = {
     "smaller_step": "half the attack's step",
     "lower_rate": "half the learning rate",
 }
+_PLAIN: Final = ("readings", "rollbacks", "verdict", "healthy_step", "ended", "stopped")  # of what a resumed run knows
+_LISTS: Final = ("present", "measures", "failed", "pending")
+_DICTS: Final = ("trial", "healthy", "before")
 _RESTORED: Final = ("current_model_state", "averaging_state", "state_dict", "optimizer_states")  # the last two: always there
 
 

@@ -1,0 +1,185 @@
+"""Does rolling back help?  Planted collapses, each trained with ``rollback`` and, from the same seed, with ``warn``.
+
+    python benchmarks/rollback.py --data FOLDER_OF_NPZ --out FOLDER [--seeds 0 1 2 3 4]
+
+Two classes of CIFAR-10 (airplane, frog) and the embedded digits, a small CNN, batches of 64, a reading every ``EVERY``
+steps.  Planted: FGSM without noise at ε 48/255, and at an ε that climbs to 64/255, as in ``benchmarks/health.py``; FGSM at
+ε 0.2 on digits; a learning rate of ``HOT`` on digits.  Judged on test images by the net after the last step: clean
+accuracy, and under PGD-20, which counts nothing for a net that guesses.  Differences are paired by seed, with a 95 % t
+interval.
+
+One JSON a run goes to FOLDER, so that a stopped benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import logging
+import math
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.health import Case, of_classes
+from datamodules.arrays import Arrays
+from datamodules.digits import Digits
+from datamodules.images import ImageDataModule, Images
+from defenses.alarms import KINDS, Limits, guesses
+from defenses.attacks import FGSM, PGD
+from defenses.defense import Defense
+from defenses.health import guessing
+from defenses.statistics import paired
+from defenses.terms import AdversarialCE, Ramp
+from defenses.threat import Linf
+from interpret.modes import undisturbed
+from interpret.views.page import write_atomic
+from lightning_modules.callbacks.checkpointing import Checkpoints
+from lightning_modules.callbacks.health import Action, Health, watch
+from lightning_modules.classifier import Diverged, RobustClassifier
+from lightning_modules.console import console
+from lightning_modules.networks.small_cnn import SmallCNN
+from lightning_modules.schedules import cosine
+
+EVERY, JUDGED, HOT = 10, 300, 10.0
+ACTIONS: tuple[Action, ...] = ("warn", "rollback")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plant:
+    """A case on some data; ``steps`` an epoch, of ``epochs``."""
+
+    case: Case
+    digits: bool = False
+    rate: float = 0.1
+    steps: int = 30
+    epochs: int = 3
+
+
+PLANTS = {
+    "FGSM, ε 48/255": Plant(Case(FGSM, 48)),
+    "FGSM, ε climbs to 64/255": Plant(Case(FGSM, 64, climbs=True)),
+    "digits: FGSM, ε 0.2": Plant(Case(FGSM, 51), digits=True, steps=15, epochs=6),
+    f"digits: PGD-3, ε 0.06, learning rate {HOT:g}": Plant(
+        Case(lambda threat: PGD(threat, 3), 15), digits=True, rate=HOT, steps=15, epochs=6
+    ),
+}
+
+
+class TwoClasses(Arrays):
+    """The images of two classes, as many as are asked for of the splits that are loaded."""
+
+    def load(self) -> tuple[Images, Images, tuple[str, ...]]:
+        train, test, _ = super().load()
+        return (*(Images(*of_classes(part.images, part.labels)) for part in (train, test)), ("airplane", "frog"))
+
+
+def data_of(plant: Plant, folder: Path, seed: int) -> ImageDataModule:
+    options: dict[str, Any] = {"batch_size": 64, "seed": seed}
+    if plant.digits:
+        data: ImageDataModule = Digits(**options)
+    else:
+        data = TwoClasses(path=str(folder), train_limit=3000, test_limit=JUDGED, **options)
+    data.setup()
+    return data
+
+
+def run(plant: Plant, folder: Path, seed: int, action: Action) -> dict[str, Any]:
+    """Train once; what the last net reaches on the test images, and how often it was rolled back."""
+    data, threat = data_of(plant, folder, seed), Linf(plant.case.eps / 255)
+    pl.seed_everything(seed, verbose=False)
+    net = SmallCNN(num_classes=data.num_classes, in_channels=data.image_shape[0], width=0.5, mean=data.mean, std=data.std)
+    share = Ramp(0.0, 1.0, plant.epochs / 2) if plant.case.climbs else 1.0
+    defense = Defense(plant.case.attack(threat), {"ce": AdversarialCE()}, eps_share=share)
+    few = data.probe(2)
+    defense.prepare(net, few.x, few.y)
+    optimizer = functools.partial(torch.optim.SGD, lr=plant.rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    module = RobustClassifier(net, defense, PGD(threat, 5, seed=2), data.num_classes, optimizer, cosine, seed)
+    monitor = watch(Health(threat, every_n_steps=EVERY, actions=dict.fromkeys(KINDS[:3], action)), module, data)
+    with tempfile.TemporaryDirectory() as place:
+        options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=plant.epochs, limit_train_batches=plant.steps, num_sanity_val_steps=0,
+            limit_val_batches=0, callbacks=[*monitor, Checkpoints(Path(place))], default_root_dir=place, **options,
+        )  # fmt: skip
+        diverged = False
+        try:
+            trainer.fit(module, datamodule=data)
+        except Diverged:
+            diverged = True
+    x, y = data.test.images[:JUDGED].float() / 255, data.test.labels[:JUDGED]
+    attacked = PGD(threat, 20, seed=3)(net, x, y)
+    with undisturbed(net), torch.no_grad():
+        answers, robust = net(x).argmax(1), net(attacked).argmax(1)
+    lost = diverged or guesses(guessing(answers, y, data.num_classes), Limits())
+    right = {"clean": float((answers == y).float().mean()), "robust": float((robust == y).float().mean())}
+    (health,) = monitor
+    told = {"rollbacks": health.rollbacks, "measures": health.measures, "failed": health.failed, "stopped": health.stopped}
+    return {**right, "guesses": lost, **told}
+
+
+def table(known: Mapping[tuple[str, str, int], Mapping[str, Any]], seeds: Sequence[int]) -> list[str]:
+    """The findings as lines of Markdown."""
+    lines = [
+        "| plant | clean, warn → rollback | PGD-20, warn → rollback | difference, 95 % interval | guess, of "
+        f"{len(seeds)} | rollbacks, by seed | below |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in PLANTS:
+        rows = {action: [known[name, action, seed] for seed in seeds] for action in ACTIONS}
+        clean, robust = ({a: [_worth(r, key) for r in rows[a]] for a in ACTIONS} for key in ("clean", "robust"))
+        found = paired(robust["rollback"], robust["warn"])
+        half = (found.high - found.low) / 2
+        lost = " → ".join(str(sum(r["guesses"] for r in rows[a])) for a in ACTIONS)
+        counts = ", ".join(str(r["rollbacks"]) for r in rows["rollback"])
+        below = "no" if math.isnan(half) or found.mean >= -half else "YES"
+        mean = {a: [100 * sum(v[a]) / len(seeds) for v in (clean, robust)] for a in ACTIONS}
+        lines.append(
+            f"| {name} | {mean['warn'][0]:.1f} → {mean['rollback'][0]:.1f} | {mean['warn'][1]:.1f} → "
+            f"{mean['rollback'][1]:.1f} | {100 * found.mean:+.1f} ± {100 * half:.1f} | {lost} | {counts} | {below} |"
+        )
+    return lines
+
+
+def _worth(row: Mapping[str, Any], key: str) -> float:
+    return 0.0 if row["guesses"] and key == "robust" else float(row[key])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a folder with train*.npz and test.npz")
+    parser.add_argument("--out", type=Path, required=True, help="where the runs' JSON files go")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    console.file = sys.stderr
+    asked.out.mkdir(parents=True, exist_ok=True)
+    known = {}
+    for number in asked.seeds:
+        for index, (name, plant) in enumerate(PLANTS.items()):
+            for action in ACTIONS:
+                file = asked.out / f"plant{index}_{action}_s{number}.json"
+                if not file.exists():
+                    start = time.monotonic()
+                    row = {"plant": name, **run(plant, asked.data, number, action)}
+                    write_atomic(file, json.dumps(row))
+                    print(
+                        f"{name}, {action}, seed {number}: {time.monotonic() - start:.0f} s {row}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                known[name, action, number] = json.loads(file.read_text())
+    print("\n".join(table(known, asked.seeds)))
