@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from defenses.losses import margin
 from defenses.objectives import CrossEntropy, Objective, TargetedDLR, TargetedMargin
 from defenses.threat import Threat, per_sample
-from interpret.modes import undisturbed
+from interpret.inputs import borrowed
 
 MOMENTUM: Final = 0.75  # α, the share of the new step
 
@@ -129,8 +129,7 @@ class APGD:
         """
         generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
         self.calls += 1
-        with undisturbed(net):
-            x, y = x.detach().clone(), y.clone()  # clones: tensors made under inference mode refuse autograd
+        with borrowed(net, x, y) as (x, y):
             with torch.no_grad():
                 clean = net(x).float()
             found, lead = x.clone(), clean.new_full((len(x),), -torch.inf)

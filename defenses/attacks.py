@@ -14,7 +14,7 @@ from defenses.losses import margin
 from defenses.objectives import CrossEntropy, KLToClean, NuclearCE, Objective
 from defenses.threat import Threat, parse_eps, per_sample
 from interpret.folding import folded
-from interpret.modes import undisturbed
+from interpret.inputs import borrowed
 
 Value = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (N, C, H, W) → logits (N, K), what is maximised (N,)
 
@@ -120,8 +120,7 @@ class PGD:
         # One generator a call: its seed names the call, so nothing has to be saved to repeat it.
         generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
         self.calls += 1
-        with undisturbed(net), self._lightened(net, x):
-            x, y = x.detach().clone(), y.clone()  # clones: tensors made under inference mode refuse autograd
+        with borrowed(net, x, y) as (x, y), self._lightened(net, x):
             value = self._value(net, x, y)
             best = self._ascend(x, value, generator)
             if self.restarts > 1:

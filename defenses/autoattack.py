@@ -15,8 +15,9 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from defenses.square import Square
 from defenses.threat import L2, Linf, Threat
-from interpret.modes import undisturbed
+from interpret.inputs import borrowed
 
 Part = Literal["apgd-ce", "apgd-t", "fab-t", "square"]
 LOGGER: Final = "auto-attack"  # the package's
@@ -27,7 +28,7 @@ class AutoAttackPart:
     """One attack of AutoAttack's standard version, as the package sets it up.
 
     An image that the attack does not fell comes back clean.  The global random generators, which the package seeds, are put
-    back.
+    back.  Where the package's Square cannot lay its first tiles (:func:`square_runs`), ours runs in its place.
 
     Args:
         threat: Linf or L2.
@@ -55,13 +56,21 @@ class AutoAttackPart:
     def reseed(self, call: int) -> None:
         self.calls = call
 
+    def replaced(self, size: tuple[int, int]) -> bool:
+        """Whether images of this (height, width) get our Square in the place of the package's."""
+        return self.part == "square" and not square_runs(self.threat, size)
+
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial images (N, C, H, W), fp32, detached; for the arguments see :class:`defenses.apgd.APGD`."""
         seed = (self.seed * 1_000_003 + self.calls) % 2**63
         self.calls += 1
         devices = [] if x.device.type == "cpu" else [x.device]
-        with undisturbed(net), quiet(), torch.no_grad(), torch.random.fork_rng(devices, device_type=x.device.type):
-            x, y = x.detach().clone(), y.clone()
+        randomness = torch.random.fork_rng(devices, device_type=x.device.type)
+        with borrowed(net, x, y) as (x, y), quiet(), torch.no_grad(), randomness:
+            if self.replaced((x.shape[2], x.shape[3])):
+                ours = Square(self.threat, max(3, self.queries), seed=self.seed)
+                ours.reseed(self.calls - 1)
+                return ours(net, x, y)
             attack = self._attack(net, x.device, seed, classes=net(x[:1]).shape[1])
             found: Tensor = attack.perturb(x, y)
         return found.detach()
@@ -84,6 +93,19 @@ class AutoAttackPart:
             return package.fab
         package.square.n_queries = self.queries
         return package.square
+
+
+def square_runs(threat: Threat, size: tuple[int, int]) -> bool:
+    """Whether the package's Square runs on images of this (height, width): in L2 its first tiles do not fit many sizes.
+
+    It begins with tiles of side ⌊h/5⌋ from an offset that is right for the height alone, as many as ⌊h/side⌋ and ⌊w/side⌋:
+    where they end outside the image it stops with an error of shapes (32×48, 12×12), and below 5 rows there is no tile.
+    """
+    if not isinstance(threat, L2):
+        return True
+    side = size[0] // 5
+    offset = (size[0] - 5 * side) // 2
+    return side == 1 or (side > 1 and all(offset + length // side * side <= length for length in size))
 
 
 @contextmanager

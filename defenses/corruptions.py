@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
+from interpret.inputs import checked
 from interpret.modes import undisturbed
 
 Corruption = Callable[[Tensor, int, torch.Generator], Tensor]  # images in [0,1], severity 0..4, generator → images
@@ -92,7 +93,8 @@ def corrupted_accuracy(
     Raises:
         ValueError: no image, or another number of channels.
     """
-    if len(images) == 0 or images.shape[1] not in (1, 3):
+    images, labels, _ = checked(net, images, labels)
+    if images.shape[1] not in (1, 3):
         raise ValueError(f"images: expected at least one, grey or RGB; found shape {tuple(images.shape)}")
     device = next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)

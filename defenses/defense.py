@@ -16,6 +16,7 @@ from defenses.compiling import Compiled, ways
 from defenses.free import Free
 from defenses.terms import Ramp, Term, at_epoch
 from defenses.weights import AWP, moved
+from interpret.inputs import checked
 from interpret.modes import batchnorm_as_found, evaluating, replaying, rng_state, undisturbed
 from interpret.observation import Observation, feature_layers, find_layers, observe
 
@@ -234,6 +235,7 @@ class Defense(nn.Module):
             net: in the mode it trains in; maps images in [0,1], (N, C, H, W), to logits (N, K).
             x, y: a batch; x (N, C, H, W) in [0,1], y (N,) int64.
         """
+        x, y, _ = checked(net, x, y)
         if not self.prepared:
             self.prepare(net, x[:2], y[:2])
         x_adv = x if self.attack is None else self._attacked(net, x, y)

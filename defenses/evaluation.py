@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from defenses.attacks import Attack
+from interpret.inputs import checked
 from interpret.modes import undisturbed
 
 
@@ -45,7 +46,7 @@ def correct_under(
     for index, (x, y) in enumerate(batches):
         if index % processes != rank:
             continue
-        x, y = x.to(device), y.to(device)
+        x, y, _ = checked(net, x.to(device), y.to(device))
         images = {"clean": x}
         for name, attack in attacks.items():
             attack.reseed(index)

@@ -79,7 +79,8 @@ def gradient_error(net: nn.Module, x: Tensor, y: Tensor, directions: int = 4, se
     takes steps far above its rounding, and is averaged over points around each image.
 
     Args:
-        x: images in [0,1], (N, C, H, W); 0.005 is kept from 0 and 1, and small noise added to leave the grid of grey levels.
+        x: images in [0,1], (N, C, H, W); small noise is added, so that no neighbours are equal for being grey levels, black
+            or white, and 0.005 is kept from 0 and 1 after it.
         y: true labels (N,).
     """
     net, dtype, step = _sharp(net, x)
@@ -88,7 +89,9 @@ def gradient_error(net: nn.Module, x: Tensor, y: Tensor, directions: int = 4, se
         net, inside = Smoothed(net, step), 2 * step
     generator = torch.Generator(x.device).manual_seed(seed)
     noise = torch.rand(x.shape, generator=generator, device=x.device) - 0.5
-    points = (x.detach() + 2 * INTERIOR * noise).clamp(inside, 1 - inside).to(dtype)
+    # Noise last: clamped after it, black and white areas would be flat again, where max-pooling and medians have kinks.
+    room = inside + INTERIOR
+    points = (x.detach().clamp(room, 1 - room) + 2 * INTERIOR * noise).to(dtype)
     with undisturbed(net):
         reachable = Reachable(net)
         points.requires_grad_()

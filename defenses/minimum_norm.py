@@ -19,7 +19,7 @@ from defenses.losses import margin
 from defenses.objectives import Margin, Targeted
 from defenses.supported import Masked
 from defenses.threat import Linf, Threat, norms, parse_eps, per_sample
-from interpret.modes import undisturbed
+from interpret.inputs import borrowed
 
 HALVINGS: Final = 8
 Lead = Callable[[Tensor], Tensor]  # images (N, C, H, W) → by how many logits the attack has won, (N,)
@@ -109,8 +109,8 @@ class MinimumNorm(ABC):
             x: images in [0,1], (N, C, H, W).
             y: true labels (N,).
         """
-        with undisturbed(net):
-            return self._attack(net, x.detach().clone(), y.clone())  # tensors made under inference mode refuse autograd
+        with borrowed(net, x, y) as (x, y):
+            return self._attack(net, x, y)
 
     def _attack(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return self._search(self._lead(net, y), x)

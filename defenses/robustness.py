@@ -23,6 +23,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from defenses.autoattack import AutoAttackPart
 from defenses.corruptions import corrupted_accuracy
 from defenses.fallen import Fallen
 from defenses.gradient import Reachable, has_gradient
@@ -31,6 +32,7 @@ from defenses.sampling import stratified_rows, wilson
 from defenses.suite import Suite, SuiteName, make_suite, without_gradient
 from defenses.terms import Term
 from defenses.threat import Threat
+from interpret.inputs import checked, require_logits
 from interpret.modes import undisturbed
 
 STANDS: Final = -1  # in ``felled``: no attack felled it
@@ -67,6 +69,8 @@ class Evaluation:
     fingerprint: of weights, images, labels, settings.  notes: what a reader must know beside the numbers.
     corruptions: accuracy by corruption at its five severities, where asked for.
     gradient: whether any reaches the images; without, Square was the attack and the accuracy is only an upper limit.
+    unanswered: places among the judged images, increasing, whose logits were not finite, clean or attacked: they count as
+    misclassified, and make the number invalid.
     """
 
     suite: str
@@ -84,6 +88,7 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     corruptions: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     gradient: bool = True
+    unanswered: tuple[int, ...] = ()
 
     @property
     def n(self) -> int:
@@ -146,28 +151,15 @@ def check_images(net: nn.Module, images: Tensor, labels: Tensor, threat: Threat)
     Raises:
         ValueError: images that are no float (N, C, H, W) in [0,1], labels of another length or type or outside the classes,
             a ball that holds everything, weights that are not fp32, or a net that cannot run on these images or returns no
-            finite scores, one a class.
+            scores, one a class.
     """
-    if images.dim() != 4 or not images.is_floating_point() or images.numel() == 0:
-        raise ValueError(
-            f"images: expected floats (N, C, H, W) in [0,1], at least one; found {images.dtype} {tuple(images.shape)}"
-            + ("; divide by 255" if images.dtype == torch.uint8 else "")
-        )
-    low, high = float(images.min()), float(images.max())
-    if not 0 <= low <= high <= 1:  # NaN fails too
-        raise ValueError(
-            f"images: expected values in [0,1] (normalisation lives inside the net), found {low:.4g}..{high:.4g}"
-        )
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels: expected int64 ({len(images)},), one an image; found {labels.dtype} {tuple(labels.shape)}"
-        )
-    threat.check(tuple(images.shape[1:]))
     kinds = {tensor.dtype for tensor in net.parameters() if tensor.is_floating_point()} - {torch.float32}
     if kinds:
         raise ValueError(
             f"net: an evaluation runs in fp32, found weights in {sorted(map(str, kinds))}; net.float() casts them"
         )
+    images, labels, classes = checked(net, images, labels)
+    threat.check(tuple(images.shape[1:]))
     try:
         logits = predict(net, images[:2].to(device_of(net)))
     except Exception as error:  # whatever a foreign net raises here
@@ -175,19 +167,13 @@ def check_images(net: nn.Module, images: Tensor, labels: Tensor, threat: Threat)
         raise ValueError(
             f"net: expected one that runs in eval mode on images (N, {shape}), found {type(error).__name__}: {error}"
         ) from error
-    expected = "net: expected finite logits (N, classes)"
+    expected = "net: expected logits (N, classes)"
     if not isinstance(logits, Tensor):
         raise ValueError(f"{expected}, found a {type(logits).__name__}; wrap the net so that it returns the logits alone")
     if logits.dim() == 1 and not logits.is_floating_point():
         raise ValueError(f"{expected}, found class numbers (N,), which tell no attack anything: return a score a class")
-    if logits.dim() != 2 or len(logits) != len(images[:2]) or logits.shape[1] < 2 or not logits.isfinite().all():
-        finite = bool(logits.isfinite().all())
-        raise ValueError(f"{expected}, found shape {tuple(logits.shape)}, finite: {finite}")
-    classes = logits.shape[1]
-    first, last = int(labels.min()), int(labels.max())
-    if first < 0 or last >= classes:
-        raise ValueError(f"labels: expected 0..{classes - 1}, for the net returns {classes} logits; found {first}..{last}")
-    return classes
+    require_logits(logits, images[:2], classes)
+    return logits.shape[1]
 
 
 def device_of(net: nn.Module) -> torch.device:
@@ -239,11 +225,21 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolution, product
 
 
-def fooled(net: nn.Module, threat: Threat, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-    """Who fell, (N,) bool: misclassified inside the ball and [0,1] (to rounding); what lies outside does not count."""
+def fooled(net: nn.Module, threat: Threat, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Who fell, (N,) bool: misclassified inside the ball and [0,1] (to rounding); what lies outside does not count.
+
+    And of those, who fell for logits that are not finite, (N,) bool.
+    """
     allowed = threat.distance(x, x_adv) <= threat.eps * (1 + 1e-5) + 1e-6
     allowed &= ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
-    return allowed & (predict(net, x_adv).argmax(1) != y)
+    logits = predict(net, x_adv)
+    fell = allowed & ~answered(logits, y)
+    return fell, fell & ~logits.isfinite().all(1)
+
+
+def answered(logits: Tensor, y: Tensor) -> Tensor:
+    """Rightly, and with numbers alone: (N,) bool; argmax takes what is not a number for the largest."""
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
 @dataclass
@@ -255,6 +251,7 @@ class _State:
     place: int  # of the attack in progress
     batch: int  # that comes next
     counts: list[list[float]]  # by attack: forwards, backwards, seconds
+    unanswered: list[int] = field(default_factory=list)
 
     @classmethod
     def resumed(cls, path: Path, fingerprint: dict[str, str]) -> _State | None:
@@ -326,6 +323,7 @@ def evaluate_robustness(
     if twin is not None and check_images(twin, images, labels, threat) != classes:
         raise ValueError(f"twin: expected {classes} logits, as the net returns, found another number")
     chosen = suite if isinstance(suite, Suite) else make_suite(suite, threat, classes, seed, terms, twin)
+    images, labels, _ = checked(net, images, labels)
     if subset is None:
         subset = min(len(images), chosen.subset or len(images))
     rows = stratified_rows(labels, subset, seed)
@@ -350,9 +348,11 @@ def evaluate_robustness(
     with full_precision(device):
         if now is None:
             parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-            right = torch.cat([predict(net, x.to(device)).argmax(1).cpu() == y for x, y in parts])
-            felled = torch.where(right, STANDS, WRONG)
-            now = _State(fingerprint, felled.tolist(), 0, 0, [[0.0, 0.0, 0.0] for _ in chosen.steps])
+            logits = [(predict(net, x.to(device)).cpu(), y) for x, y in parts]
+            felled = torch.cat([torch.where(answered(z, y), STANDS, WRONG) for z, y in logits])
+            unanswered = torch.cat([~z.isfinite().all(1) for z, _ in logits]).nonzero().flatten()
+            counts = [[0.0, 0.0, 0.0] for _ in chosen.steps]
+            now = _State(fingerprint, felled.tolist(), 0, 0, counts, unanswered.tolist())
         for reached in _attacked(net, device, images, labels, threat, chosen, batch_size, now, progress, fallen):
             now = reached
             if path is not None:
@@ -363,9 +363,11 @@ def evaluate_robustness(
         corrupted = corrupted_accuracy(net, images, labels, batch_size, seed) if corruptions else {}
     felled = torch.tensor(now.felled)
     right, standing = felled != WRONG, felled == STANDS
-    notes = list(chosen.notes)
+    notes, size = list(chosen.notes), (images.shape[2], images.shape[3])
     if not gradient and isinstance(suite, Suite):
         notes.append("no gradient reaches the images: attacks of this suite that follow one find next to nothing")
+    if any(isinstance(step.attack, AutoAttackPart) and step.attack.replaced(size) for step in chosen.steps):
+        notes.append(f"AutoAttack's package cannot run its Square in L2 on {size[0]}×{size[1]} images: ours took its place")
     if classes < 4 and gradient:
         notes.append(f"with {classes} classes there is no targeted DLR loss: APGD-T goes by the margin")
     return Evaluation(
@@ -384,6 +386,7 @@ def evaluate_robustness(
         notes=tuple(notes),
         corruptions=corrupted,
         gradient=gradient,
+        unanswered=tuple(sorted(now.unanswered)),
     )
 
 
@@ -412,14 +415,15 @@ def _attacked(
             begin = time.perf_counter()
             with counted(net) as passes:
                 x_adv = step.attack(net, x, y)
-            fell = fooled(net, threat, x, x_adv, y).cpu()
+            fell, void = (found.cpu() for found in fooled(net, threat, x, x_adv, y))
             spent = (passes.forwards, passes.backwards, time.perf_counter() - begin)
             felled[rows[fell]] = now.place
             if fallen is not None:
                 fallen.add(now.place, rows[fell], x_adv[fell.to(device)])
+            unanswered = [*now.unanswered, *rows[void].tolist()]
             counts = [list(count) for count in now.counts]
             counts[now.place] = [old + new for old, new in zip(counts[now.place], spent, strict=True)]
-            now = replace(now, felled=felled.tolist(), batch=now.batch + 1, counts=counts)
+            now = replace(now, felled=felled.tolist(), batch=now.batch + 1, counts=counts, unanswered=unanswered)
             if progress is not None:
                 progress(_progress(suite, felled, now, len(batches), sum(len(rest) for rest in batches[now.batch :])))
             yield now

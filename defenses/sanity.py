@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Final, Literal
 
 import torch
@@ -31,6 +31,7 @@ from defenses.objectives import CrossEntropy, Margin, Objective
 from defenses.square import Square
 from defenses.threat import Threat
 from interpret.chunks import measuring
+from interpret.inputs import borrowed, checked
 from interpret.modes import undisturbed
 from interpret.views.view import Table
 
@@ -59,6 +60,7 @@ ALONE: Final = 8  # images run one by one
 JUMP: Final = 0.01  # in standard deviations of the logits; what a continuous net shows is 2/10000 at most
 ROUNDED: Final = 16  # roundings of a net that computes in bf16 or fp16, by which its logits may jump and passes differ
 ROUNDED_SLOPE: Final = (0.05, 0.1)
+FAR: Final = 1e9  # for a difference that is no number
 JUMPS: Final = 16  # images whose ball is searched for jumps
 SUREST: Final = 8  # images that a softmax has to answer in the same way when it is surest
 SLOPES: Final = 32  # images whose gradient is compared with finite differences
@@ -141,6 +143,20 @@ def suite_check(held: Tensor, report: SanityReport) -> Check:
     return share_check("suite against the checks", fallen, report.images, words)
 
 
+def finite_check(count: int, n: int) -> Check:
+    """Whether the net answered all images with numbers: ``count`` of ``n`` it did not."""
+    sentence = f"{count} of {n} images have logits that are not finite" if count else "the logits of all images are finite"
+    return Check("logits are finite", not count, float(count), "all", sentence, grave=count > 0)
+
+
+def _varied(logits: Tensor) -> Check:
+    values = logits.double().nan_to_num(FAR)
+    spread = float((values.amax(0) - values.amin(0)).max())
+    constant = spread <= 1e-6 * float(values.abs().max())
+    found = "all images have the same logits" if constant else "the logits depend on the image"
+    return Check("outputs depend on the image", not constant, spread, "they do", found, grave=constant)
+
+
 class ScaledCrossEntropy:
     """−log p_y of the logits over the distance of their two largest, which is held fixed: never saturated (ours)."""
 
@@ -172,8 +188,9 @@ class Noise:
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
-        best, score = x, torch.full((len(x),), -torch.inf, device=x.device)
-        with undisturbed(net), torch.no_grad():
+        score = torch.full((len(x),), -torch.inf, device=x.device)
+        with borrowed(net, x, y) as (x, y), torch.no_grad():
+            best = x
             for draw in range(self.draws):
                 change = self.threat.noise(x, generator)
                 if draw % 2:
@@ -210,7 +227,8 @@ class _Trial:
         for index, rows in enumerate(among.nonzero().flatten().split(self.chunk)):
             attack.reseed(index)
             x_adv = attack(on or self.net, self.x[rows], self.y[rows])
-            turned[rows] = self.logits(x_adv).argmax(1) != self.y[rows]
+            logits = self.logits(x_adv)
+            turned[rows] = (logits.argmax(1) != self.y[rows]) | ~logits.isfinite().all(1)
         return turned
 
 
@@ -221,6 +239,7 @@ def sanity_checks(
     threat: Threat,
     *,
     transfer_from: nn.Module | None = None,
+    held: Tensor | None = None,
     steps: int = 20,
     queries: int = 300,
     thorough: bool = False,
@@ -238,6 +257,9 @@ def sanity_checks(
         x, y: a sample of the images that the accuracy is of, and their labels; 256 are enough, 16 the least.
         threat: the ball of the claim.
         transfer_from: another net for these images, an undefended twin at best; without it that check is left out.
+        held: (N,) bool, which of these images withstand the suite that is to be judged.  Whether an attack of the checks is
+            weak says nothing of a suite that felled what it missed, so that only images that stand in the suite count; and
+            where one falls to a check, the suite was too weak (:func:`suite_check`, which is then among the checks).
         steps: of PGD; the check of more steps takes five times as many.
         queries: of the Square attack.
         thorough: attack also where outputs or gradients are already found broken, of which no attack can tell more.
@@ -248,8 +270,10 @@ def sanity_checks(
     Raises:
         ValueError: fewer than 16 images, images that are not in [0,1], labels or logits of another shape, a ball without
             radius, or no image that is classified rightly.
+
+    Logits that are not finite, or are the same for all images, make the net invalid, and nothing more is asked of it.
     """
-    _require(x, y, threat)
+    x, y = _require(net, x, y, threat, held)
     devices = [] if x.device.type == "cpu" else [x.device]
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices, device_type=x.device.type):
         torch.manual_seed(seed)  # what a random net draws repeats
@@ -260,29 +284,47 @@ def sanity_checks(
         trial = _Trial(Reachable(net), x, y, largest.chunk(x.device), tell, rounding(net, x[:2]))
         tell("outputs")
         logits = trial.logits(x)
-        right = logits.argmax(1) == y
-        if not right.any():
-            raise ValueError(f"sanity: expected some of the {len(x)} images to be classified rightly, found none")
-        checks = [
-            _rounding_check(trial.unit),
-            _logits_check(trial, logits, threat),
-            _repeats(trial, logits),
-            _alone(trial, logits),
-        ]
-        checks += [*_gradient_checks(net, trial, right, seed), _jumps(net, trial, right, threat, float(logits.std()), seed)]
+        right = (logits.argmax(1) == y) & logits.isfinite().all(1)
+        checks = [finite_check(int((~logits.isfinite().all(1)).sum()), len(x)), _varied(logits)]
         stand = {"clean": right}
-        if thorough or not any(check.grave for check in checks):
-            found, after = _attack_checks(trial, right, threat, transfer_from, steps, queries, seed)
-            checks, stand = [*checks, *found], stand | after
+        if not any(check.grave for check in checks):
+            if not right.any():
+                raise ValueError(f"sanity: expected some of the {len(x)} images to be classified rightly, found none")
+            checks += [
+                _rounding_check(trial.unit),
+                _logits_check(trial, logits, threat),
+                _repeats(trial, logits),
+                _alone(trial, logits),
+                *_gradient_checks(net, trial, right, seed),
+                _jumps(net, trial, right, threat, float(logits.std()), seed),
+            ]
+            if thorough or not any(check.grave for check in checks):
+                suite = right if held is None else held.to(x.device)
+                found, after = _attack_checks(trial, right, suite, threat, transfer_from, steps, queries, seed)
+                checks, stand = [*checks, *found], stand | after
         accuracy = {name: float(left.double().mean()) for name, left in stand.items()}
-        return SanityReport(tuple(checks), accuracy, len(x), tuple([*stand.values()][-1].tolist()))
+        report = SanityReport(tuple(checks), accuracy, len(x), tuple([*stand.values()][-1].tolist()))
+        return report if held is None else replace(report, checks=(*checks, suite_check(held, report)))
 
 
 def _attack_checks(
-    trial: _Trial, right: Tensor, threat: Threat, twin: nn.Module | None, steps: int, queries: int, seed: int
+    trial: _Trial,
+    right: Tensor,
+    held: Tensor,
+    threat: Threat,
+    twin: nn.Module | None,
+    steps: int,
+    queries: int,
+    seed: int,
 ) -> tuple[list[Check], dict[str, Tensor]]:
-    """The checks, and what stands after more and more attacks, (N,) bool each; the last after all."""
+    """The checks, and what stands after more and more attacks, (N,) bool each; the last after all.
+
+    held: who withstands what is judged, (N,) bool; no other image counts.
+    """
     n = len(right)
+
+    def share(name: str, which: Tensor, what: str, n: int = n) -> Check:
+        return share_check(name, int((which & held).sum()), n, what)
 
     def pgd(objective: Objective, scale: float = 1, longer: int = 1, restarts: int = 1) -> PGD:
         # Each its own start, so that none is a repetition of another.
@@ -302,34 +344,30 @@ def _attack_checks(
     half = trial.turned(f"PGD-{steps} at ε/2", pgd(CrossEntropy(), 0.5), right)
     double = trial.turned(f"PGD-{steps} at 2 ε", pgd(CrossEntropy(), 2), plain)
     more = trial.turned(f"PGD-{steps} at 4 ε", pgd(CrossEntropy(), 4), double)
-    back = max(int((less & ~more).sum()) for less, more in ((half, plain), (plain, double), (double, more)))
+    back = max((less & ~more & held for less, more in ((half, plain), (plain, double), (double, more))), key=torch.sum)
     large = trial.turned(f"PGD-{steps} at {LARGE:g} ε", pgd(CrossEntropy(), LARGE), right)
     large |= trial.turned(f"PGD-{steps} on the margin at {LARGE:g} ε", pgd(Margin(), LARGE), right & ~large)
 
     stand = right & ~whitebox
     noise = trial.turned("noise", Noise(threat, seed=seed), stand)
     square = trial.turned(f"Square, {queries} queries", Square(threat, queries, seed=seed), stand)
-    apart = max(int((margin & ~plain).sum()), int((plain & ~margin).sum()))
+    apart = max((margin & ~plain & held, plain & ~margin & held), key=torch.sum)
     checks = [
-        share_check("PGD ≥ FGSM", int((fgsm & ~plain).sum()), n, f"fall to FGSM and withstand PGD-{steps}"),
-        share_check("enough steps", int(longer.sum()), min(n, LONG), f"withstand PGD-{steps} and fall to PGD-{5 * steps}"),
-        share_check("enough restarts", int(again.sum()), min(n, LONG), "withstand one start of PGD and fall to three more"),
-        share_check("losses agree", apart, n, "fall to PGD on one of cross-entropy and margin, and withstand the other"),
-        share_check("scale of the logits", int(scaled.sum()), n, "fall to PGD only when the logits are scaled down for it"),
-        share_check("success grows with ε", back, n, "fall at some ε and withstand twice as much"),
-        share_check("nothing withstands a large ε", int((right & ~large).sum()), n, f"withstand {LARGE:g} ε"),
-        share_check("gradients beat noise", int(noise.sum()), n, "withstand every gradient attack and fall to noise"),
-        share_check("gradients beat Square", int(square.sum()), n, "withstand every gradient attack and fall to Square"),
+        share("PGD ≥ FGSM", fgsm & ~plain, f"fall to FGSM and withstand PGD-{steps}"),
+        share("enough steps", longer, f"withstand PGD-{steps} and fall to PGD-{5 * steps}", min(n, LONG)),
+        share("enough restarts", again, "withstand one start of PGD and fall to three more", min(n, LONG)),
+        share("losses agree", apart, "fall to PGD on one of cross-entropy and margin, and withstand the other"),
+        share("scale of the logits", scaled, "fall to PGD only when the logits are scaled down for it"),
+        share("success grows with ε", back, "fall at some ε and withstand twice as much"),
+        share("nothing withstands a large ε", right & ~large, f"withstand {LARGE:g} ε"),
+        share("gradients beat noise", noise, "withstand every gradient attack and fall to noise"),
+        share("gradients beat Square", square, "withstand every gradient attack and fall to Square"),
     ]
     searched = whitebox | noise | square
     fallen = {"FGSM": fgsm, f"PGD-{steps}": plain, "gradient attacks": whitebox, "with noise and Square": searched}
     if twin is not None:
         moved = trial.turned("transfer", pgd(Margin()), stand, on=Reachable(twin))
-        checks.append(
-            share_check(
-                "gradients beat transfer", int(moved.sum()), n, "withstand every gradient attack and fall to transfer"
-            )
-        )
+        checks.append(share("gradients beat transfer", moved, "withstand every gradient attack and fall to transfer"))
         fallen["with transfer"] = searched | moved
     return checks, {name: right & ~turned for name, turned in fallen.items()}
 
@@ -344,7 +382,7 @@ def _gradient_checks(net: nn.Module, trial: _Trial, right: Tensor, seed: int) ->
     by = f"; the forward cuts the graph by {', '.join(cuts)}" if cuts else ""
     limits = ROUNDED_SLOPE if trial.unit else SLOPE
     what = f"have a gradient that misses more than {100 * limits[0]:g} % of the slope{by}"
-    some, much = (int((missed > limit).sum()) for limit in limits)
+    some, much = (int((~(missed <= limit)).sum()) for limit in limits)  # a slope that is no number is missed too
     return [
         share_check("gradients are not zero", int(zero.sum()), int(right.sum()), f"have no gradient{by}"),
         share_check("gradient is the slope", some, len(few), what, much),
@@ -371,7 +409,7 @@ def _jumps(net: nn.Module, trial: _Trial, right: Tensor, threat: Threat, scale: 
         parts = zip(begin.split(trial.chunk), end.split(trial.chunk), strict=True)
         jumps = torch.maximum(jumps, torch.cat([largest_jump(net, *part) for part in parts]) / max(scale, 1e-12))
     what = f"meet jumps of the logits inside the ball, the largest of {float(jumps.max()):.2g} of their standard deviation"
-    return share_check("outputs do not jump", int((jumps > JUMP + ROUNDED * trial.unit).sum()), len(few), what)
+    return share_check("outputs do not jump", int((~(jumps <= JUMP + ROUNDED * trial.unit)).sum()), len(few), what)
 
 
 def _each(function: Callable[[Tensor, Tensor], Tensor], trial: _Trial, rows: Tensor) -> Tensor:
@@ -438,7 +476,7 @@ def _rounding_check(unit: float) -> Check:
 
 def _same(name: str, expected: str, what: str, trial: _Trial, logits: Tensor, others: Iterable[Tensor]) -> Check:
     scale = float(logits.double().std().clamp_min(1e-12))
-    apart = max(float((logits[: len(other)] - other).abs().max()) for other in others) / scale
+    apart = max(float((logits[: len(other)] - other).abs().nan_to_num(FAR).max()) for other in others) / scale
     found = f"{what} differ by {apart:.2g} standard deviations of the logits at most"
     allowed = SAME + ROUNDED * trial.unit
     return Check(name, apart <= allowed, apart, expected, found, grave=apart > allowed)
@@ -457,22 +495,19 @@ def _alone(trial: _Trial, logits: Tensor) -> Check:
     return _same(name, "an image's logits are its own", what, trial, logits, [single, backwards])
 
 
-def _require(x: Tensor, y: Tensor, threat: Threat) -> None:
-    if x.dim() != 4 or y.shape != x.shape[:1] or len(x) < 16:
-        raise ValueError(
-            "sanity: expected at least 16 images (N, C, H, W) and their labels (N,), "
-            f"found {tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    if not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"sanity: expected images in [0,1], found {float(x.min()):.4g} to {float(x.max()):.4g}")
+def _require(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, held: Tensor | None) -> tuple[Tensor, Tensor]:
+    x, y, _ = checked(net, x, y)
+    if len(x) < 16:
+        raise ValueError(f"sanity: expected at least 16 images (N, C, H, W) and their labels (N,), found {len(x)}")
+    if held is not None and (held.shape != y.shape or held.dtype != torch.bool):
+        raise ValueError(f"held: expected bool ({len(x)},), one an image; found {held.dtype} {tuple(held.shape)}")
     if threat.eps <= 0:
         raise ValueError(f"threat.eps: expected a ball with a radius, found {threat!r}")
     threat.check(tuple(x.shape[1:]))
+    return x, y
 
 
 def _require_logits(logits: Tensor, y: Tensor) -> None:
-    if logits.dim() != 2 or logits.shape[1] <= int(y.max()) or not logits.isfinite().all():
-        raise ValueError(
-            f"sanity: expected finite logits (N, K) with K > {int(y.max())}, the largest label; "
-            f"found shape {tuple(logits.shape)}"
-        )
+    least = max(1, int(y.max()))
+    if logits.dim() != 2 or logits.shape[1] <= least:
+        raise ValueError(f"sanity: expected logits (N, K) with K > {least}, the largest label; found {tuple(logits.shape)}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from defenses.losses import margin
 from defenses.threat import L2, Linf, Threat, norms, per_sample
-from interpret.modes import undisturbed
+from interpret.inputs import borrowed
 
 HALVED: Final = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the area is halved
 SHARES: Final = {Linf: 0.8, L2: 0.1}  # p of the paper's experiments
@@ -64,9 +64,8 @@ class Square:
         """
         generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
         self.calls += 1
-        with undisturbed(net), torch.no_grad():
-            best, y = x.detach().clone(), y.clone()
-            x = best.clone()
+        with borrowed(net, x, y) as (x, y), torch.no_grad():
+            best = x.clone()
             score = margin(net(x), y)
             spent = torch.ones_like(y)
             begin = self.threat.project(x, x + self._start(x, generator))

@@ -1,14 +1,15 @@
 """Suites of attacks, as data: which attacks, in which order, on how many images.
 
-A suite is an ordered list (:class:`Suite`); :func:`make_suite` makes the four that have names, and
-:func:`defenses.robustness.evaluate_robustness` runs any.
+A suite is an ordered list (:class:`Suite`); :func:`make_suite` makes the five that have names, and
+:func:`defenses.robustness.evaluate_robustness` runs any.  The three strongest nest: ``strong`` begins with the attacks of
+``standard``, ``adaptive`` with those of ``strong``, so that on the same images a stronger suite never leaves more standing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -21,8 +22,9 @@ from defenses.square import Square
 from defenses.terms import Term
 from defenses.threat import Threat
 
-SuiteName = Literal["probe", "fast", "standard", "adaptive"]
-SUITES: Final = ("probe", "fast", "standard", "adaptive")
+SuiteName = Literal["probe", "fast", "standard", "strong", "adaptive"]
+SUITES: Final = get_args(SuiteName)
+MARGIN_STARTS: Final = 5
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ def make_suite(
     """One of the suites that have names.
 
     probe: PGD-20.  fast: APGD-CE and APGD-T, on a subset.  standard: AutoAttack's standard version, through its package, on
-    all images.  adaptive: the attacks of fast at full length, many starts on the margin, PGD of 200 steps, attacks that also
-    raise or lower the regularisers of the defense, transfer from a twin, and Square, which reads no gradient.
+    all images.  strong: standard, then five starts of APGD on the margin, which has felled images that AutoAttack leaves.
+    adaptive: strong on a subset, then attacks that also raise or lower the regularisers of the defense, and transfer from a
+    twin.
 
     Where there are fewer than 4 classes the targeted DLR loss does not exist: there APGD-T goes by the margin Z_t − Z_y, in
     standard too.
@@ -104,50 +107,72 @@ def make_suite(
     Raises:
         ValueError: another name.
     """
-    loss: Literal["dlr", "margin"] = "dlr" if classes >= 4 else "margin"
-    targets = min(TARGETS, classes - 1)
-
-    def towards(steps: int, count: int, name: str = "APGD-T") -> Step:
-        attack = APGDT(threat, steps, count, loss=loss, seed=seed)
-        return Step(name, attack, 2 * (steps + 1) * min(count, classes - 1))
-
     if name == "probe":
         return Suite(name, (Step("PGD-20", PGD(threat, steps=20, seed=seed), 40),), subset=1000)
     if name == "fast":
-        return Suite(name, (Step("APGD-CE", APGD(threat, 50, seed=seed), 102), towards(50, TARGETS)), subset=1000)
+        first = Step("APGD-CE", APGD(threat, 50, seed=seed), 102)
+        return Suite(name, (first, _targeted(threat, classes, 50, seed)), subset=1000)
+    if name not in SUITES:
+        raise ValueError(f"suite: expected {', '.join(SUITES)}; found {name!r}")
+    steps = _standard(threat, classes, seed)
     if name == "standard":
-        first = Step("APGD-CE", AutoAttackPart(threat, "apgd-ce", seed=seed), 202)
-        second = Step("APGD-T", AutoAttackPart(threat, "apgd-t", seed=seed), 203 * targets)
-        rest = (
-            Step("FAB-T", AutoAttackPart(threat, "fab-t", seed=seed), 310 * targets),
-            Step("Square", AutoAttackPart(threat, "square", seed=seed), 5000),
+        return Suite(name, steps)
+    margin = APGD(threat, 100, restarts=MARGIN_STARTS, objective=Margin(), seed=seed)
+    steps = (*steps, Step(f"APGD margin, {MARGIN_STARTS} starts", margin, MARGIN_STARTS * 202))
+    if name == "strong":
+        return Suite(name, steps)
+    left_out = []
+    if not terms:
+        left_out.append(
+            "no attack knew the regularisers of the defense, for none were given: regularizers=... names them "
+            "(terms= in Python); a run folder brings its own"
         )
-        return Suite(name, (first, second if loss == "dlr" else towards(100, TARGETS), *rest))
-    if name == "adaptive":
-        steps = [
-            Step("APGD-CE", APGD(threat, 100, seed=seed), 202),
-            towards(100, TARGETS),
-            Step("APGD margin, 5 starts", APGD(threat, 100, restarts=5, objective=Margin(), seed=seed), 1010),
-            Step("PGD-200 margin", PGD(threat, 200, step_size=threat.eps / 8, objective=Margin(), seed=seed), 400),
-        ]
-        for sign, word in ((1.0, "raises"), (-1.0, "hides from")):
-            for objective in (CrossEntropy(), Margin()) if terms else ():
-                attack = AdaptivePGD(threat, terms or {}, sign, steps=50, objective=objective, seed=seed)
-                steps.append(Step(f"adaptive {type(objective).__name__}, {word} the terms", attack, 150))
-        if twin is not None:
-            steps.append(Step("transfer, CE", Transfer(twin, APGD(threat, 100, seed=seed)), 2))
-            steps.append(Step("transfer, margin", Transfer(twin, PGD(threat, 100, objective=Margin(), seed=seed)), 2))
-        steps.append(Step("Square", AutoAttackPart(threat, "square", queries=2000, seed=seed), 2000))
-        left_out = []
-        if not terms:
-            left_out.append(
-                "no attack knew the regularisers of the defense, for none were given: regularizers=... names them "
-                "(terms= in Python); a run folder brings its own"
-            )
-        if twin is None:
-            left_out.append("no transfer attack, for no twin was given: twin=RUN names an undefended net (twin= in Python)")
-        return Suite(name, tuple(steps), subset=1000, notes=tuple(f"adaptive: {words}" for words in left_out))
-    raise ValueError(f"suite: expected {', '.join(SUITES)}; found {name!r}")
+    if twin is None:
+        left_out.append("no transfer attack, for no twin was given: twin=RUN names an undefended net (twin= in Python)")
+    steps = (*steps, *_knowing(threat, terms or {}, seed), *_transfers(threat, twin, seed))
+    return Suite(name, steps, subset=1000, notes=tuple(f"adaptive: {words}" for words in left_out))
+
+
+def _targeted(threat: Threat, classes: int, steps: int, seed: int) -> Step:
+    loss: Literal["dlr", "margin"] = "dlr" if classes >= 4 else "margin"
+    attack = APGDT(threat, steps, TARGETS, loss=loss, seed=seed)
+    return Step("APGD-T", attack, 2 * (steps + 1) * min(TARGETS, classes - 1))
+
+
+def _standard(threat: Threat, classes: int, seed: int) -> tuple[Step, ...]:
+    """AutoAttack's four, through its package; where that has no loss for so few classes, APGD-T is ours."""
+    targets = min(TARGETS, classes - 1)
+    targeted = Step("APGD-T", AutoAttackPart(threat, "apgd-t", seed=seed), 203 * targets)
+    return (
+        Step("APGD-CE", AutoAttackPart(threat, "apgd-ce", seed=seed), 202),
+        targeted if classes >= 4 else _targeted(threat, classes, 100, seed),
+        Step("FAB-T", AutoAttackPart(threat, "fab-t", seed=seed), 310 * targets),
+        Step("Square", AutoAttackPart(threat, "square", seed=seed), 5000),
+    )
+
+
+def _knowing(threat: Threat, terms: Mapping[str, Term], seed: int) -> tuple[Step, ...]:
+    """Attacks that know the terms of the defense: both signs of their weight, on two losses."""
+    if not terms:
+        return ()
+    return tuple(
+        Step(
+            f"adaptive {type(objective).__name__}, {word} the terms",
+            AdaptivePGD(threat, terms, sign, steps=50, objective=objective, seed=seed),
+            150,
+        )
+        for sign, word in ((1.0, "raises"), (-1.0, "hides from"))
+        for objective in (CrossEntropy(), Margin())
+    )
+
+
+def _transfers(threat: Threat, twin: nn.Module | None, seed: int) -> tuple[Step, ...]:
+    if twin is None:
+        return ()
+    return (
+        Step("transfer, CE", Transfer(twin, APGD(threat, 100, seed=seed)), 2),
+        Step("transfer, margin", Transfer(twin, PGD(threat, 100, objective=Margin(), seed=seed)), 2),
+    )
 
 
 def without_gradient(suite: Suite, threat: Threat, seed: int = 0) -> Suite:

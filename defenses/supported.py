@@ -11,7 +11,7 @@ from defenses.attacks import Attack
 from defenses.objectives import Targeted
 from defenses.threat import Threat
 from interpret.cam import class_activation_map, class_region
-from interpret.modes import undisturbed
+from interpret.inputs import borrowed
 from interpret.observation import feature_layers, find_layers, observe, strongest_wrong
 
 
@@ -101,8 +101,7 @@ class Supported:
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial images (N, C, H, W), equal to x outside the support; see :class:`defenses.attacks.Attack`."""
-        with undisturbed(net):
-            x, y = x.detach().clone(), y.clone()  # clones: tensors made under inference mode refuse autograd
+        with borrowed(net, x, y) as (x, y):
             masked = Masked(net, x, self.support(net, x, y))
             self.calls += 1
             return masked.compose(self.attack(masked, x, y))
@@ -117,8 +116,7 @@ class Supported:
         """
         if self.layer is not None:
             find_layers(net, [self.layer], key="attack.layer")
-        with undisturbed(net):
-            x, y = x.detach().clone(), y.clone()
+        with borrowed(net, x, y) as (x, y):
             layer = self.layer or feature_layers(net, x[:1])[-1]
             with torch.no_grad():
                 logits = net(x)

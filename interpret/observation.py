@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd
 
+from interpret.inputs import typed
 from interpret.modes import batch_statistics, evaluating, normalised_by, replaying, rng_state
 
 Side = Literal["adv", "clean"]
@@ -239,7 +240,10 @@ def observe(
     """
     clean_pass: Forward | None = None
     both: Forward | None = None
-    if x_adv is x:
+    same = x_adv is x
+    x, y = typed(net, x, y)
+    x_adv = x if same else typed(net, x_adv, y)[0]
+    if same:
         adv = clean_pass = _run(net, x, layers)
     elif not clean:
         adv = _run(net, x_adv, layers)

@@ -409,7 +409,7 @@ def test_a_study_with_a_member_that_failed_compares_the_others_and_exits_with_1(
         ({"attack": "PGD-99"}, "study.attack: expected one of FGSM, PGD-20, fast suite; found 'PGD-99'"),
         (
             {"suites": {"fast suite": ["suite=nosuch"]}},
-            "study.suites.fast suite: expected suite=probe, fast, standard, adaptive",
+            "study.suites.fast suite: expected suite=probe, fast, standard, strong, adaptive",
         ),
         ({"suites": {"fast suite": ["suite=fast", "nokey=1"]}}, "study.suites.fast suite: Could not override 'nokey'"),
         ({"suites": {"fast suite": ["suite=fast", "images=100"]}}, "expected 1 to 80 images, as there are; found 100"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from dataclasses import replace
@@ -23,8 +24,10 @@ from defenses.masking import UnitMask, masked
 from defenses.regularizers import PSE
 from defenses.robustness import STANDS, WRONG, Progress
 from defenses.sampling import stratified_rows, wilson
+from defenses.sanity import Noise
 from defenses.square import Square
 from defenses.suite import Step, Suite, Transfer
+from defenses.threat import Threat
 from tests.planted import CUTS, SAME, Cut
 from tests.reference.nets import Linear, conv_bn, seeded, unchanged, untidy
 from tests.test_apgd import mlp
@@ -317,28 +320,89 @@ def test_the_adaptive_suite_tries_what_the_others_cannot() -> None:
     by_gradient = evaluate_robustness(hidden, x, y, threat, gradient)
     by_transfer = evaluate_robustness(hidden, x, y, threat, transfer)
     assert by_transfer.accuracy < by_gradient.accuracy - 0.2
-    names = [step.name for step in make_suite("adaptive", threat, 5, terms={"pse": PSE()}, twin=net).steps]
+    whole = make_suite("adaptive", threat, 5, terms={"pse": PSE()}, twin=net)
+    names = [step.name for step in whole.steps]
     assert names == [
         "APGD-CE",
         "APGD-T",
+        "FAB-T",
+        "Square",
         "APGD margin, 5 starts",
-        "PGD-200 margin",
         "adaptive CrossEntropy, raises the terms",
         "adaptive Margin, raises the terms",
         "adaptive CrossEntropy, hides from the terms",
         "adaptive Margin, hides from the terms",
         "transfer, CE",
         "transfer, margin",
-        "Square",
     ]
     bare = make_suite("adaptive", threat, 5)
-    assert [step.name for step in bare.steps] == [n for n in names if not n.startswith(("adaptive", "transfer"))]
+    assert [step.name for step in bare.steps] == names[:5]
     assert make_suite("adaptive", threat, 5, terms={"pse": PSE()}, twin=net).notes == ()
     knew, moved = bare.notes
     assert "regularizers=" in knew
     assert "twin=" in moved
     assert make_suite("adaptive", threat, 5, twin=net).notes == (knew,)
     assert make_suite("fast", threat, 5).notes == ()
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("threat", [Linf(0.05), L2(0.5)], ids=repr)
+def test_the_strong_suites_nest(threat: Threat, classes: int) -> None:
+    """The same attacks with the same settings, in the same order: what falls in one falls in the next."""
+    suites = [make_suite(name, threat, classes, 3, {"pse": PSE()}, mlp()) for name in ("standard", "strong", "adaptive")]
+    described_ = [[(step.name, json.dumps(described(step.attack))) for step in suite.steps] for suite in suites]
+    for weaker, stronger in itertools.pairwise(described_):
+        assert len(stronger) > len(weaker)
+        assert stronger[: len(weaker)] == weaker
+    assert [suite.subset for suite in suites] == [None, None, 1000]
+
+
+SIZES = [(12, 20), (32, 48), (28, 20), (4, 4), (12, 12), (20, 28), (32, 32), (7, 9), (3, 30)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_square_runs_in_l2_on_images_of_any_size(size: tuple[int, int]) -> None:
+    """The package's own where that can lay its first tiles, else ours, which a note says."""
+    net = Linear((1, *size), 4)
+    x = torch.rand(3, 1, *size, generator=seeded(5)) * 0.6 + 0.2
+    y, threat = net(x).argmax(1), L2(0.01)
+    part = AutoAttackPart(threat, "square", queries=4)
+    package = part._attack(net, x.device, 0, 4)
+    try:
+        package.perturb(x, y)
+        runs = True
+    except (RuntimeError, ZeroDivisionError):
+        runs = False
+    assert part.replaced(size) != runs
+    found = evaluate_robustness(net, x, y, threat, Suite("s", (Step("Square", part),)))
+    assert found.accuracy == 1
+    assert any("ours took its place" in note for note in found.notes) != runs
+
+
+class Missing(Threshold):
+    """No number for images of some brightness: under ``low`` or above ``high``."""
+
+    low, high = 0.0, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits, mean = super().forward(x), x.mean((1, 2, 3))
+        return torch.where(((mean < self.low) | (mean > self.high))[:, None], torch.nan, logits)
+
+
+def test_images_without_finite_logits_are_counted_and_never_robust() -> None:
+    x = torch.tensor([0.1, 0.3, 0.4, 0.7, 0.88]).view(-1, 1, 1, 1).expand(-1, 1, 1, 2)
+    net, sound = Missing(), Threshold()
+    y = sound(x).argmax(1)
+    net.low, net.high = 0.2, 0.9
+    suite = Suite("s", (Step("pgd", PGD(Linf(0.05), 5)), Step("noise", Noise(Linf(0.05)))))
+    assert evaluate_robustness(sound, x, y, Linf(0.05), suite).unanswered == ()
+    found = evaluate_robustness(net, x, y, Linf(0.05), suite)
+    assert 0 in found.unanswered  # clean
+    assert not found.standing[0]
+    assert found.felled[0] == WRONG
+    assert set(found.unanswered) >= {0}
+    assert not any(found.standing[place] for place in found.unanswered)
+    assert found.record()["unanswered"] == found.unanswered
 
 
 def test_the_whole_adaptive_suite_runs_and_is_the_worst_case() -> None:
@@ -468,8 +532,8 @@ def test_accuracy_under_corruptions_is_counted_over_all_batches() -> None:
         ({"labels": torch.tensor([0, 1, 2])}, r"labels: expected int64 \(4,\)"),
         ({"labels": torch.zeros(4)}, "labels: expected int64"),
         ({"net": conv_bn().half()}, "net: an evaluation runs in fp32, found weights in .*torch.float16"),
-        ({"net": nn.Flatten(0)}, "net: expected finite logits"),
-        ({"suite": "autoattack"}, "suite: expected probe, fast, standard, adaptive; found 'autoattack'"),
+        ({"net": nn.Flatten(0)}, "net: expected logits"),
+        ({"suite": "autoattack"}, "suite: expected probe, fast, standard, strong, adaptive; found 'autoattack'"),
         ({"subset": 5}, "subset: expected 1 to 4 images"),
         ({"batch_size": 0}, "batch_size: expected"),
         ({"threat": L2(100)}, "threat.eps"),

@@ -348,7 +348,7 @@ def test_a_radius_is_set_by_eps_where_the_run_brings_the_threat() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("suite=autoattack", "suite: expected probe, fast, standard, adaptive; found 'autoattack'"),
+        ("suite=autoattack", "suite: expected probe, fast, standard, strong, adaptive; found 'autoattack'"),
         ("images=100000", "images: expected 1 to 359 images of the test split"),
         ("images=0", "images: expected a whole number >= 1"),
         ("batch=0", "batch: expected a whole number >= 1"),

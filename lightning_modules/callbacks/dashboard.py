@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from defenses.attacks import Attack
 from defenses.threat import Threat
+from interpret.inputs import checked
 from interpret.modes import undisturbed
 from interpret.observation import feature_layers, find_layers, observe
 from interpret.views.view import Panel, Probe, View
@@ -48,6 +49,9 @@ class Dashboard(pl.Callback):
         log: where it all goes; may be set later as ``log_to``.
         training: training images (M, C, H, W) in [0,1] and labels (M,), for panels that show the probe before them.
 
+    Raises:
+        ValueError: images outside [0,1], or labels of another shape or type (:func:`interpret.inputs.checked`).
+
     Shows ``module.net``, or the module itself; set ``net_of`` to show another, e.g. the average of the weights.
     """
 
@@ -67,7 +71,8 @@ class Dashboard(pl.Callback):
         if not isinstance(every_n_epochs, int) or every_n_epochs < 1:
             raise ValueError(f"probe.every_n_epochs: expected a whole number >= 1, found {every_n_epochs!r}")
         self.panels = dict(panels)
-        self.x, self.y, self.ids = x, y, tuple(ids)
+        self.x, self.y, _ = checked(nn.Identity(), x, y)
+        self.ids = tuple(ids)
         self.attack = attack
         self.class_names = tuple(class_names)
         self.log_to = log

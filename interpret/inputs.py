@@ -1,0 +1,112 @@
+"""What every door asks of images and labels, in one place: fp32 images (N, C, H, W) in [0,1], and the class of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from interpret.modes import undisturbed
+
+TOLERANCE: Final = 1e-4  # beyond 0 and 1, a fortieth of a grey level: what resizing and half floats leave by rounding
+
+
+def typed(net: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Images in fp32, or in float64 for a net of float64, and labels in int64; what is so already comes back itself.
+
+    Reads no value, so that a GPU is not waited for.
+
+    Raises:
+        ValueError: images that are no floats (N, C, H, W), at least one; or labels that are no whole numbers (N,).
+    """
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
+        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"images: expected floats (N, C, H, W) in [0,1], at least one; found {found}"
+            + ("; divide by 255" if isinstance(x, Tensor) and x.dtype == torch.uint8 else "")
+        )
+    whole = isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    if not whole or y.shape != x.shape[:1]:
+        found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"labels: expected int64 ({len(x)},), one an image; found {found}")
+    return x.to(_kind(net, x)), y.long()
+
+
+def checked(net: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, range]:
+    """As :func:`typed`, with the images' values looked at too; and the labels from the smallest to the largest.
+
+    Reads the values: one wait for a GPU, so once a batch and never once a step of an attack.  What lies beyond 0 or 1 by no
+    more than rounding is cut off.
+
+    Raises:
+        ValueError: as :func:`typed`; also images outside [0,1] or not finite, or a label below 0.
+    """
+    x, y = typed(net, x, y)
+    ends = torch.stack([*(end.double() for end in x.detach().aminmax()), *(end.double() for end in y.aminmax())])
+    low, high, first, last = ends.tolist()
+    if not -TOLERANCE <= low <= high <= 1 + TOLERANCE:  # NaN fails too
+        raise ValueError(
+            f"images: expected values in [0,1], found {low:.4g}..{high:.4g}; normalisation lives inside the net: "
+            "normalised(net, mean, std), or divide by 255"
+        )
+    if first < 0:
+        raise ValueError(f"labels: expected classes from 0 on, found {int(first)}..{int(last)}")
+    return (x if low >= 0 and high <= 1 else x.clamp(0, 1)), y, range(int(first), int(last) + 1)
+
+
+@contextmanager
+def borrowed(net: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The net is :func:`interpret.modes.undisturbed` while it is attacked; yields copies of the checked images and labels.
+
+    Raises:
+        ValueError: as :func:`checked`; also where the net returns no logits (N, K) for these labels, or no gradient.
+    """
+    with undisturbed(net):
+        x, y, labels = checked(net, x, y)
+        handle = net.register_forward_hook(lambda _net, inputs, logits: require_logits(logits, inputs[0], labels))
+        try:
+            # Copies: tensors made under inference mode refuse autograd.
+            yield x.detach().clone(), y.clone()
+        finally:
+            handle.remove()
+
+
+def require_logits(logits: object, x: Tensor, labels: range) -> None:
+    """Raises ValueError unless these can be the logits (N, K) of images x with these labels; reads no value."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"net: expected logits (N, classes), found a {type(logits).__name__}; return the logits alone")
+    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        one = "; for two classes return two logits, e.g. (0, z)" if logits.dim() < 2 or logits.shape[1:] == (1,) else ""
+        raise ValueError(f"net: expected logits ({len(x)}, classes), two classes at least; found {tuple(logits.shape)}{one}")
+    classes, last = logits.shape[1], labels[-1]
+    if classes <= last:
+        found = f"{labels[0]}..{last}"
+        raise ValueError(f"labels: expected 0..{classes - 1}, for the net returns {classes} logits; found {found}")
+    if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+        raise ValueError(
+            "net: expected logits that depend on the images, found none with a gradient (no_grad, detach, numpy?)"
+        )
+
+
+def _kind(net: nn.Module, x: Tensor) -> torch.dtype:
+    """The floats that images have to be for this net.
+
+    Raises:
+        ValueError: a net of half floats, in which a step of an attack would be rounded away.
+    """
+    kinds = {tensor.dtype for tensor in (*net.parameters(), *net.buffers()) if tensor.is_floating_point()}
+    if kinds == {torch.float64} or (not kinds and x.dtype == torch.float64):
+        return torch.float64
+    if kinds and kinds <= {torch.float16, torch.bfloat16}:
+        try:
+            with undisturbed(net), torch.no_grad():
+                net(x[:1].float())  # some cast by themselves
+        except RuntimeError:
+            raise ValueError(
+                f"net: expected weights in fp32, found {', '.join(sorted(map(str, kinds)))}; net.float() casts them, and "
+                "autocast computes in half floats"
+            ) from None
+    return torch.float32
