@@ -36,7 +36,7 @@ from defenses.robustness import ASKED, Evaluation, check_images, full_precision
 from defenses.sampling import stratified_rows
 from defenses.square import Square
 from defenses.suite import SUITES
-from defenses.threat import Threat
+from defenses.threat import Threat, parse_eps
 from interpret.association import concept_weights
 from interpret.dissection import dissect
 from interpret.observation import feature_layers
@@ -54,13 +54,17 @@ from lightning_modules.cards import training_of
 from lightning_modules.console import clear_errors, console, note, require_whole, steps
 from lightning_modules.data_record import Fingerprint, compared, places_of
 from lightning_modules.entry import run_command
-from lightning_modules.judging import card_view, judge, trust, write_card
+from lightning_modules.judging import card_view, judge, trust, unset_radius, write_card
 from lightning_modules.networks.build import load_weights, make_network
 from lightning_modules.run_folder import RunFolder, commit, versions
 from lightning_modules.saved_config import read_config
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 SANITY_IMAGES = 256
+ANYTHING = {  # data whose usual radius no config knows
+    "datamodules.arrays.Arrays": "arrays",
+    "datamodules.image_folder.ImageFolder": "image_folder",
+}
 ONLY_CHECKS = "the twin serves the sanity checks alone; suite=adaptive attacks by transfer from it too"
 NO_PANELS = "the panels that say why images fall need gradients, and none reaches the images of this net: they were left out"
 KEY_FIGURES = (
@@ -122,6 +126,10 @@ def completed(cfg: DictConfig, run: Path | None) -> DictConfig:
                 f"{key}: the checkpoint lies in no run folder with a config.yaml, so say what it was trained with, "
                 "e.g. data=cifar10 network=resnet18 threat=linf"
             )
+    # Asked before it is resolved: a radius that only the group of the data says was chosen by nobody.
+    cfg.chosen = (
+        cfg.eps is not None or not OmegaConf.is_interpolation(cfg.threat, "eps") or cfg.data._target_ not in ANYTHING
+    )
     if cfg.eps is not None:
         cfg.threat.eps = cfg.eps
     return cfg
@@ -281,7 +289,7 @@ def subject(cfg: DictConfig) -> Subject:
     with told_as(**theirs):
         net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")), differentiable=cfg.suite is None)
         if weights is not None:
-            load_weights(net, weights)
+            load_weights(net if cfg.mean is None else net.get_submodule("net"), weights)
     return Subject(cfg, data, net.eval(), weights, run, about, differs)
 
 
@@ -401,15 +409,31 @@ def imported(cfg: DictConfig) -> DictConfig:
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     if cfg.model is None:
-        if cfg.weights is not None:
-            raise ValueError(f"weights: expected model=module:callable beside it, found weights={cfg.weights} alone")
+        for key in ("weights", "mean", "std"):
+            if cfg[key] is not None:
+                raise ValueError(f"{key}: expected model=module:callable beside it, found {key}={cfg[key]} alone")
         return cfg
+    if (cfg.mean is None) != (cfg.std is None):
+        raise ValueError(
+            f"mean: expected mean and std together, a number a channel each; found mean={cfg.mean} std={cfg.std}"
+        )
     if cfg.get("network") is not None or cfg.checkpoint is not None:
         raise ValueError("model: takes the place of network= and checkpoint= (with weights=), found both")
     target = "lightning_modules.networks.imported.imported"
     cfg.network = {"_target_": target, "_partial_": True, "target": cfg.model, "normalize": False}
+    if cfg.mean is not None:
+        cfg.network.normalize = {"mean": cfg.mean, "std": cfg.std}
     cfg.checkpoint = cfg.weights
     return cfg
+
+
+def radius_unset(cfg: DictConfig, threat: Threat, channels: int) -> tuple[str, ...]:
+    """What to say where ε is only the default of data that can be anything; of a run's own radius, for grey images alone."""
+    default = (cfg.get("budget") or {}).get(threat.name.lower())
+    inherited = channels == 1 and cfg.eps is None and default is not None and threat.eps == parse_eps(default)
+    if cfg.data._target_ not in ANYTHING or (cfg.chosen and not inherited):
+        return ()
+    return (unset_radius(threat, channels, ANYTHING[cfg.data._target_]),)
 
 
 def judge_by_suite(cfg: DictConfig) -> Path:
@@ -432,6 +456,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         if cfg.images is not None and cfg.images > len(part):
             raise ValueError(f"images: expected 1 to {len(part)} images of the {cfg.split} split, found {cfg.images}")
         threat = instantiate(cfg.threat)
+        unset = radius_unset(cfg, threat, data.image_shape[0])
         images, labels = part.images.float() / 255, part.labels
         check_images(net, images, labels, threat)
         if threat.eps <= 0:
@@ -443,6 +468,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
                 raise ValueError("masking: units are chosen by gradients, and none reaches the images of this net")
             cfg.panels = {}
             left_out = (*left_out, NO_PANELS)
+        left_out = (*left_out, *unset)
         say(left_out)
         if cfg.masking.by is not None:
             require_masking(cfg.masking)
@@ -477,7 +503,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         few = stratified_rows(found.labels, min(SANITY_IMAGES, found.n), cfg.seed)
         x, y = images[found.rows[few]].to(device), labels[found.rows[few]].to(device)
         held = found.standing[few]
-        sanity = trust(net, x, y, held, threat, twin, cfg.seed, found.gradient, lambda step: tell(f"sanity, {step}"))
+        sanity = trust(net, x, y, held, threat, twin, cfg.seed, found, lambda step: tell(f"sanity, {step}"))
         explained = explaining(found, fallen.places, len(dashboard.ids))
         dashboard.x, dashboard.y = images[found.rows[explained]], labels[found.rows[explained]]
         dashboard.ids = tuple(called(cfg.split, found, place) for place in explained.tolist())
@@ -485,7 +511,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         tell("accuracy against ε")
         curve = accuracy_curve(net, x, y, threat, attack=margin_pgd if found.gradient else few_queries)
         with full_precision(device):  # some attacks stop just over the boundary
-            views = [of_a_sample(v) for v in dashboard.look(net, device, {}, tell)] if dashboard.panels else []
+            views = [of_a_sample(v) for v in dashboard.look(net, device, {}, tell, strict=False)] if dashboard.panels else []
     source = "as the callable returns it" if of.weights is None else str(of.weights)
     if cfg.masking.by is not None:
         source += f", units masked by {cfg.masking.by}"
@@ -510,7 +536,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         config=plain(OmegaConf.to_container(cfg, resolve=True)),
         places=few.tolist(),
     )
-    lead = card_view(card, sanity, found)
+    lead = card_view(card, sanity, found, unset)
     meta = {
         "network": source,
         "suite": f"{cfg.suite}, {threat}",

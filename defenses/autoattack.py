@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -64,9 +64,7 @@ class AutoAttackPart:
         """Adversarial images (N, C, H, W), fp32, detached; for the arguments see :class:`defenses.apgd.APGD`."""
         seed = (self.seed * 1_000_003 + self.calls) % 2**63
         self.calls += 1
-        devices = [] if x.device.type == "cpu" else [x.device]
-        randomness = torch.random.fork_rng(devices, device_type=x.device.type)
-        with borrowed(net, x, y) as (x, y), quiet(), torch.no_grad(), randomness:
+        with borrowed(net, x, y) as (x, y), quiet(), torch.no_grad(), _forked(x.device):
             if self.replaced((x.shape[2], x.shape[3])):
                 ours = Square(self.threat, max(3, self.queries), seed=self.seed)
                 ours.reseed(self.calls - 1)
@@ -106,6 +104,10 @@ def square_runs(threat: Threat, size: tuple[int, int]) -> bool:
     side = size[0] // 5
     offset = (size[0] - 5 * side) // 2
     return side == 1 or (side > 1 and all(offset + length // side * side <= length for length in size))
+
+
+def _forked(device: torch.device) -> AbstractContextManager[None]:
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from defenses.objectives import Margin
 from defenses.robustness import Evaluation, device_of, predict
 from defenses.sanity import SanityReport
 from defenses.threat import Threat
+from interpret.inputs import checked
 from interpret.signals import summarised
 from interpret.views.text import markdown_text
 
@@ -67,6 +68,7 @@ def accuracy_curve(
     """
     if not scales or scales[0] <= 0 or any(b <= a for a, b in pairwise(scales)):
         raise ValueError(f"scales: expected increasing numbers above 0, found {tuple(scales)}")
+    x, y, _ = checked(net, x, y)
     device = device_of(net)
     standing = torch.cat(
         [predict(net, a.to(device)).argmax(1).cpu() == b.cpu() for a, b in zip(x.split(batch), y.split(batch), strict=True)]

@@ -87,7 +87,7 @@ def require_logits(logits: object, x: Tensor, labels: range) -> None:
         raise ValueError(f"labels: expected 0..{classes - 1}, for the net returns {classes} logits; found {found}")
     if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
         raise ValueError(
-            "net: expected logits that depend on the images, found none with a gradient (no_grad, detach, numpy?)"
+            "net: expected logits that a gradient leads from to the images, found none (no_grad, detach or numpy inside?)"
         )
 
 

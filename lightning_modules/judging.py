@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from defenses.card import markdown
 from defenses.fallen import Fallen
 from defenses.robustness import Evaluation, Progress, evaluate_robustness
-from defenses.sanity import Check, SanityReport, sanity_checks, suite_check
+from defenses.sanity import Check, SanityReport, finite_check, sanity_checks
 from defenses.terms import Term
-from defenses.threat import Threat
+from defenses.threat import Linf, Threat
 from interpret.views.figures import charts_figure, to_array
 from interpret.views.page import write_atomic
 from interpret.views.view import Answer, Bars, Chart, Lines, Table, View
@@ -129,27 +129,43 @@ def trust(
     threat: Threat,
     twin: nn.Module | None,
     seed: int,
-    gradient: bool,
+    found: Evaluation,
     tell: Callable[[str], None],
 ) -> SanityReport:
-    """The sanity checks, and whether the suite, which ``held`` (N,) bool of these images withstand, was as strong as they.
+    """The sanity checks of the number that a suite ``found``; ``held`` (N,) bool of these images withstand it.
 
-    Where there is too little to check, a report that says so; ``gradient``: of the evaluation, said there too.
+    That all logits are finite is asked of all judged images.  Where there is too little to check, a report that says so.
     """
+    finite = finite_check(len(found.unanswered), found.n)
     try:
-        report = sanity_checks(net, x, y, threat, transfer_from=twin, seed=seed, tell=tell)
-        return replace(report, checks=(*report.checks, suite_check(held, report)))
+        report = sanity_checks(net, x, y, threat, transfer_from=twin, held=held, seed=seed, tell=tell)
     except ValueError as error:
         too_few = Check("enough to check", False, float(len(x)), "16 images, some of them classified rightly", str(error))
         none = Check("gradients are not zero", False, 1.0, "some", "no gradient reaches the images", grave=True)
-        return SanityReport((too_few,) if gradient else (none, too_few), {}, len(x))
+        return SanityReport((finite, too_few) if found.gradient else (finite, none, too_few), {}, len(x))
+    return replace(report, checks=(finite, *(check for check in report.checks if check.name != finite.name)))
 
 
-def card_view(card: Mapping[str, Any], sanity: SanityReport, found: Evaluation) -> View:
-    """The result card as the first panel of the page."""
+def in_words(threat: Mapping[str, Any]) -> str:
+    """A card's threat with its radius, as a fraction of 255 where it is one: "Linf ε = 8/255"."""
+    levels = 255 * threat["eps"]
+    whole = threat["norm"] == "Linf" and abs(levels - round(levels)) < 1e-6
+    return f"{threat['norm']} ε = {f'{round(levels)}/255' if whole else format(threat['eps'], '.4g')}"
+
+
+def unset_radius(threat: Threat, channels: int, data: str) -> str:
+    """What to say of a radius that is only the default of a group of data whose images can be anything."""
+    radius = in_words({"norm": threat.name, "eps": threat.eps})
+    strokes = channels == 1 and isinstance(threat, Linf) and threat.eps < 0.1
+    usual = "; images of strokes, such as MNIST's, are usually judged at Linf ε = 0.3" if strokes else ""
+    return f"{radius} is the default of data={data}, meant for small colour photographs{usual}; threat.eps=... chooses it"
+
+
+def card_view(card: Mapping[str, Any], sanity: SanityReport, found: Evaluation, unset: Sequence[str] = ()) -> View:
+    """The result card as the first panel of the page; ``unset``: what the verdict has to say besides."""
     accuracy, by_class = card["accuracy"], card["accuracy"]["by_class"]
     low, high = accuracy["interval95"]
-    why = "".join(f"; {reason}" for reason in sanity.reasons[:2])
+    why = "".join(f"; {words}" for words in (*sanity.reasons[:2], *unset))
     charts: list[Chart] = [
         Lines(
             "Accuracy against ε",
@@ -174,8 +190,8 @@ def card_view(card: Mapping[str, Any], sanity: SanityReport, found: Evaluation) 
     attacks = "1 attack" if len(found.attacks) == 1 else f"{len(found.attacks)} attacks"
     title = (
         f"Robust accuracy {100 * found.accuracy:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %), "
-        f"{100 * found.clean_accuracy:.1f} % clean, worst case of {attacks} on {found.n} images. "
-        f"Verdict: {sanity.verdict}{why}."
+        f"{100 * found.clean_accuracy:.1f} % clean, against {in_words(card['threat'])} by the {found.suite} suite: "
+        f"worst case of {attacks} on {found.n} images. Verdict: {sanity.verdict}{why}."
     )
     if found.corruptions:
         charts.append(corruption_table(found))
@@ -204,6 +220,7 @@ def corruption_table(found: Evaluation) -> Table:
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """``card.md`` and ``card.json``; the latter last: its presence says that the evaluation is whole."""
+    text = json.dumps(card, indent=1, allow_nan=False) + "\n"  # first: what it refuses leaves no half of a card
     write_atomic(folder / "card.md", markdown(card))
-    write_atomic(folder / "card.json", json.dumps(card, indent=1, allow_nan=False) + "\n")
+    write_atomic(folder / "card.json", text)
     (folder / STATE).unlink(missing_ok=True)

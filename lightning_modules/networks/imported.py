@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from lightning_modules.networks.check import without_inplace
-from lightning_modules.networks.normalize import Normalize
+from lightning_modules.networks.normalize import normalised
 
 LISTED = 12  # callables, where the one that was named is not there
 
@@ -24,13 +23,13 @@ def imported(
     std: Sequence[float],
     target: str | None = None,
     args: Mapping[str, object] | None = None,
-    normalize: bool = True,
+    normalize: bool | Mapping[str, Sequence[float]] = True,
 ) -> nn.Module:
     """The network that ``target`` = "module:callable" returns for ``callable(**args)``, without in-place modules.
 
     It must map images (N, in_channels, H, W) to logits (N, num_classes), which ``check_network`` verifies on a pass.
-    With ``normalize`` it sits behind :class:`Normalize` as submodule ``net`` (its layers are then named "net....");
-    without, it is returned as it is and takes images in [0,1].
+    With ``normalize`` it sits behind :class:`Normalize` as submodule ``net`` (its layers are then named "net...."), by the
+    statistics of the data or by a ``mean`` and ``std`` of its own; without, it is returned as it is, for images in [0,1].
 
     Raises:
         ValueError: if ``target`` has another form, its module is missing or fails to import, has no such callable, or
@@ -39,7 +38,11 @@ def imported(
     net = without_inplace(_call(target, args or {}))
     if not normalize:
         return net
-    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
+    if isinstance(normalize, bool):
+        return normalised(net, mean, std)
+    if normalize.keys() != {"mean", "std"}:
+        raise ValueError(f"network.normalize: expected true, false, or mean and std, found {dict(normalize)}")
+    return normalised(net, normalize["mean"], normalize["std"])
 
 
 def _call(target: str | None, args: Mapping[str, object]) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -40,3 +41,16 @@ class Normalize(nn.Module):
                 f"  Got: images of shape {tuple(images.shape)}"
             )
         return (images - self.mean) / self.std
+
+
+def normalised(net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    """A net for images in [0,1] from one that wants ``(images - mean) / std``: as attacks, defenses and suites take it.
+
+    ``net`` becomes its submodule ``net`` (layers are then named "net....") and is not copied.
+
+        judged = normalised(torchvision_net, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+    Raises:
+        ValueError: as :class:`Normalize`.
+    """
+    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net)).train(net.training)
