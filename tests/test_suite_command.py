@@ -25,6 +25,7 @@ from lightning_modules import console, judging
 from lightning_modules.callbacks.dashboard import Dashboard
 from lightning_modules.entry import refusal
 from lightning_modules.networks.build import load_weights
+from lightning_modules.networks.normalize import normalised
 from lightning_modules.networks.small_cnn import SmallCNN
 from tests.test_evaluate import command
 
@@ -385,3 +386,100 @@ def test_a_net_whose_own_names_begin_with_net_takes_its_own_weights(tmp_path: Pa
     torch.save(saved, tmp_path / "own.pt")
     load_weights(net, tmp_path / "own.pt")
     assert torch.equal(net.net.bias, saved["net.bias"])
+
+
+NETS = """
+import torch
+from torch import nn
+
+class Gaps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 2))
+
+    def forward(self, x):
+        return self.body(x).masked_fill((x.mean((1, 2, 3)) > 0.6)[:, None], float("nan"))
+
+def gaps():
+    torch.manual_seed(0)
+    return Gaps().eval()
+
+def plain():
+    torch.manual_seed(0)
+    return Gaps().body.eval()
+"""
+
+
+def strokes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grey 28×28 images, of which 5 of 20 are bright, in arrays; and nets that are made by ``their_gaps``."""
+    (folder / "their_gaps.py").write_text(NETS)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 100, (20, 28, 28), dtype=np.uint8)
+    images[5:10] += 150
+    (folder / "arrays").mkdir()
+    for part in ("train", "test"):
+        np.savez(folder / "arrays" / f"{part}.npz", images=images, labels=np.arange(20) % 2)
+
+
+ARRAYS = ("data=arrays", "data.path=arrays", "threat=linf", "suite=probe", "threads=1", "out=out")
+
+
+def test_logits_that_are_no_numbers_make_an_invalid_card_that_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strokes(tmp_path, monkeypatch)
+    command(monkeypatch, evaluate, *ARRAYS, "model=their_gaps:gaps", "name=gaps", "panels=[outcome]", "threat.eps=0.1")
+    card = judged(tmp_path / "out" / "gaps")
+    assert card["sanity"]["verdict"] == "invalid"
+    assert card["sanity"]["reasons"][0] == "5 of 20 images have logits that are not finite"
+    assert sum(card["examples"]["correct"][5:10]) == 0
+    assert "Verdict: invalid; 5 of 20 images have logits" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_verdict_names_threat_and_radius_and_says_when_nobody_chose_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strokes(tmp_path, monkeypatch)
+    asked = (*ARRAYS, "model=their_gaps:plain", "panels=[]")
+    command(monkeypatch, evaluate, *asked, "name=forgotten")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "against Linf ε = 8/255 by the probe suite" in said
+    words = "Linf ε = 8/255 is the default of data=arrays, meant for small colour photographs; images of strokes, such as"
+    assert words in said.split("Verdict:")[1]
+    assert any(note.startswith(words) for note in judged(tmp_path / "out" / "forgotten")["notes"])
+    command(monkeypatch, evaluate, *asked, "name=chosen", "threat.eps=0.3")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "against Linf ε = 0.3 by the probe suite" in said
+    assert "is the default" not in said
+    assert not any("is the default" in note for note in judged(tmp_path / "out" / "chosen")["notes"])
+
+
+def test_a_net_for_normalised_images_is_judged_behind_its_mean_and_std(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strokes(tmp_path, monkeypatch)
+    sys.path.append(str(tmp_path))
+    import their_gaps
+
+    net = their_gaps.plain()
+    torch.save(net.state_dict(), "plain.pt")
+    asked = (*ARRAYS, "model=their_gaps:plain", "weights=plain.pt", "panels=[]", "eps=0.1", "mean=[0.3]", "std=[0.2]")
+    command(monkeypatch, evaluate, *asked, "name=normalised")
+    card = judged(tmp_path / "out" / "normalised")
+    data = np.load("arrays/test.npz")
+    x, y = torch.from_numpy(data["images"])[:, None].float() / 255, torch.from_numpy(data["labels"])
+    whole = normalised(net, [0.3], [0.2])
+    torch.testing.assert_close(whole(x), net((x - 0.3) / 0.2))
+    assert card["examples"]["correct"] == (whole(x).argmax(1) == y).tolist()
+    for change, message in (
+        ("std=null", "mean: expected mean and std together"),
+        ("mean=[0.3,0.3]", "mean and std must hold one value for each channel"),
+    ):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, evaluate, *asked, "name=other", change)
+        assert message in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        command(monkeypatch, evaluate, *NAMED, "suite=probe", "mean=[0.3]")
+    assert "mean: expected model=module:callable beside it" in " ".join(capsys.readouterr().err.split())
