@@ -155,9 +155,13 @@ def test_markdown_tells_the_settings_of_each_attack(card: dict[str, Any]) -> Non
         step.name: settings_of(described(step.attack))
         for step in make_suite("adaptive", Linf(0.1), 10, 3, None, nn.Flatten()).steps
     }
-    assert told["APGD-T"] == "APGDT, steps 100, restarts 1, seed 3, targets 9, loss dlr"
+    assert told["APGD-T"] == "apgd-t of AutoAttack's standard version, seed 3"
+    assert told["APGD margin, 5 starts"] == "APGD, steps 100, restarts 5, objective Margin, seed 3"
+    assert settings_of(described(make_suite("fast", Linf(0.1), 10, 3).steps[1].attack)) == (
+        "APGDT, steps 50, restarts 1, seed 3, targets 9, loss dlr"
+    )
     assert told["transfer, CE"] == "Transfer of APGD, steps 100, restarts 1, objective CrossEntropy, seed 3"
-    assert told["Square"] == "square of AutoAttack's standard version, queries 2000, seed 3"
+    assert told["Square"] == "square of AutoAttack's standard version, queries 5000, seed 3"
     first = make_suite("standard", Linf(0.1), 10).steps[0]
     assert settings_of(described(first.attack)) == "apgd-ce of AutoAttack's standard version, seed 0"
 

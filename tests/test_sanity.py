@@ -14,6 +14,9 @@ from defenses.attacks import PGD
 from defenses.gradient import gradient_error, has_gradient, largest_jump, rounding, watched, zero_gradients
 from defenses.sanity import LIMITS, Check, SanityReport, lower_limit, sanity_checks, share_check, suite_check
 from defenses.threat import L2, Linf
+from tests.honest import EPS as HONEST_EPS
+from tests.honest import FAMILIES, IMAGES, Median
+from tests.honest import trained as honest
 from tests.planted import CUTS, DEFENSES, Cut, Planted, Saturated, Shattered
 from tests.reference.nets import Linear, batch, conv_bn, seeded, smooth, unchanged, untidy
 from tests.reference.trained import images
@@ -490,8 +493,8 @@ def test_it_runs_under_inference_mode():
     ("change", "message"),
     [
         ({"x": torch.rand(8, 3, 8, 8), "y": torch.zeros(8).long()}, "at least 16 images"),
-        ({"y": torch.zeros(20).long()}, r"found \(24, 3, 8, 8\) and \(20,\)"),
-        ({"x": torch.rand(24, 3, 8, 8) * 255}, r"images in \[0,1\], found"),
+        ({"y": torch.zeros(20).long()}, r"labels: expected int64 \(24,\), one an image; found torch.int64 \(20,\)"),
+        ({"x": torch.rand(24, 3, 8, 8) * 255}, r"images: expected values in \[0,1\], found"),
         ({"y": torch.full((24,), 7)}, "K > 7, the largest label"),
         ({"threat": Linf(0)}, "threat.eps: expected a ball with a radius"),
         ({"threat": L2(100)}, "threat.eps: images live in"),
@@ -526,3 +529,98 @@ def test_a_suite_that_is_weaker_than_the_checks_is_not_trusted():
     assert weaker.figure == pytest.approx(0.15)
     assert not weaker.grave
     assert suite_check(places(range(160)), report).grave
+
+
+# Flat areas, and the suite that is judged
+
+
+class Flat(nn.Module):
+    """The largest, or the median, of each neighbourhood, summed with weights: kinks wherever neighbours are equal."""
+
+    def __init__(self, median: bool) -> None:
+        super().__init__()
+        self.filter = Median() if median else nn.MaxPool2d(3, 1, 1)
+        self.head = nn.Linear(3 * 8 * 8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.filter(x).flatten(1))
+
+
+@pytest.mark.parametrize("median", [False, True], ids=["max-pooling", "median"])
+@pytest.mark.parametrize("level", [0.0, 0.003, 0.5, 0.999, 1.0])
+def test_flat_areas_are_no_wrong_gradient(level, median):
+    """Black, white and grey: the gradient of an honest net is its slope."""
+    torch.manual_seed(0)
+    x, y = images(32, seed=1)
+    x[:, :, 2:] = level
+    net = Flat(median)
+    missed = gradient_error(net, x, y)
+    assert (missed > 0.01).float().mean() < 0.15
+    assert missed.max() < 0.1
+    assert gradient_error(Cut(net, "detach"), x, y).min() == 1, "and a cut one is not"
+
+
+def test_only_what_stands_in_the_suite_counts_against_it():
+    """PGD with one loss misses what the suite felled: that says nothing of the suite."""
+    net = Saturated(trained())
+    x, y = images(64, seed=50)
+    right = net(x).argmax(1) == y
+    options = {"steps": 10, "queries": 60, "thorough": True}
+    alone = sanity_checks(net, x, y, Linf(EPS), **options)
+    standing = torch.tensor(alone.standing)
+    weak, strong = (sanity_checks(net, x, y, Linf(EPS), held=held, **options) for held in (right, standing))
+    assert outcome(alone, "scale of the logits").figure == outcome(weak, "scale of the logits").figure > 0
+    assert outcome(weak, "suite against the checks").grave
+    for check in strong.checks:
+        if check.name in (*ATTACKED, "suite against the checks"):
+            assert check.passed, check
+            assert check.figure == 0 or check.name == "nothing withstands a large ε"
+    with pytest.raises(ValueError, match=r"held: expected bool \(64,\)"):
+        sanity_checks(net, x, y, Linf(EPS), held=right[1:])
+
+
+ATTACKED = (
+    "PGD ≥ FGSM",
+    "enough steps",
+    "enough restarts",
+    "losses agree",
+    "scale of the logits",
+    "gradients beat noise",
+    "gradients beat Square",
+)
+
+
+class Unanswered(Planted):
+    """No number for the first images of a batch that are bright."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).masked_fill((x.mean((1, 2, 3)) > 0.5)[:, None], torch.nan)
+
+
+def test_logits_that_are_no_numbers_are_counted():
+    x, y = images(64, seed=50)
+    bright = int((x.mean((1, 2, 3)) > 0.5).sum())
+    assert 0 < bright < 64
+    report = sanity_checks(Unanswered(trained()), x, y, Linf(EPS))
+    assert report.verdict == "invalid"
+    assert report.reasons == (f"{bright} of 64 images have logits that are not finite",)
+
+
+@pytest.mark.parametrize("family", ["conv, BN, ReLU, max-pool", "max-pool on the image", "perceptron"])
+def test_an_honest_net_on_black_images_is_trusted(family):
+    """A handful of what ``benchmarks/verdicts.py`` judges."""
+    net = honest(family, "black", steps=20, robust=False)
+    x, y = IMAGES["black"](32, 7)
+    report = sanity_checks(net, x, y, Linf(0.03), steps=5, queries=20)
+    assert report.verdict == "trusted", report.reasons
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("images_", IMAGES)
+def test_honest_nets_of_all_families_are_never_invalid(images_):
+    verdicts = {}
+    for family in FAMILIES:
+        x, y = IMAGES[images_](64, 7)
+        verdicts[family] = sanity_checks(honest(family, images_), x, y, Linf(HONEST_EPS), queries=100).verdict
+    assert "invalid" not in verdicts.values(), verdicts
+    assert [*verdicts.values()].count("suspicious") <= 1, verdicts
