@@ -167,7 +167,7 @@ def test_a_class_that_the_net_has_not_and_a_net_of_one_logit_are_refused(door: s
         DOORS[door](net, x, torch.full_like(y, 7))
     with pytest.raises(ValueError, match=r"two classes at least; found \(\d, 1\); for two classes return two logits"):
         DOORS[door](conv_bn(classes=1).eval(), x, torch.zeros_like(y))
-    with pytest.raises(ValueError, match="net: expected weights in fp32, found torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"net: expected weights in fp32, found torch\.bfloat16"):
         DOORS[door](conv_bn().eval().bfloat16(), x, y)
 
 
@@ -186,7 +186,7 @@ class Constant(nn.Module):
 @pytest.mark.parametrize("door", ATTACKS)
 @pytest.mark.parametrize("classes", [2, 3])
 def test_few_classes_one_image_and_constant_logits(door: str, classes: int) -> None:
-    net, x, y = sample(1, classes)
+    net, x, _ = sample(1, classes)
     for each in (net, Constant(torch.arange(float(classes))).eval(), Constant(torch.zeros(classes)).eval()):
         found = ATTACKS[door]()(each, x, each(x).argmax(1))
         assert found.shape == x.shape
