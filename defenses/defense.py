@@ -235,7 +235,7 @@ class Defense(nn.Module):
             net: in the mode it trains in; maps images in [0,1], (N, C, H, W), to logits (N, K).
             x, y: a batch; x (N, C, H, W) in [0,1], y (N,) int64.
         """
-        x, y, _ = checked(net, x, y)
+        x, y, _ = checked(net, x, y, numbers=False)
         if not self.prepared:
             self.prepare(net, x[:2], y[:2])
         x_adv = x if self.attack is None else self._attacked(net, x, y)

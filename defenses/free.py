@@ -38,7 +38,7 @@ class Free(nn.Module):
 
     def forward(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """x' (N, C, H, W); where gradients are enabled, a backward through it moves δ."""
-        x, _, _ = checked(net, x, y)
+        x, _, _ = checked(net, x, y, numbers=False)
         shape = (max(len(x), 0 if self.delta is None else len(self.delta)), *x.shape[1:])
         kept = torch.zeros(shape, device=x.device)
         if self.delta is not None and self.delta.shape[1:] == x.shape[1:]:

@@ -35,7 +35,7 @@ def typed(net: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(_kind(net, x)), y.long()
 
 
-def checked(net: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, range]:
+def checked(net: nn.Module, x: Tensor, y: Tensor, numbers: bool = True) -> tuple[Tensor, Tensor, range]:
     """As :func:`typed`, with the images' values looked at too; and the labels from the smallest to the largest.
 
     Reads the values: one wait for a GPU, so once a batch and never once a step of an attack.  What lies beyond 0 or 1 by no
@@ -47,7 +47,8 @@ def checked(net: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, range
     x, y = typed(net, x, y)
     ends = torch.stack([*(end.double() for end in x.detach().aminmax()), *(end.double() for end in y.aminmax())])
     low, high, first, last = ends.tolist()
-    if not -TOLERANCE <= low <= high <= 1 + TOLERANCE:  # NaN fails too
+    # Without ``numbers`` NaN passes, as in training, where the loss shows it and monitors act.
+    if low < -TOLERANCE or high > 1 + TOLERANCE or (numbers and low != low):
         raise ValueError(
             f"images: expected values in [0,1], found {low:.4g}..{high:.4g}; normalisation lives inside the net: "
             "normalised(net, mean, std), or divide by 255"
@@ -65,7 +66,7 @@ def borrowed(net: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Ten
         ValueError: as :func:`checked`; also where the net returns no logits (N, K) for these labels, or no gradient.
     """
     with undisturbed(net):
-        x, y, labels = checked(net, x, y)
+        x, y, labels = checked(net, x, y, numbers=False)
         handle = net.register_forward_hook(lambda _net, inputs, logits: require_logits(logits, inputs[0], labels))
         try:
             # Copies: tensors made under inference mode refuse autograd.

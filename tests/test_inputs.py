@@ -155,7 +155,8 @@ def test_what_is_no_image_or_no_label_is_refused_at_every_door(door: str) -> Non
     net, x, y = sample()
     with unchanged(net):
         for wrong, (change, message) in WRONG.items():
-            if (door, wrong) != ("accuracy_under", "an array"):  # which it would move to a device first
+            trains = door in ATTACKS or door.startswith("defense")  # where NaN passes, for the loss to show it
+            if (door, wrong) != ("accuracy_under", "an array") and not (trains and wrong == "not a number"):
                 with pytest.raises(ValueError, match=message):
                     DOORS[door](net, *change(x, y))
 
