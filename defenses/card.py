@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from defenses.attacks import PGD, Attack
 from defenses.consistency import contradictions
 from defenses.objectives import Margin
-from defenses.robustness import Evaluation, device_of, predict
+from defenses.robustness import Evaluation, answered, device_of, predict
 from defenses.sanity import SanityReport
 from defenses.threat import Threat
 from interpret.inputs import checked
@@ -71,7 +71,7 @@ def accuracy_curve(
     x, y, _ = checked(net, x, y)
     device = device_of(net)
     standing = torch.cat(
-        [predict(net, a.to(device)).argmax(1).cpu() == b.cpu() for a, b in zip(x.split(batch), y.split(batch), strict=True)]
+        [answered(predict(net, a.to(device)).cpu(), b.cpu()) for a, b in zip(x.split(batch), y.split(batch), strict=True)]
     )
     curve = [(0.0, float(standing.float().mean()))]
     for scale in scales:
@@ -79,7 +79,7 @@ def accuracy_curve(
         search = attack(ball)
         for rows in standing.nonzero().flatten().split(batch) if standing.any() else ():
             a, b = x[rows.to(x.device)].to(device), y[rows.to(y.device)].to(device)
-            standing[rows] = (predict(net, search(net, a, b)).argmax(1) == b).cpu()
+            standing[rows] = answered(predict(net, search(net, a, b)), b).cpu()
         curve.append((float(ball.eps), float(standing.float().mean())))
     return tuple(curve)
 
