@@ -275,7 +275,7 @@ def as_typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     hydra.core.global_hydra.GlobalHydra.instance().clear()
     with pytest.raises(SystemExit) as stop:
-        run_command(train.main, train.CONFIGS, "train")
+        run_command(train.main, train.CONFIGS, "train", "")
     return int(stop.value.code or 0)
 
 
