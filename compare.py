@@ -24,14 +24,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from defenses.suite import SUITES
-from interpret.storage import file_name
+from interpret.storage import file_name, read_record
 from interpret.views.figures import charts_figure, save
 from interpret.views.page import ReportPage, stored_charts
 from interpret.views.view import Bars, Chart, Lines, Stored, Table, View
 from lightning_modules.ablation import ablation_view, attack_compared, write_ablation
 from lightning_modules.cards import RunCard, best_row, check_comparable, read_cards, read_metrics
 from lightning_modules.comparison import SELECTED, accuracy_table, runs_table, settings_of
-from lightning_modules.consistency import read_json
 from lightning_modules.console import clear_errors, console, marked, show
 from lightning_modules.logging import check_wandb_mode, log_tables
 from lightning_modules.race import Race, race, race_table, rounds_of
@@ -82,9 +81,9 @@ def read_run(path: Path) -> Run:
     return Run(
         path.name,
         config,
-        read_json(path / "run.json"),
+        read_record(path / "run.json", "runs"),
         metrics,
-        read_json(results) if results.is_file() else {},
+        read_record(results, "runs") if results.is_file() else {},
         path / "report",
     )
 

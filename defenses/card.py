@@ -25,6 +25,7 @@ from defenses.sanity import SanityReport
 from defenses.threat import Threat
 from interpret.inputs import checked
 from interpret.signals import summarised
+from interpret.storage import read_record
 from interpret.views.text import markdown_text
 
 SCHEMA: Final = Path(__file__).with_name("card.schema.json")
@@ -191,24 +192,12 @@ def read_card(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, no JSON, no card, or one whose numbers do not follow from its own entries; names the file.
     """
-    try:
-        card = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"card: expected a card.json, found none at {path} ({type(error).__name__}: {error})") from error
+    card = read_record(Path(path), "card")
     try:
         check_card(card)
     except ValueError as error:
         raise ValueError(f"{error} ({path})") from error
-    found: dict[str, Any] = card
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; Python would keep the last of entries of one name, another reader the first."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"two entries of one name among {', '.join(key for key, _ in pairs)[:100]}")
-    return found
+    return card
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

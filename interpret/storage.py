@@ -54,19 +54,31 @@ def read_json(path: Path, key: str = "") -> Any:
         key: what the user named it by, e.g. "checkpoint"; errors begin with it.
 
     Raises:
-        ValueError: no file, one above ``LARGEST``, or no JSON: names the file.
+        ValueError: no file, one above ``LARGEST``, or no JSON; one that says something twice, or a number that is none,
+            which readers read in two ways.  Names the file.
     """
     said = f"{key}: {path}" if key else str(path)
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
             raise ValueError(f"expected a file of at most {LARGEST >> 20} MiB, found {found.st_size >> 20} MiB")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_number)
     except FileNotFoundError:
         raise ValueError(f"{said} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:  # cut, garbage, other encodings, nested without end
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{said} is no readable JSON ({why}); it may be cut or damaged") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"two entries of one name among {', '.join(key for key, _ in pairs)[:100]}")
+    return found
+
+
+def _number(word: str) -> float:
+    raise ValueError(f"expected numbers, found {word}")
 
 
 def read_record(path: Path, key: str = "") -> dict[str, Any]:

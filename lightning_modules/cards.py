@@ -17,10 +17,10 @@ import numpy as np
 import yaml
 from torch import Tensor
 
-from interpret.storage import read_numbers, write_atomic
+from interpret.storage import read_numbers, read_record, write_atomic
 from interpret.views.encode import plain
 from lightning_modules.changes import CHANGED, changes, flat
-from lightning_modules.consistency import check_evaluations, check_metrics, check_run, read_json, unpack
+from lightning_modules.consistency import check_evaluations, check_metrics, check_run, unpack
 from lightning_modules.data_record import data_changes, recorded
 
 SAME: Final = {  # key of the config → what it is about; only seeds may differ
@@ -99,7 +99,7 @@ def read_evaluations(folder: Path) -> dict[str, Evaluation]:
         ValueError: names the file that cannot be read, or whose numbers are not those of the other.
     """
     results, correct = (
-        read_json(folder / name) if (folder / name).is_file() else {} for name in ("results.json", "correct.json")
+        read_record(folder / name, "runs") if (folder / name).is_file() else {} for name in ("results.json", "correct.json")
     )
     broken, guessing = results.get("not_finite", []), results.get("guessing", [])
     try:
@@ -185,7 +185,7 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
     if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
         raise ValueError(f"runs: expected a run folder with config.yaml and run.json, or a card, found none at {folder}")
     config = _config(folder)
-    info = read_json(folder / "run.json")
+    info = read_record(folder / "run.json", "runs")
     if earlier := data_changes(info):
         config[CHANGED] = [*config.get(CHANGED, []), *earlier]
     metrics, evaluations = read_metrics(folder), read_evaluations(folder)
@@ -216,7 +216,7 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
 def training_of(folder: Path) -> dict[str, Any]:
     """Of a run folder: the hash of the config with which it was trained, and what was changed on the way."""
     config = _config(folder)
-    if earlier := data_changes(read_json(folder / "run.json")) if (folder / "run.json").is_file() else []:
+    if earlier := data_changes(read_record(folder / "run.json", "runs")) if (folder / "run.json").is_file() else []:
         config[CHANGED] = [*config.get(CHANGED, []), *earlier]
     return {"config": config_hash(config), CHANGED: changes(portable(config))}
 
@@ -233,7 +233,7 @@ def best_row(metrics: Sequence[Mapping[str, float]], folder: Path) -> Mapping[st
     As ``results.json`` says; without it, of a run that goes on or is older, the first of the highest held-out robust
     accuracy.  Empty where no epoch was the best.
     """
-    results = read_json(folder / "results.json") if (folder / "results.json").is_file() else {}
+    results = read_record(folder / "results.json", "runs") if (folder / "results.json").is_file() else {}
     if "guessing" in results:  # says what was chosen, or that nothing was
         return next((row for row in metrics if row["epoch"] == results.get("best_epoch")), {})
     return max(metrics, key=lambda row: row.get("val/robust_acc", -math.inf), default={})
@@ -247,7 +247,7 @@ def read_cost(folder: Path) -> dict[str, float]:
     """Sums of ``cost.json`` (:class:`lightning_modules.callbacks.cost.Cost`); empty for runs that have none."""
     if not (folder / "cost.json").is_file():
         return {}
-    found = read_json(folder / "cost.json")
+    found = read_record(folder / "cost.json", "runs")
     try:
         cost = {key: sum(value) if isinstance(value, list) else value for key, value in found.items()}
         wrong = [key for key, value in cost.items() if not value >= 0]
@@ -281,7 +281,7 @@ def read_card(path: Path) -> RunCard:
     Raises:
         ValueError: another kind of file, or a card whose numbers do not follow from its own entries; names the file.
     """
-    record = read_json(path)
+    record = read_record(path, "runs")
     try:
         evaluations = {
             name: Evaluation(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import numpy as np
@@ -18,32 +16,6 @@ if TYPE_CHECKING:
 
 ROUNDED: Final = 1e-6  # six digits are kept
 MEMBER: Final = re.compile(r"_s(\d+)_([0-9a-f]{12})")  # how the name of a study's member ends
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: names the file, which is cut, holds something else, says something twice, or a number that is none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_number)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"runs: {path} is no readable JSON ({type(error).__name__}: {error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"runs: {path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"two entries of one name among {', '.join(key for key, _ in pairs)[:100]}")
-    return found
-
-
-def _number(word: str) -> float:
-    raise ValueError(f"expected numbers, found {word}")
 
 
 def unpack(text: str) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from lightning_modules.consistency import read_json
+from interpret.storage import read_record
 from lightning_modules.run_folder import ResumePoint, RunFolder
 
 Fingerprint = Mapping[str, Any]  # of datamodules.fingerprint
@@ -21,7 +21,7 @@ def recorded(run: Path) -> Fingerprint | None:
         ValueError: the file, or the record in it, cannot be read.
     """
     file = run / "run.json"
-    found = read_json(file).get("data") if file.is_file() else None
+    found = read_record(file, "runs").get("data") if file.is_file() else None
     if found is None:
         return None
     try:

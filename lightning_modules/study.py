@@ -32,7 +32,7 @@ import numpy as np
 import yaml
 
 from defenses.card import read_card as read_result_card
-from interpret.views.page import write_atomic
+from interpret.storage import read_record, write_atomic
 from lightning_modules.cards import (
     ELSEWHERE,
     PLACES,
@@ -249,8 +249,7 @@ class Place:
     def record(self) -> dict[str, Any]:
         """``member.json``; an empty record for a member that was never started."""
         path = self.folder / "member.json"
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found
+        return read_record(path, "--study") if path.is_file() else {}
 
     def decided(self, member: Member) -> dict[str, object]:
         """What ``auto`` stands for in all members of this study."""

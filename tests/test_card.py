@@ -99,7 +99,7 @@ def test_the_file_is_read_back_and_what_is_no_card_is_refused(card: dict[str, An
     path = tmp_path / "card.json"
     path.write_text(json.dumps(card, allow_nan=False), encoding="utf-8")
     assert read_card(path) == card
-    with pytest.raises(ValueError, match=r"card: expected a card.json, found none"):
+    with pytest.raises(ValueError, match=r"card: .* does not exist"):
         read_card(tmp_path / "none.json")
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"card: the whole: .*required property"):
