@@ -47,11 +47,12 @@ def check_name(name: str, out: str | Path) -> None:
         raise ValueError(f"name: expected the plain name of a folder inside out={out}, found {name!r}")
 
 
-def read_json(path: Path, key: str = "") -> Any:
+def read_json(path: Path, key: str = "", finite: bool = True) -> Any:
     """What a JSON file holds.
 
     Args:
         key: what the user named it by, e.g. "checkpoint"; errors begin with it.
+        finite: refuse NaN and infinity; a caller that does not checks them itself, and knows what they stand for.
 
     Raises:
         ValueError: no file, one above ``LARGEST``, or no JSON; one that says something twice, or a number that is none,
@@ -62,7 +63,9 @@ def read_json(path: Path, key: str = "") -> Any:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
             raise ValueError(f"expected a file of at most {LARGEST >> 20} MiB, found {found.st_size >> 20} MiB")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_number)
+        return json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_number if finite else None
+        )
     except FileNotFoundError:
         raise ValueError(f"{said} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:  # cut, garbage, other encodings, nested without end
@@ -81,13 +84,13 @@ def _number(word: str) -> float:
     raise ValueError(f"expected numbers, found {word}")
 
 
-def read_record(path: Path, key: str = "") -> dict[str, Any]:
+def read_record(path: Path, key: str = "", finite: bool = True) -> dict[str, Any]:
     """As :func:`read_json`, for a file that holds one object.
 
     Raises:
         ValueError: see :func:`read_json`; also where it holds something else.
     """
-    found = read_json(path, key)
+    found = read_json(path, key, finite)
     if not isinstance(found, dict):
         said = f"{key}: {path}" if key else str(path)
         raise ValueError(f"{said}: expected a JSON object, found {type(found).__name__}; it may be damaged")

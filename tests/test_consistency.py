@@ -182,7 +182,7 @@ def test_a_contradiction_is_refused_by_name(
     change(changed)
     path = tmp_path / "card.json"
     path.write_text(json.dumps(changed), encoding="utf-8")
-    with pytest.raises(ValueError, match="card: (it contradicts itself|.* is no readable JSON)") as error:
+    with pytest.raises(ValueError, match="card: it contradicts itself") as error:
         read_card(path)
     assert said in str(error.value)
     assert str(path) in str(error.value)
