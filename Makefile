@@ -9,12 +9,15 @@ export PYTHONUNBUFFERED := 1
 export GOMP_SPINCOUNT ?= 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint types check clean
+BOUNDS ?= lowest
+.PHONY: help train test test-all test-env wheel lock lint types check clean
 
 help:
 	@echo "make train     install what is missing, then run the main job (arguments: make train ARGS='seed=1')"
 	@echo "make test      install what is missing, then run the tests (under 5 minutes on 2 cores)"
 	@echo "make test-all  the long tests too"
+	@echo "make test-env  the tests in a fresh environment, BOUNDS=lowest or newest; PYTHON=python3.13 takes another Python"
+	@echo "make wheel     build the package into dist/;   make lock   renew requirements.txt from pyproject.toml"
 	@echo "make lint      ruff;   make types  mypy;   make check  both"
 	@echo "make clean     remove the environment and caches; runs are kept"
 
@@ -37,14 +40,30 @@ test: $(READY)
 test-all: $(READY)
 	$(PY) -m pytest -m '' $(ARGS)
 
+# The dependencies at the lower bounds of pyproject.toml, or as new as they allow; what `make` installs is left alone.
+test-env:
+	$(PYTHON) -m venv --clear .venv-$(BOUNDS)
+	$(PYTHON) .ci/bounds.py $(BOUNDS) > .venv-$(BOUNDS)/wanted.txt
+	.venv-$(BOUNDS)/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet -r .venv-$(BOUNDS)/wanted.txt
+	.venv-$(BOUNDS)/bin/python -m pytest $(ARGS)
+
+wheel: $(READY)
+	rm -rf build dist
+	$(PY) -m build --wheel
+
+lock:
+	$(PYTHON) .ci/lock.py > requirements.new
+	mv requirements.new requirements.txt
+
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 types: $(READY)
+	@mkdir -p .types && ln -sfn .. .types/glassarmor
 	$(VENV)/bin/mypy
 
 check: lint types
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist .types .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,14 +34,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defenses.apgd import APGD, APGDT
-from defenses.attacks import PGD
-from defenses.minimum_norm import CarliniWagner
-from defenses.robustness import fooled
-from defenses.sampling import stratified_rows
-from defenses.threat import L2, Linf, Threat, norms
-from evaluate import located
-from lightning_modules.networks.build import load_weights, make_network
+from glassarmor.defenses.attacks.apgd import APGD, APGDT
+from glassarmor.defenses.attacks.minimum_norm import CarliniWagner
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.evaluation.inputs import fooled
+from glassarmor.defenses.evaluation.sampling import stratified_rows
+from glassarmor.defenses.threat import L2, Linf, Threat, norms
+from glassarmor.lightning_modules.commands.evaluate import located
+from glassarmor.lightning_modules.networks.build import load_weights, make_network
 
 Made = Callable[[Tensor, Tensor], Tensor]  # images, labels → adversarial images
 CONSTANTS = (0.1, 1.0, 10.0, 100.0, 1000.0)  # as many as the others search

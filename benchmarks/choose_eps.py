@@ -18,10 +18,10 @@ from hydra.utils import instantiate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defenses.attacks import PGD
-from defenses.evaluation import accuracy_under
-from defenses.threat import Linf
-from train import CONFIGS, build, undefended
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.evaluation.accuracy import accuracy_under
+from glassarmor.defenses.threat import Linf
+from glassarmor.lightning_modules.commands.train import CONFIGS, build, undefended
 
 GRID = [0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1]
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 
-from lightning_modules.entry import refusal
+from glassarmor.lightning_modules.commands.errors import refusal
 
 
 def help_if_asked(usage: str | None) -> None:

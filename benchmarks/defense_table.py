@@ -33,20 +33,20 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datamodules.concepts import procedural_concepts
-from datamodules.images import Images
-from defenses import PGD, AdaptivePGD, Term, Threat, UnitMask, choose_units, fine_tune, masked
-from defenses.masking import Criterion
-from interpret.association import Mode, concept_weights
-from interpret.dissection import dissect
-from train import CONFIGS, Parts, build
+from glassarmor.datamodules.concepts import procedural_concepts
+from glassarmor.datamodules.images import Images
+from glassarmor.defenses import PGD, AdaptivePGD, Term, Threat, UnitMask, choose_units, fine_tune, masked
+from glassarmor.defenses.masking import Criterion
+from glassarmor.interpret.concepts.association import Mode, concept_weights
+from glassarmor.interpret.concepts.dissection import dissect
+from glassarmor.lightning_modules.commands.train import CONFIGS, Parts, build
 
 BASES = {  # many short steps: on so few images they train more for the time than few strong ones
     "undefended": ["defense=none"],
     "PGD-AT": ["defense=pgd_at", "defense.attack.steps=5"],
     "TRADES": ["defense=trades", "defense.attack.steps=5"],
 }
-CONCEPTS = "{_target_:datamodules.concepts.procedural_concepts,_partial_:true,count:200}"
+CONCEPTS = "{_target_:glassarmor.datamodules.procedural_concepts,_partial_:true,count:200}"
 REGULARIZERS = {
     "pse units": ("pse", "pse.over=units"),
     "pse positions": ("pse", "pse.over=positions"),

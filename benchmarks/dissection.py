@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datamodules.concepts import ConceptSet, procedural_concepts
-from interpret.dissection import Dissection, dissect
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.datamodules.concepts import ConceptSet, procedural_concepts
+from glassarmor.interpret.concepts.dissection import Dissection, dissect
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 
 CONCEPTS = 40
 

@@ -28,21 +28,21 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import machine, operators, paired, positive, ratio, rows, seconds, traced
-from defenses.attacks import PGD
-from defenses.defense import Defense
-from defenses.health import Images, measure
-from defenses.objectives import KLToClean
-from defenses.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
-from defenses.terms import AdversarialCE, CleanCE, MartBCE, MartKL, Term, TradesKL
-from defenses.threat import Linf
-from interpret.observation import feature_layers
-from interpret.views.figures import write_png
-from interpret.views.page import ReportPage
-from lightning_modules.callbacks.dashboard import Dashboard
-from lightning_modules.hardware import suited
-from lightning_modules.logging import RunLog
-from lightning_modules.networks.resnet import resnet18
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.defenses.attacks.objectives import KLToClean
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.monitoring.readings import Images, measure
+from glassarmor.defenses.threat import Linf
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
+from glassarmor.defenses.training.terms import AdversarialCE, CleanCE, MartBCE, MartKL, Term, TradesKL
+from glassarmor.interpret.observation import feature_layers
+from glassarmor.interpret.views.draw.figures import write_png
+from glassarmor.interpret.views.page.page import ReportPage
+from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.lightning_modules.networks.resnet import resnet18
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.lightning_modules.run.hardware import suited
+from glassarmor.lightning_modules.run.log import RunLog
 
 WHAT = ["step", "memory", "epoch", "profile"]
 ROOT = Path(__file__).resolve().parents[1]

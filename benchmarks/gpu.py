@@ -50,25 +50,25 @@ from benchmarks.compiling import AS_IT_IS, compare, ways
 from benchmarks.extras import Given
 from benchmarks.throughput import Unfolded, passes
 from benchmarks.timing import machine, matmul_rate, paired, positive, ratio, seconds
-from datamodules.arrays import Arrays
-from datamodules.augment import Augment
-from datamodules.loader import TensorLoader
-from defenses.attacks import NFGSM, PGD
-from defenses.compiling import ways as allowed_ways
-from defenses.defense import Defense
-from defenses.objectives import KLToClean, Objective
-from defenses.regularizers import PSE, UnitSensitivity
-from defenses.robustness import full_precision
-from defenses.terms import AdversarialCE, CleanCE, Term, TradesKL
-from defenses.threat import Linf
-from interpret.modes import buffers_kept
-from interpret.views.page import ReportPage, write_atomic
-from lightning_modules.callbacks.dashboard import Dashboard
-from lightning_modules.callbacks.preemption import EXIT_CODE
-from lightning_modules.hardware import Settings, suited
-from lightning_modules.logging import RunLog
-from lightning_modules.networks.resnet import ResNet, resnet18
-from lightning_modules.networks.wide_resnet import wide_resnet
+from glassarmor.datamodules.arrays import Arrays
+from glassarmor.datamodules.augment import Augment
+from glassarmor.datamodules.loader import TensorLoader
+from glassarmor.defenses.attacks.objectives import KLToClean, Objective
+from glassarmor.defenses.attacks.pgd import NFGSM, PGD
+from glassarmor.defenses.evaluation.inputs import full_precision
+from glassarmor.defenses.threat import Linf
+from glassarmor.defenses.training.compiling import ways as allowed_ways
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.regularizers import PSE, UnitSensitivity
+from glassarmor.defenses.training.terms import AdversarialCE, CleanCE, Term, TradesKL
+from glassarmor.interpret.modes import buffers_kept
+from glassarmor.interpret.views.page.page import ReportPage, write_atomic
+from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.lightning_modules.callbacks.preemption import EXIT_CODE
+from glassarmor.lightning_modules.networks.resnet import ResNet, resnet18
+from glassarmor.lightning_modules.networks.wide_resnet import wide_resnet
+from glassarmor.lightning_modules.run.hardware import Settings, suited
+from glassarmor.lightning_modules.run.log import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA: dict[str, Any] = {

@@ -32,13 +32,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datamodules.arrays import Arrays
-from defenses.alarms import KINDS, Limits, judge
-from defenses.attacks import FGSM, NFGSM, PGD, Scalable
-from defenses.health import Images, Reading, measure
-from defenses.threat import Linf, Threat
-from interpret.views.page import write_atomic
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.datamodules.arrays import Arrays
+from glassarmor.defenses.attacks.pgd import FGSM, NFGSM, PGD, Scalable
+from glassarmor.defenses.monitoring.alarms import KINDS, Limits, judge
+from glassarmor.defenses.monitoring.readings import Images, Reading, measure
+from glassarmor.defenses.threat import Linf, Threat
+from glassarmor.interpret.views.page.page import write_atomic
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 
 STEPS, CLIMB, EVERY, WARM_UP = 100, 50, 5, 10  # a net that has seen next to nothing is not judged
 CLASSES = (0, 6)

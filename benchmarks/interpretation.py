@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datamodules.digits import Digits
-from defenses.attacks import PGD
-from defenses.threat import Linf
-from interpret.captum_bridge import region_logit_changes
-from interpret.conductance import conductance
-from interpret.modes import undisturbed
-from interpret.observation import strongest_wrong
-from interpret.patching import cut, unit_patching
-from interpret.pse import grid_regions, region_effects
-from lightning_modules.networks.resnet import resnet18
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.datamodules.digits import Digits
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.threat import Linf
+from glassarmor.interpret.modes import undisturbed
+from glassarmor.interpret.observation import strongest_wrong
+from glassarmor.interpret.signals.captum_bridge import region_logit_changes
+from glassarmor.interpret.signals.conductance import conductance
+from glassarmor.interpret.signals.patching import cut, unit_patching
+from glassarmor.interpret.signals.pse import grid_regions, region_effects
+from glassarmor.lightning_modules.networks.resnet import resnet18
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 
 CHUNKS = (32, 64, 128, 256, 512)
 STEPS, FINE = 10, 160

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datamodules.digits import Digits
-from defenses.attacks import PGD
-from defenses.defense import Defense
-from defenses.minimum_norm import CarliniWagner, ElasticNet, GroupSparse
-from defenses.supported import Supported
-from defenses.terms import AdversarialCE, CleanCE
-from defenses.threat import Linf, norms
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.datamodules.digits import Digits
+from glassarmor.defenses.attacks.minimum_norm import CarliniWagner, ElasticNet, GroupSparse
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.attacks.supported import Supported
+from glassarmor.defenses.threat import Linf, norms
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.terms import AdversarialCE, CleanCE
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 
 EPS = 0.06  # budget.linf of the digits
 

@@ -12,9 +12,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from defenses import FGSM, L2, PGD, CarliniWagner, Linf, Square, Threat
-from defenses.autoattack import AutoAttackPart, quiet
-from defenses.threat import norms
+from glassarmor.defenses import FGSM, L2, PGD, CarliniWagner, Linf, Square, Threat
+from glassarmor.defenses.attacks.autoattack import AutoAttackPart, quiet
+from glassarmor.defenses.threat import norms
 
 PACKAGES: Final = {
     "pyautoattack": "pyautoattack",

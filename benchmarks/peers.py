@@ -23,8 +23,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defenses import PGD, Linf
-from train import CONFIGS, build
+from glassarmor.defenses import PGD, Linf
+from glassarmor.lightning_modules.commands.train import CONFIGS, build
 
 ROWS = {  # what is trained, and what its twin does otherwise
     "small CNN": (["network=small_cnn", "network.width=0.5", "regularizers=[]"], None),

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from interpret.background import Background, background_features, choose_background
-from interpret.observation import Observation, observe
-from interpret.profiles import activation_profiles, compare, strength_positions
-from interpret.structure import layout, overview, structure
-from lightning_modules.networks.resnet import resnet18
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.interpret.network.structure import layout, overview, structure
+from glassarmor.interpret.observation import Observation, observe
+from glassarmor.interpret.profiles.background import Background, background_features, choose_background
+from glassarmor.interpret.profiles.profiles import activation_profiles, compare, strength_positions
+from glassarmor.lightning_modules.networks.resnet import resnet18
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 
 DATA = {"num_classes": 10, "in_channels": 3, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
 NETS: dict[str, Callable[[], nn.Module]] = {"small_cnn": lambda: SmallCNN(**DATA), "resnet18": lambda: resnet18(**DATA)}

@@ -21,12 +21,12 @@ from omegaconf import DictConfig, open_dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train
 from benchmarks.compiling import compare, ways
 from benchmarks.composing import composed, help_if_asked
 from benchmarks.timing import machine, paired, ratio, rows
-from lightning_modules.console import clear_errors, require_whole
-from lightning_modules.hardware import suited
+from glassarmor.lightning_modules.commands import train
+from glassarmor.lightning_modules.run.console import clear_errors, require_whole
+from glassarmor.lightning_modules.run.hardware import suited
 
 WAYS = {
     (precision, layout): f"{precision}{', channels last' * layout}"

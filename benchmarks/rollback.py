@@ -33,24 +33,24 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.health import Case, of_classes
-from datamodules.arrays import Arrays
-from datamodules.digits import Digits
-from datamodules.images import ImageDataModule, Images
-from defenses.alarms import KINDS, Limits, guesses
-from defenses.attacks import FGSM, PGD
-from defenses.defense import Defense
-from defenses.health import guessing
-from defenses.statistics import paired
-from defenses.terms import AdversarialCE, Ramp
-from defenses.threat import Linf
-from interpret.modes import undisturbed
-from interpret.views.page import write_atomic
-from lightning_modules.callbacks.checkpointing import Checkpoints
-from lightning_modules.callbacks.health import Action, Health, watch
-from lightning_modules.classifier import Diverged, RobustClassifier
-from lightning_modules.console import console
-from lightning_modules.networks.small_cnn import SmallCNN
-from lightning_modules.schedules import cosine
+from glassarmor.datamodules.arrays import Arrays
+from glassarmor.datamodules.digits import Digits
+from glassarmor.datamodules.images import ImageDataModule, Images
+from glassarmor.defenses.attacks.pgd import FGSM, PGD
+from glassarmor.defenses.monitoring.alarms import KINDS, Limits, guesses
+from glassarmor.defenses.monitoring.readings import guessing
+from glassarmor.defenses.threat import Linf
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.terms import AdversarialCE, Ramp
+from glassarmor.interpret.modes import undisturbed
+from glassarmor.interpret.statistics import paired
+from glassarmor.interpret.views.page.page import write_atomic
+from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
+from glassarmor.lightning_modules.callbacks.health import Action, Health, watch
+from glassarmor.lightning_modules.classifier import Diverged, RobustClassifier
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.lightning_modules.run.console import console
+from glassarmor.lightning_modules.schedules import cosine
 
 EVERY, JUDGED, HOT = 10, 300, 10.0
 ACTIONS: tuple[Action, ...] = ("warn", "rollback")

@@ -1,4 +1,4 @@
-"""Are planted defenses called out, and honest networks let pass?  The verdicts of ``defenses.sanity`` as a Markdown table.
+"""Are planted defenses called out, and honest networks let pass?  The verdicts as a Markdown table.
 
     python benchmarks/sanity.py --out FOLDER [--seeds 0 1 2] [--images 128] [--honest] [--checkpoints RUN/checkpoints/X.ckpt]
 
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datamodules.digits import Digits
-from defenses import PGD, AdversarialCE, CleanCE, Defense, Linf, Threat
-from defenses.sanity import sanity_checks
-from lightning_modules.networks.build import load_weights, make_network
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.datamodules.digits import Digits
+from glassarmor.defenses import PGD, AdversarialCE, CleanCE, Defense, Linf, Threat
+from glassarmor.defenses.evaluation.sanity import sanity_checks
+from glassarmor.lightning_modules.networks.build import load_weights, make_network
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 from tests.planted import DEFENSES
 
 EPS = 0.06  # budget.linf of the digits

@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib.figure import Figure
 
 from benchmarks.timing import line, machine, paired, positive
-from defenses.attacks import PGD
-from defenses.defense import Defense
-from defenses.regularizers import UnitSensitivity
-from defenses.terms import AdversarialCE
-from defenses.threat import Linf
-from interpret.views.figures import save
-from lightning_modules.networks.resnet import ResNet
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.threat import Linf
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.regularizers import UnitSensitivity
+from glassarmor.defenses.training.terms import AdversarialCE
+from glassarmor.interpret.views.draw.figures import save
+from glassarmor.lightning_modules.networks.resnet import ResNet
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 
 DATA: dict[str, Any] = {"in_channels": 3, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 

@@ -16,13 +16,13 @@ from hydra.utils import instantiate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import evaluate
 from benchmarks.composing import composed, help_if_asked
 from benchmarks.throughput import Unfolded
 from benchmarks.timing import machine
-from defenses.attacks import PGD
-from lightning_modules.console import clear_errors, require_whole
-from lightning_modules.networks.build import load_weights, make_network
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.lightning_modules.commands import evaluate
+from glassarmor.lightning_modules.networks.build import load_weights, make_network
+from glassarmor.lightning_modules.run.console import clear_errors, require_whole
 
 
 def main() -> None:

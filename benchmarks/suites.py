@@ -20,10 +20,10 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defenses.robustness import Evaluation, evaluate_robustness
-from defenses.sampling import stratified_rows
-from evaluate import located
-from lightning_modules.networks.build import load_weights, make_network
+from glassarmor.defenses.evaluation.robustness import Evaluation, evaluate_robustness
+from glassarmor.defenses.evaluation.sampling import stratified_rows
+from glassarmor.lightning_modules.commands.evaluate import located
+from glassarmor.lightning_modules.networks.build import load_weights, make_network
 
 
 def judged(run: str, count: int, batch: int, out: Path | None) -> dict[str, Evaluation]:

@@ -37,14 +37,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import Times, machine, matmul_rate, operators, paired, positive, ratio, rows, shares, traced, version
-from defenses.attacks import PGD
-from defenses.defense import Defense
-from defenses.objectives import KLToClean
-from defenses.terms import AdversarialCE, CleanCE, TradesKL
-from defenses.threat import Linf
-from interpret.folding import foldable, folded
-from lightning_modules.networks.resnet import resnet18
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.defenses.attacks.objectives import KLToClean
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.threat import Linf
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.terms import AdversarialCE, CleanCE, TradesKL
+from glassarmor.interpret.network.folding import foldable, folded
+from glassarmor.lightning_modules.networks.resnet import resnet18
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 
 WHAT = ["step", "attack", "trades", "folding", "few", "profile", "layers", "optimizer"]
 FEW = ((1, 1), (1, 4), (1, 8), (1, 16), (1, 32), (2, 1), (3, 1), (4, 1))  # gradients, images

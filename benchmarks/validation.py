@@ -23,10 +23,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.peer_attacks import installed, peers_table
-from defenses import L2, Linf, Threat, evaluate_robustness, make_suite
-from defenses.robustness import Evaluation
-from defenses.sampling import wilson
-from lightning_modules.networks.normalize import Normalize
+from glassarmor.defenses import L2, Linf, Threat, evaluate_robustness, make_suite
+from glassarmor.defenses.evaluation.robustness import Evaluation
+from glassarmor.defenses.evaluation.sampling import wilson
+from glassarmor.lightning_modules.networks.normalize import Normalize
 
 LIMIT: Final = (
     "What stands is not certified: a suite gives an upper limit of the robust accuracy, and a solver finds counterexamples "

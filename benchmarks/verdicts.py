@@ -24,8 +24,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defenses import Linf
-from defenses.sanity import sanity_checks
+from glassarmor.defenses import Linf
+from glassarmor.defenses.evaluation.sanity import sanity_checks
 from tests.honest import EPS, FAMILIES, IMAGES, trained
 from tests.planted import CUTS, DEFENSES, Cut
 

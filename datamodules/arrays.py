@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
-from datamodules.fingerprint import SourceFile
-from datamodules.images import ImageDataModule, Images
+from glassarmor.datamodules.fingerprint import SourceFile
+from glassarmor.datamodules.images import ImageDataModule, Images
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torchvision
 
-from datamodules.downloads import open_dataset
-from datamodules.fingerprint import SourceFile
-from datamodules.images import ImageDataModule, Images
+from glassarmor.datamodules.downloads import open_dataset
+from glassarmor.datamodules.fingerprint import SourceFile
+from glassarmor.datamodules.images import ImageDataModule, Images
 
 _Source = type[torchvision.datasets.CIFAR10]  # CIFAR100 derives from it
 

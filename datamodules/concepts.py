@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.colours import COLOURS, luminance, name_colours
-from datamodules.images import require_whole
-from datamodules.loader import seeded
-from datamodules.shapes import FREQUENCIES, ORIENTATIONS, PARTS, SHAPES, TEXTURES, draw_scenes
+from glassarmor.datamodules.colours import COLOURS, luminance, name_colours
+from glassarmor.datamodules.images import require_whole
+from glassarmor.datamodules.loader import seeded
+from glassarmor.datamodules.shapes import FREQUENCIES, ORIENTATIONS, PARTS, SHAPES, TEXTURES, draw_scenes
 
 _PROCEDURAL = 41
 _ROUND: Final = ("disc", "ring")  # have no corners

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from datamodules.images import ImageDataModule, Images, stratified_split
+from glassarmor.datamodules.images import ImageDataModule, Images, stratified_split
 
 _TEST_FRACTION, _TEST_SEED = 0.2, 1797  # one test set for all runs, whatever their seed
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from datamodules.images import ImageDataModule, Images
+    from glassarmor.datamodules.images import ImageDataModule, Images
 
 PLACES: Final = ("path", "test_path", "root")  # arguments that say where the data lies
 SPLITS: Final = ("train", "val", "test")

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from datamodules.fingerprint import SourceFile
-from datamodules.images import ImageDataModule, Images, require_fraction, require_whole, stratified_split
+from glassarmor.datamodules.fingerprint import SourceFile
+from glassarmor.datamodules.images import ImageDataModule, Images, require_fraction, require_whole, stratified_split
 
 _TEST_SEED = 1797  # one test set for all runs, whatever their seed
 

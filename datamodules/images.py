@@ -15,9 +15,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from datamodules.augment import Augmentation
-from datamodules.fingerprint import SourceFile, source_print
-from datamodules.loader import Replayed, TensorLoader, seeded
+from glassarmor.datamodules.augment import Augmentation
+from glassarmor.datamodules.fingerprint import SourceFile, source_print
+from glassarmor.datamodules.loader import Replayed, TensorLoader, seeded
 
 _SPLIT, _LIMIT, _PROBE = 11, 12, 13  # keep the uses of one seed apart
 
@@ -151,7 +151,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
         augment: for training batches only, e.g. ``Augment(pad=4, flip=True)``.
         train_limit, test_limit: use a stratified subset of so many samples; ``train_limit`` includes the validation.
         on_device: keep the images in the accelerator's memory during a run.
-        replays: yield each training batch so many times in a row (:class:`datamodules.loader.Replayed`).
+        replays: yield each training batch so many times in a row (:class:`.Replayed`).
 
     Raises:
         ValueError: an argument out of its range.
@@ -173,7 +173,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     class_names: tuple[str, ...] = field(init=False)
     mean: tuple[float, ...] = field(init=False)
     std: tuple[float, ...] = field(init=False)
-    sources: dict[str, Any] = field(init=False)  # prints of all that was read: datamodules.fingerprint
+    sources: dict[str, Any] = field(init=False)  # prints of all that was read: glassarmor.datamodules.fingerprint
 
     def __post_init__(self) -> None:
         super().__init__()

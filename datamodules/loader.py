@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.augment import Augmentation, send
+from glassarmor.datamodules.augment import Augmentation, send
 
 
 def seeded(*entropy: int) -> torch.Generator:

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.images import require_whole
-from datamodules.loader import seeded
+from glassarmor.datamodules.images import require_whole
+from glassarmor.datamodules.loader import seeded
 
 _CROPS = 51
 _IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")

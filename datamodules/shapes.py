@@ -9,9 +9,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from datamodules.colours import COLOURS, TYPICAL, luminance
-from datamodules.images import ImageDataModule, Images, require_whole
-from datamodules.loader import seeded
+from glassarmor.datamodules.colours import COLOURS, TYPICAL, luminance
+from glassarmor.datamodules.images import ImageDataModule, Images, require_whole
+from glassarmor.datamodules.loader import seeded
 
 SHAPES: Final = ("disc", "square", "triangle", "ring", "cross")
 PARTS: Final = ("rim", "centre", "corner")

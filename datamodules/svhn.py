@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torchvision.datasets import SVHN as TorchvisionSVHN
 
-from datamodules.downloads import open_dataset
-from datamodules.fingerprint import SourceFile
-from datamodules.images import ImageDataModule, Images
+from glassarmor.datamodules.downloads import open_dataset
+from glassarmor.datamodules.fingerprint import SourceFile
+from glassarmor.datamodules.images import ImageDataModule, Images
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -1,16 +1,9 @@
 """Resist: threat models, attacks, robust losses, interpretation-guided regularisers, and the defense they make up."""
 
-from defenses.adaptive import AdaptivePGD
-from defenses.apgd import APGD, APGDT
-from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD, Attack
-from defenses.defense import Defense, StepOutput
-from defenses.evaluation import accuracy_under
-from defenses.fallen import Fallen, Recalled
-from defenses.free import Free
-from defenses.local import GradAlign, GradientNorm, LocalLinearity
-from defenses.masking import UnitMask, choose_units, fine_tune, masked, unit_scores
-from defenses.minimum_norm import CarliniWagner, ElasticNet, GroupSparse
-from defenses.objectives import (
+from glassarmor.defenses.attacks.apgd import APGD, APGDT
+from glassarmor.defenses.attacks.free import Free
+from glassarmor.defenses.attacks.minimum_norm import CarliniWagner, ElasticNet, GroupSparse
+from glassarmor.defenses.attacks.objectives import (
     DLR,
     CrossEntropy,
     KLToClean,
@@ -21,13 +14,23 @@ from defenses.objectives import (
     TargetedDLR,
     TargetedMargin,
 )
-from defenses.regularizers import PSE, CAMDiscrepancy, UnitKL, UnitSensitivity
-from defenses.robustness import Evaluation, evaluate_robustness
-from defenses.sanity import Check, SanityReport, sanity_checks
-from defenses.square import Square
-from defenses.suite import Suite, make_suite
-from defenses.supported import Supported
-from defenses.terms import (
+from glassarmor.defenses.attacks.pgd import FGSM, FGSMRS, NFGSM, PGD, Attack
+from glassarmor.defenses.attacks.square import Square
+from glassarmor.defenses.attacks.supported import Supported
+from glassarmor.defenses.evaluation.accuracy import accuracy_under
+from glassarmor.defenses.evaluation.adaptive import AdaptivePGD
+from glassarmor.defenses.evaluation.examples import Fallen, Recalled
+from glassarmor.defenses.evaluation.robustness import Evaluation, evaluate_robustness
+from glassarmor.defenses.evaluation.sanity import Check, SanityReport, sanity_checks
+from glassarmor.defenses.evaluation.suite import Suite, make_suite
+from glassarmor.defenses.masking import UnitMask, choose_units, fine_tune, masked, unit_scores
+from glassarmor.defenses.monitoring.alarms import Limits
+from glassarmor.defenses.threat import L2, Linf, Threat
+from glassarmor.defenses.training.auxiliary import AuxiliaryCE
+from glassarmor.defenses.training.defense import Defense, StepOutput
+from glassarmor.defenses.training.local import GradAlign, GradientNorm, LocalLinearity
+from glassarmor.defenses.training.regularizers import PSE, CAMDiscrepancy, UnitKL, UnitSensitivity
+from glassarmor.defenses.training.terms import (
     AdversarialCE,
     CleanCE,
     FeatureConsistency,
@@ -39,8 +42,7 @@ from defenses.terms import (
     Term,
     TradesKL,
 )
-from defenses.threat import L2, Linf, Threat
-from defenses.weights import AWP
+from glassarmor.defenses.training.weights import AWP
 
 __all__ = [
     "APGD",
@@ -56,6 +58,7 @@ __all__ = [
     "AdaptivePGD",
     "AdversarialCE",
     "Attack",
+    "AuxiliaryCE",
     "CAMDiscrepancy",
     "CarliniWagner",
     "Check",
@@ -71,6 +74,7 @@ __all__ = [
     "GradientNorm",
     "GroupSparse",
     "KLToClean",
+    "Limits",
     "Linf",
     "LocalLinearity",
     "LogitPairing",

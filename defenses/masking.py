@@ -15,12 +15,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from defenses.defense import Defense
-from interpret.conductance import conductance
-from interpret.metrics import RunningSensitivity
-from interpret.modes import evaluating
-from interpret.observation import Observation, find_layers, observe, record
-from interpret.sensitivity import EPS, SILENT, equal_norm_noise
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.interpret.modes import evaluating
+from glassarmor.interpret.observation import Observation, find_layers, observe, record
+from glassarmor.interpret.signals.conductance import conductance
+from glassarmor.interpret.signals.running import RunningSensitivity
+from glassarmor.interpret.signals.sensitivity import EPS, SILENT, equal_norm_noise
 
 Criterion = Literal["sensitivity", "margin", "noise_corrected", "random"]
 
@@ -126,7 +126,7 @@ def choose_units(
         fill: what a masked unit answers.  "zero": nothing, as if it were pruned.  "mean": its mean on the clean images,
             which takes away what it says and leaves the layers above the level they were trained on; it costs less
             clean accuracy where no fine-tuning follows.
-        weights: by layer, (C,) >= 0, that multiply the scores, e.g. :func:`interpret.association.concept_weights`; units
+        weights: by layer, (C,) >= 0, that multiply the scores, e.g. :func:`.concept_weights`; units
             of weight 0 are masked last.
 
     Raises:

@@ -18,7 +18,7 @@ from hydra.utils import get_class, instantiate  # noqa: E402
 from omegaconf import DictConfig, ListConfig, OmegaConf  # noqa: E402
 from torch import nn  # noqa: E402
 
-from lightning_modules.networks.peers import CASGate  # noqa: E402
+from glassarmor.lightning_modules.networks.peers import CASGate  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 LIVE = 1000.0  # an epoch at which every ramp has arrived
@@ -162,7 +162,7 @@ OPTIONS = """\
 | `defense.attack_batchnorm=running` | The statistics that the attack sees: `running`, or `batch` as some published codes. | 0 |
 | `defense.eps_share=1` `defense.step_share=1` | Share of ε and of the step size in training, a number or a ramp over epochs; evaluation attacks keep the whole ε. | 0 |
 | `defense.loss.TERM.label_smoothing=0.1` | Cross-entropy against (1 − s)·onehot + s/K (Szegedy et al. 2016, 1512.00567). | 0 |
-| any weight | A number or a ramp over epochs, `{{_target_: defenses.terms.Ramp, start: 0, end: 1, epochs: 5}}`; 0 throughout is absent. | |
+| any weight | A number or a ramp over epochs, `{{_target_: glassarmor.defenses.Ramp, start: 0, end: 1, epochs: 5}}`; 0 throughout is absent. | |
 """
 
 
@@ -183,7 +183,7 @@ def page() -> str:
             "gradients; what a small net showed is in [findings](findings.md).",
             "\n".join(peers()),
             "## Options of any of them",
-            OPTIONS.format(awp=summary("defenses.weights.AWP")).strip(),
+            OPTIONS.format(awp=summary("glassarmor.defenses.AWP")).strip(),
         ]
     return "\n\n".join(parts) + "\n"
 

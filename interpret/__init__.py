@@ -1,6 +1,7 @@
 """Understand: what an attack does inside a network, as pure functions of one observation."""
 
-from interpret.cam import (
+from glassarmor.interpret.observation import Forward, Observation, feature_layers, observe, record
+from glassarmor.interpret.signals.cam import (
     CAMTable,
     Interpretability,
     cam_change,
@@ -9,14 +10,13 @@ from interpret.cam import (
     interpretability,
     interpretability_score,
 )
-from interpret.conductance import Conductance, conductance
-from interpret.metrics import KindShares, RunningSensitivity
-from interpret.observation import Forward, Observation, feature_layers, observe, record
-from interpret.overlap import Overlap, region_overlap
-from interpret.patching import unit_patching
-from interpret.pse import PromotionSuppression, position_effects, region_effects, unit_effects
-from interpret.restoration import RestorationCurve, restoration_curve
-from interpret.sensitivity import (
+from glassarmor.interpret.signals.conductance import Conductance, conductance
+from glassarmor.interpret.signals.overlap import Overlap, region_overlap
+from glassarmor.interpret.signals.patching import unit_patching
+from glassarmor.interpret.signals.pse import PromotionSuppression, position_effects, region_effects, unit_effects
+from glassarmor.interpret.signals.restoration import RestorationCurve, restoration_curve
+from glassarmor.interpret.signals.running import KindShares, RunningSensitivity
+from glassarmor.interpret.signals.sensitivity import (
     SensitivityControl,
     StrengthCurves,
     relative_unit_sensitivity,

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from interpret.modes import undisturbed
+from glassarmor.interpret.modes import undisturbed
 
 TOLERANCE: Final = 1e-4  # beyond 0 and 1, a fortieth of a grey level: what resizing and half floats leave by rounding
 
@@ -60,7 +60,7 @@ def checked(net: nn.Module, x: Tensor, y: Tensor, numbers: bool = True) -> tuple
 
 @contextmanager
 def borrowed(net: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The net is :func:`interpret.modes.undisturbed` while it is attacked; yields copies of the checked images and labels.
+    """The net is :func:`.undisturbed` while it is attacked; yields copies of the checked images and labels.
 
     Raises:
         ValueError: as :func:`checked`; also where the net returns no logits (N, K) for these labels, or no gradient.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd
 
-from interpret.inputs import typed
-from interpret.modes import batch_statistics, evaluating, normalised_by, replaying, rng_state
+from glassarmor.interpret.inputs import typed
+from glassarmor.interpret.modes import batch_statistics, evaluating, normalised_by, replaying, rng_state
 
 Side = Literal["adv", "clean"]
 Label = Literal["true", "target"]

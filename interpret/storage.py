@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 LARGEST: Final = 1 << 29  # bytes of a JSON file that is read at all
 
@@ -162,3 +165,21 @@ def check_links(folder: Path, key: str, into: Sequence[str] = ("checkpoints", "r
                     f"{key}: {entry} is a link to {entry.resolve()}, outside {folder}, and writing would follow it; "
                     "expected files and folders of its own"
                 )
+
+
+def to_json(value: Any) -> str:
+    """JSON that is safe inside a script element and strict: non-finite numbers become null, every '<' is escaped."""
+    return json.dumps(plain(value), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def plain(value: Any) -> Any:
+    """Dicts, lists, strings and finite numbers only; tuples become lists, non-finite numbers None, 6 digits are kept."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import CatMetric, MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from defenses.attacks import Attack
-from defenses.defense import Defense
+from glassarmor.defenses.attacks.pgd import Attack
+from glassarmor.defenses.training.defense import Defense
 
 Batch = tuple[Tensor, Tensor]
 

@@ -1,6 +1,6 @@
 """States of all random number generators, as tensors and plain numbers, which load with ``weights_only``.
 
-A step draws from its own seed (:class:`lightning_modules.classifier.RobustClassifier`); these are for networks and data of
+A step draws from its own seed (:class:`.RobustClassifier`); these are for networks and data of
 a user's own, which may draw from anywhere.
 """
 

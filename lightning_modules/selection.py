@@ -9,8 +9,8 @@ from typing import Any, Final, Literal, get_args
 
 from torch import Tensor
 
-from defenses.alarms import Limits, guesses
-from defenses.health import guessing
+from glassarmor.defenses.monitoring.alarms import Limits, guesses
+from glassarmor.defenses.monitoring.readings import guessing
 
 By = Literal["robust", "clean"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from defenses.sampling import wilson
+from glassarmor.defenses.evaluation.sampling import wilson
 
 CHECK = {"name": "losses agree", "passed": True, "figure": 0.0, "expected": "few", "sentence": "they do", "grave": False}
 

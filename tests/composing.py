@@ -27,7 +27,7 @@ def config(*overrides: str) -> DictConfig:
 
 def without_guessing(patch: pytest.MonkeyPatch) -> None:
     """Epochs of a dozen steps, which teach next to nothing, can be the best."""
-    patch.setattr("lightning_modules.selection.knows_nothing", lambda *_: False)
+    patch.setattr("glassarmor.lightning_modules.selection.knows_nothing", lambda *_: False)
 
 
 def options(group: str) -> list[str]:

@@ -20,11 +20,11 @@ import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-import train
-from interpret import storage
-from interpret.views import page
-from lightning_modules import selection
-from lightning_modules.classifier import RobustClassifier
+from glassarmor.interpret import storage
+from glassarmor.interpret.views.page import page
+from glassarmor.lightning_modules import selection
+from glassarmor.lightning_modules.classifier import RobustClassifier
+from glassarmor.lightning_modules.commands import train
 from tests.composing import SMALL
 
 # A server that has imported everything once, and from which each run is forked: a process of its own in 20 ms.

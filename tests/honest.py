@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defenses.attacks import FGSMRS
-from defenses.threat import Linf
+from glassarmor.defenses.attacks.pgd import FGSMRS
+from glassarmor.defenses.threat import Linf
 from tests.reference.nets import seeded
 
 CLASSES, SIDE, EPS = 5, 16, 0.06

@@ -9,19 +9,19 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-import train
-from defenses import losses
-from defenses.adaptive import AdaptivePGD
-from defenses.attacks import PGD
-from defenses.defense import Defense
-from defenses.evaluation import accuracy_under
-from defenses.objectives import CrossEntropy, KLToClean, Margin, Targeted
-from defenses.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
-from defenses.supported import Supported
-from defenses.terms import AdversarialCE, Ramp, Term, TradesKL
-from defenses.threat import L2, Linf
-from interpret.modes import undisturbed
-from interpret.observation import observe
+from glassarmor.defenses import losses
+from glassarmor.defenses.attacks.objectives import CrossEntropy, KLToClean, Margin, Targeted
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.attacks.supported import Supported
+from glassarmor.defenses.evaluation.accuracy import accuracy_under
+from glassarmor.defenses.evaluation.adaptive import AdaptivePGD
+from glassarmor.defenses.threat import L2, Linf
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
+from glassarmor.defenses.training.terms import AdversarialCE, Ramp, Term, TradesKL
+from glassarmor.interpret.modes import undisturbed
+from glassarmor.interpret.observation import observe
+from glassarmor.lightning_modules.commands import train
 from tests.composing import SMALL, config
 from tests.reference.nets import batch, conv_bn, seeded, smooth, unchanged, untidy
 from tests.reference.trained import attacked

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from interpret.advice import FEWEST, Advice, advise
-from interpret.pse import PromotionSuppression
-from interpret.sensitivity import SensitivityControl
+from glassarmor.interpret.profiles.advice import FEWEST, Advice, advise
+from glassarmor.interpret.signals.pse import PromotionSuppression
+from glassarmor.interpret.signals.sensitivity import SensitivityControl
 from tests.composing import config
 from tests.reference.nets import seeded
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from defenses.apgd import APGD, APGDT, checkpoints, halves
-from defenses.attacks import PGD
-from defenses.losses import margin
-from defenses.objectives import DLR, CrossEntropy, Margin, TargetedDLR, TargetedMargin
-from defenses.robustness import counted
-from defenses.threat import L2, Linf, norms
+from glassarmor.defenses.attacks.apgd import APGD, APGDT, checkpoints, halves
+from glassarmor.defenses.attacks.objectives import DLR, CrossEntropy, Margin, TargetedDLR, TargetedMargin
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.evaluation.inputs import counted
+from glassarmor.defenses.losses import margin
+from glassarmor.defenses.threat import L2, Linf, norms
 from tests.reference import apgd as reference
 from tests.reference.nets import Linear, batch, conv_bn, seeded, unchanged, untidy
 

@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from interpret.association import associate, concept_weights, link, membership, mid_ranks, unit_rows
-from interpret.dissection import Dissection, dissect
-from interpret.pse import PromotionSuppression
-from interpret.sensitivity import SensitivityControl
+from glassarmor.interpret.concepts.association import associate, concept_weights, link, membership, mid_ranks, unit_rows
+from glassarmor.interpret.concepts.dissection import Dissection, dissect
+from glassarmor.interpret.signals.pse import PromotionSuppression
+from glassarmor.interpret.signals.sensitivity import SensitivityControl
 from tests.test_dissection import Annotated
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from defenses import losses
-from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD
-from defenses.objectives import CrossEntropy, KLToClean, Margin, Targeted
-from defenses.threat import L2, Linf, norms
+from glassarmor.defenses import losses
+from glassarmor.defenses.attacks.objectives import CrossEntropy, KLToClean, Margin, Targeted
+from glassarmor.defenses.attacks.pgd import FGSM, FGSMRS, NFGSM, PGD
+from glassarmor.defenses.threat import L2, Linf, norms
 from tests.reference.nets import Linear, batch, conv_bn, unchanged, untidy
 
 SHAPE = (2, 4, 4)

@@ -14,12 +14,12 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 
-import lightning_modules.callbacks.health as health_module
-import train
-from interpret.views.view import Probe
-from lightning_modules.callbacks.averaging import Averaging
-from lightning_modules.callbacks.checkpointing import Checkpoints
-from lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.interpret.views.view import Probe
+from glassarmor.lightning_modules.callbacks import health as health_module
+from glassarmor.lightning_modules.callbacks.averaging import Averaging
+from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
+from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.lightning_modules.commands import train
 from tests.composing import SMALL, config, without_guessing
 
 QUICK = (

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from interpret.background import (
+from glassarmor.interpret.profiles.background import (
     Background,
     background_features,
     choose_background,

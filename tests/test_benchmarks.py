@@ -21,10 +21,10 @@ from benchmarks.extras import BASES, DATA, Given, Peak
 from benchmarks.processes import messages, volume
 from benchmarks.throughput import passes
 from benchmarks.timing import line, paired, positive, ratio, rows
-from defenses.compiling import NotCompiled
-from defenses.defense import Defense
-from defenses.regularizers import PSE
-from lightning_modules.networks.resnet import ResNet
+from glassarmor.defenses.training.compiling import NotCompiled
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.regularizers import PSE
+from glassarmor.lightning_modules.networks.resnet import ResNet
 
 ONE_LINE = r"[^\n]+"
 HOW = r"\(debug=true shows the stack trace\)"

@@ -19,13 +19,14 @@ import torch
 from playwright.sync_api import Browser, Page, sync_playwright
 from torch import nn
 
-import train
-from interpret.observation import observe
-from interpret.views.health import health_view
-from interpret.views.page import ReportPage, packed, read_script
-from interpret.views.profiles import ProfilesPanel
-from interpret.views.versus import versus_view
-from interpret.views.view import Answer, Intervals, Probe, Scatter, Table, View
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.views.charts import Intervals, Scatter, Table
+from glassarmor.interpret.views.page.page import ReportPage, packed, read_script
+from glassarmor.interpret.views.panels.health import health_view
+from glassarmor.interpret.views.panels.profiles import ProfilesPanel
+from glassarmor.interpret.views.panels.versus import versus_view
+from glassarmor.interpret.views.view import Answer, Probe, View
+from glassarmor.lightning_modules.commands import train
 from tests.composing import SMALL
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

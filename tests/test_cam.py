@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from interpret.cam import cam_change, class_activation_map
-from interpret.observation import observe
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.signals.cam import cam_change, class_activation_map
 from tests.reference import differences
 from tests.reference import signals as reference
 from tests.reference.nets import batch, conv_bn

@@ -6,10 +6,10 @@ import pytest
 import torch
 from captum import attr
 
-from interpret import captum_bridge
-from interpret.cam import class_activation_map
-from interpret.observation import observe
-from interpret.pse import grid_regions, region_effects, unit_effects
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.signals import captum_bridge
+from glassarmor.interpret.signals.cam import class_activation_map
+from glassarmor.interpret.signals.pse import grid_regions, region_effects, unit_effects
 from tests.reference.nets import Linear, Residual, batch, conv_bn, unchanged, untidy
 from tests.reference.trained import attacked
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from interpret.views.changes import changes
-from interpret.views.page import ReportPage, read_script
-from interpret.views.view import Answer, View
+from glassarmor.interpret.views.page.changes import changes
+from glassarmor.interpret.views.page.page import ReportPage, read_script
+from glassarmor.interpret.views.view import Answer, View
 
 FIRST = {"val/robust_acc": 0.153, "profiles/turned": 0.5, "profiles/turning/a": 0.4, "profiles/turning/b": 0.1}
 NOW = {"val/robust_acc": 0.736, "profiles/turned": 0.5, "profiles/turning/a": 0.1, "profiles/turning/b": 0.4}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from interpret.chunks import Largest, measuring
-from interpret.pse import region_effects
+from glassarmor.interpret.network.chunks import Largest, measuring
+from glassarmor.interpret.signals.pse import region_effects
 
 
 def test_the_chunk_keeps_the_largest_activation_in_the_cache() -> None:

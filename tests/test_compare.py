@@ -19,27 +19,27 @@ from omegaconf import OmegaConf
 from scipy import stats
 from torch import nn
 
-import compare
-from defenses.statistics import bootstrap_interval, holm
-from interpret.observation import observe
-from interpret.views.ablation import Front, fronts_figure, intervals_figure, parallel_figure
-from interpret.views.page import ReportPage, read_script
-from interpret.views.profiles import ProfilesPanel
-from interpret.views.text import comma_separated, latex, markdown
-from interpret.views.view import Intervals, Probe, Scatter, Table
-from lightning_modules.ablation import _sweep, ablation_view, differences, headline
-from lightning_modules.cards import Evaluation, RunCard, card_of, read_card, read_cards, write_card, write_correct
-from lightning_modules.comparison import (
-    above_front,
-    accuracy_table,
-    by_method,
-    chosen,
-    measured_tables,
-    on_front,
-    settings_of,
-    verdict_table,
-    verdicts,
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.statistics import bootstrap_interval, holm
+from glassarmor.interpret.views.charts import Intervals, Scatter, Table
+from glassarmor.interpret.views.draw.ablation import Front, fronts_figure, intervals_figure, parallel_figure
+from glassarmor.interpret.views.draw.text import comma_separated, latex, markdown
+from glassarmor.interpret.views.page.page import ReportPage, read_script
+from glassarmor.interpret.views.panels.profiles import ProfilesPanel
+from glassarmor.interpret.views.view import Probe
+from glassarmor.lightning_modules.commands import study as compare
+from glassarmor.lightning_modules.study.records import (
+    Evaluation,
+    RunCard,
+    card_of,
+    read_card,
+    read_cards,
+    write_card,
+    write_correct,
 )
+from glassarmor.lightning_modules.study.report import _sweep, ablation_view, differences, headline
+from glassarmor.lightning_modules.study.tables import accuracy_table, measured_tables, verdict_table
+from glassarmor.lightning_modules.study.verdicts import above_front, by_method, chosen, on_front, settings_of, verdicts
 from tests.composing import config
 from tests.wandb_log import history
 

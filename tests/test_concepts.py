@@ -12,10 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from datamodules.colours import COLOURS
-from datamodules.concepts import ConceptSet, WithImageConcepts, image_concepts, label_image_concepts, procedural_concepts
-from datamodules.segmentation import Broden, SegmentationFolder
-from interpret.dissection import dissect
+from glassarmor.datamodules.colours import COLOURS
+from glassarmor.datamodules.concepts import (
+    ConceptSet,
+    WithImageConcepts,
+    image_concepts,
+    label_image_concepts,
+    procedural_concepts,
+)
+from glassarmor.datamodules.segmentation import Broden, SegmentationFolder
+from glassarmor.interpret.concepts.dissection import dissect
 
 ROOT = Path(__file__).resolve().parents[1]
 CAMVID = Path(os.environ.get("GLASSARMOR_CAMVID", ROOT / "../shared/data/camvid"))

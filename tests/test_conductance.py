@@ -9,9 +9,9 @@ import torch
 from captum import attr
 from torch import nn
 
-from interpret.conductance import conductance, path_contributions
-from interpret.observation import observe
-from interpret.pse import position_effects, unit_effects
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.signals.conductance import conductance, path_contributions
+from glassarmor.interpret.signals.pse import position_effects, unit_effects
 from tests.reference import interpretation as reference
 from tests.reference.nets import Linear, Residual, batch, conv_bn, unchanged, untidy
 from tests.reference.trained import attacked

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-import train
-from defenses.attacks import PGD
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.lightning_modules.commands import train
 from tests.composing import SMALL, config, options
 
 

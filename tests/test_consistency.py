@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from defenses.attacks import PGD
-from defenses.card import accuracy_curve, check_card, make_card, read_card
-from defenses.robustness import evaluate_robustness
-from defenses.sampling import stratified_rows
-from defenses.sanity import Check, SanityReport, share_check
-from defenses.suite import Step, Suite
-from defenses.threat import Linf
-from lightning_modules.cards import Evaluation, card_of, write_card
-from lightning_modules.cards import read_card as read_run_card
-from lightning_modules.study import Member, cards_of, planned
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.evaluation.card import accuracy_curve, check_card, make_card, read_card
+from glassarmor.defenses.evaluation.robustness import evaluate_robustness
+from glassarmor.defenses.evaluation.sampling import stratified_rows
+from glassarmor.defenses.evaluation.sanity import Check, SanityReport, share_check
+from glassarmor.defenses.evaluation.suite import Step, Suite
+from glassarmor.defenses.threat import Linf
+from glassarmor.lightning_modules.study.members import Member
+from glassarmor.lightning_modules.study.records import Evaluation, card_of, write_card
+from glassarmor.lightning_modules.study.records import read_card as read_run_card
+from glassarmor.lightning_modules.study.runner import cards_of, planned
 
 STUDY = Path(__file__).resolve().parents[1] / "docs" / "study"
 SUITES = sorted(STUDY.glob("*/suites/*.json"))
@@ -69,7 +70,7 @@ def card() -> dict[str, Any]:
             "seed": 1,
             "batch": 16,
             "images": 60,
-            "threat": {"_target_": "defenses.threat.Linf", "eps": "8/255"},
+            "threat": {"_target_": "glassarmor.defenses.Linf", "eps": "8/255"},
             "data": {"_target_": "x.Noise"},
         },
         places=few.tolist(),

@@ -12,18 +12,17 @@ import numpy as np
 import PIL.Image
 import pytest
 
-import evaluate
-import train
-from datamodules import fingerprint as module
-from datamodules.arrays import Arrays
-from datamodules.digits import Digits
-from datamodules.fingerprint import fingerprint
-from datamodules.image_folder import ImageFolder
-from datamodules.images import ImageDataModule
-from datamodules.shapes import Shapes
-from defenses.card import read_card
-from lightning_modules.cards import card_of, check_comparable
-from lightning_modules.data_record import other_classes, other_images
+from glassarmor.datamodules import fingerprint as module
+from glassarmor.datamodules.arrays import Arrays
+from glassarmor.datamodules.digits import Digits
+from glassarmor.datamodules.fingerprint import fingerprint
+from glassarmor.datamodules.image_folder import ImageFolder
+from glassarmor.datamodules.images import ImageDataModule
+from glassarmor.datamodules.shapes import Shapes
+from glassarmor.defenses.evaluation.card import read_card
+from glassarmor.lightning_modules.commands import evaluate, train
+from glassarmor.lightning_modules.run.data_record import other_classes, other_images
+from glassarmor.lightning_modules.study.records import card_of, check_comparable
 from tests.test_evaluate import command
 
 CLASSES = ("ants", "bees", "wasps")

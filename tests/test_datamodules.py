@@ -23,14 +23,14 @@ from PIL import Image
 from scipy.io import savemat
 from torch import Tensor
 
-from datamodules.arrays import Arrays
-from datamodules.augment import Augment, crop_and_flip
-from datamodules.cifar import CIFAR10, CIFAR100
-from datamodules.digits import Digits
-from datamodules.image_folder import ImageFolder
-from datamodules.images import ImageDataModule, Images, channel_statistics, stratified_split, stratified_subset
-from datamodules.loader import TensorLoader, seeded
-from datamodules.svhn import SVHN
+from glassarmor.datamodules.arrays import Arrays
+from glassarmor.datamodules.augment import Augment, crop_and_flip
+from glassarmor.datamodules.cifar import CIFAR10, CIFAR100
+from glassarmor.datamodules.digits import Digits
+from glassarmor.datamodules.image_folder import ImageFolder
+from glassarmor.datamodules.images import ImageDataModule, Images, channel_statistics, stratified_split, stratified_subset
+from glassarmor.datamodules.loader import TensorLoader, seeded
+from glassarmor.datamodules.svhn import SVHN
 
 ROOT = Path(__file__).parents[1]
 SHARDS = Path(os.environ.get("GLASSARMOR_CIFAR10", ROOT / "../shared/data/cifar10"))
@@ -673,7 +673,7 @@ def test_an_archive_that_unpacks_to_more_than_memory_is_refused_unread(
     np.savez_compressed(tmp_path / "train.npz", images=np.zeros((4096, 64, 64), np.uint8), labels=np.zeros(4096, np.int64))
     shutil.copy(tmp_path / "train.npz", tmp_path / "test.npz")
     assert (tmp_path / "train.npz").stat().st_size < 100_000, "a small file"
-    monkeypatch.setattr("datamodules.arrays._memory", lambda: 16 << 20)
+    monkeypatch.setattr("glassarmor.datamodules.arrays._memory", lambda: 16 << 20)
     with pytest.raises(ValueError, match=r"data\.path: .*train\.npz.* unpacks to 16 MiB, more than half .* here, 8 MiB"):
         Arrays(path=str(tmp_path)).setup("fit")
 

@@ -6,13 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from defenses.attacks import FGSMRS, NFGSM, PGD
-from defenses.defense import Defense
-from defenses.objectives import KLToClean, NuclearCE
-from defenses.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
-from defenses.terms import AdversarialCE, CleanCE, LogitPairing, MartBCE, MartKL, NuclearNorm, Ramp, TradesKL
-from defenses.threat import Linf
-from interpret.observation import observe
+from glassarmor.defenses.attacks.objectives import KLToClean, NuclearCE
+from glassarmor.defenses.attacks.pgd import FGSMRS, NFGSM, PGD
+from glassarmor.defenses.threat import Linf
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
+from glassarmor.defenses.training.terms import (
+    AdversarialCE,
+    CleanCE,
+    LogitPairing,
+    MartBCE,
+    MartKL,
+    NuclearNorm,
+    Ramp,
+    TradesKL,
+)
+from glassarmor.interpret.observation import observe
 from tests.reference.nets import Linear, Residual, batch, conv_bn, unchanged, untidy
 
 STEPS = 3

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from interpret.dissection import STATES, Dissection, dissect, upsampling
-from interpret.quantiles import ExactTail, HistogramTail, allowed_above
+from glassarmor.interpret.concepts.dissection import STATES, Dissection, dissect, upsampling
+from glassarmor.interpret.concepts.quantiles import ExactTail, HistogramTail, allowed_above
 from tests.reference import dissection as reference
 from tests.reference.nets import Residual, unchanged, untidy
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from datamodules.concepts import procedural_concepts
-from interpret.association import link
-from interpret.dissection import dissect
-from interpret.observation import observe
-from interpret.views.dissection import DissectionPanel, holm
-from interpret.views.encode import encode
-from interpret.views.view import Maps, Probe, Scatter, Trend
+from glassarmor.datamodules.concepts import procedural_concepts
+from glassarmor.interpret.concepts.association import link
+from glassarmor.interpret.concepts.dissection import dissect
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.views.charts import Maps, Scatter, Trend
+from glassarmor.interpret.views.page.encode import encode
+from glassarmor.interpret.views.panels.dissection import DissectionPanel, holm
+from glassarmor.interpret.views.view import Probe
 
 
 @pytest.fixture

@@ -19,16 +19,16 @@ from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.nn.functional import all_reduce
 
-import train
-from defenses.evaluation import correct_under
-from defenses.weights import averaged
-from interpret.metrics import ClassCentroids, KindShares, RunningSensitivity
-from interpret.observation import Observation, observe
-from interpret.pse import region_effects
-from lightning_modules import processes
-from lightning_modules.callbacks.averaging import averaging
-from lightning_modules.cards import read_evaluations
-from lightning_modules.processes import PATIENCE, Poll, be_patient, check_processes, check_same_step
+from glassarmor.defenses.evaluation.accuracy import correct_under
+from glassarmor.defenses.training.weights import averaged
+from glassarmor.interpret.observation import Observation, observe
+from glassarmor.interpret.signals.pse import region_effects
+from glassarmor.interpret.signals.running import ClassCentroids, KindShares, RunningSensitivity
+from glassarmor.lightning_modules.callbacks.averaging import averaging
+from glassarmor.lightning_modules.commands import train
+from glassarmor.lightning_modules.run import processes
+from glassarmor.lightning_modules.run.processes import PATIENCE, Poll, be_patient, check_processes, check_same_step
+from glassarmor.lightning_modules.study.records import read_evaluations
 from tests.composing import SMALL, config
 from tests.faulty import raise_signal, run, start_two, train_here, wait_for
 from tests.reference.nets import batch, conv_bn

@@ -14,15 +14,14 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
-import evaluate
-import train
-from datamodules.concepts import procedural_concepts
-from defenses.attacks import PGD
-from defenses.masking import UnitMask, masked
-from defenses.threat import Linf
-from interpret.dissection import dissect
-from interpret.views.page import read_script
-from lightning_modules.networks.build import load_weights
+from glassarmor.datamodules.concepts import procedural_concepts
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.masking import UnitMask, masked
+from glassarmor.defenses.threat import Linf
+from glassarmor.interpret.concepts.dissection import dissect
+from glassarmor.interpret.views.page.page import read_script
+from glassarmor.lightning_modules.commands import evaluate, train
+from glassarmor.lightning_modules.networks.build import load_weights
 from tests.composing import SMALL, config, options, without_guessing
 
 FAST = ("images=12", "panels.sensitivity.points=3", "panels.units.steps=2", "threads=1")
@@ -54,7 +53,7 @@ def test_a_run_is_analysed_from_its_folder_alone(run: Path, tmp_path: Path, monk
     command(monkeypatch, evaluate, *FAST, f"checkpoint={run}", f"out={tmp_path}")
     folder = tmp_path / "net_pgd"
     found = analysis(folder)
-    assert found["config"]["data"]["_target_"] == "datamodules.digits.Digits"
+    assert found["config"]["data"]["_target_"] == "glassarmor.datamodules.Digits"
     assert found["config"]["threat"]["eps"] == 0.06
     # The numbers are those of that net on those images: clean accuracy recomputed without the command.
     parts = train.build(config(*SMALL, "panels=[]"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from defenses.attacks import FGSM, PGD
-from defenses.evaluation import accuracy_under
-from defenses.threat import Linf
+from glassarmor.defenses.attacks.pgd import FGSM, PGD
+from glassarmor.defenses.evaluation.accuracy import accuracy_under
+from glassarmor.defenses.threat import Linf
 from tests.reference.nets import Linear, batch, conv_bn, unchanged, untidy
 
 CPU = torch.device("cpu")

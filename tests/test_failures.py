@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from interpret.observation import observe
-from interpret.views.failures import FailuresPanel, fallen_pairs
-from interpret.views.view import Maps, Probe, Table
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.views.charts import Maps, Table
+from glassarmor.interpret.views.panels.failures import FailuresPanel, fallen_pairs
+from glassarmor.interpret.views.view import Probe
 
 NAMES = ("cat", "dog", "owl")
 PIXELS = torch.tensor(  # one image of class 0, two of 1, one that is answered wrongly when clean

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from defenses.fallen import Fallen, Recalled
-from defenses.robustness import evaluate_robustness
-from defenses.suite import Step, Suite
-from defenses.threat import Linf
+from glassarmor.defenses.evaluation.examples import Fallen, Recalled
+from glassarmor.defenses.evaluation.robustness import evaluate_robustness
+from glassarmor.defenses.evaluation.suite import Step, Suite
+from glassarmor.defenses.threat import Linf
 
 THREAT = Linf(0.2)
 

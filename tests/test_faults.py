@@ -19,9 +19,9 @@ import pytest
 import torch
 import wandb
 
-from interpret.views.view import View
-from lightning_modules.callbacks.checkpointing import Checkpoints
-from lightning_modules.logging import RunLog, _PatientWandbLogger, wandb_logger
+from glassarmor.interpret.views.view import View
+from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
+from glassarmor.lightning_modules.run.log import RunLog, _PatientWandbLogger, wandb_logger
 from tests.faulty import DIE, QUICK, Plan, assert_same_run, assert_same_weights, raise_signal, run, start
 from tests.wandb_log import records
 from tests.wandb_server import Server
@@ -44,8 +44,8 @@ KINDS = {
         "defense=n_fgsm",
         "~defense.attack.steps",
         "regularizers=[sensitivity]",
-        "regularizers.sensitivity.concepts={_target_:datamodules.concepts.procedural_concepts,_partial_:true,count:24}",
-        "defense.eps_share={_target_:defenses.terms.Ramp,start:0.2,end:1,epochs:2}",
+        "regularizers.sensitivity.concepts={_target_:glassarmor.datamodules.procedural_concepts,_partial_:true,count:24}",
+        "defense.eps_share={_target_:glassarmor.defenses.Ramp,start:0.2,end:1,epochs:2}",
         "optimizer=adamw",
         "+trainer.accumulate_grad_batches=2",
     ),
@@ -314,7 +314,7 @@ def test_a_wandb_server_lost_in_the_middle_ends_no_run(tmp_path: Path, monkeypat
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("lightning_modules.logging.FINISH_TIMEOUT", 1)
+    monkeypatch.setattr("glassarmor.lightning_modules.run.log.FINISH_TIMEOUT", 1)
     logger = wandb_logger(tmp_path, "glassarmor", "online", "abc123", "run", {})
     assert logger is not None
     assert server.asked["UpsertBucket"], "the run is online"

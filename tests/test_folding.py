@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
-from defenses.attacks import PGD
-from defenses.compiling import NotCompiled
-from defenses.defense import Defense
-from defenses.regularizers import PSE, UnitSensitivity
-from defenses.terms import AdversarialCE, CleanCE, MartBCE, MartKL, TradesKL
-from defenses.threat import Linf
-from defenses.weights import moved
-from interpret import folding
-from interpret.folding import Foldable, foldable, folded
-from interpret.modes import batchnorm_as_found, undisturbed
-from lightning_modules.networks.resnet import PreActResNet, ResNet
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.threat import Linf
+from glassarmor.defenses.training.compiling import NotCompiled
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.regularizers import PSE, UnitSensitivity
+from glassarmor.defenses.training.terms import AdversarialCE, CleanCE, MartBCE, MartKL, TradesKL
+from glassarmor.defenses.training.weights import moved
+from glassarmor.interpret.modes import batchnorm_as_found, undisturbed
+from glassarmor.interpret.network import folding
+from glassarmor.interpret.network.folding import Foldable, foldable, folded
+from glassarmor.lightning_modules.commands import train
+from glassarmor.lightning_modules.networks.resnet import PreActResNet, ResNet
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 from tests.composing import SMALL, config
 from tests.reference.nets import Residual, batch, conv_bn, unchanged, untidy
 
@@ -543,7 +543,7 @@ def test_the_metrics_of_a_step_never_wait_for_the_device():
 @pytest.mark.long
 def test_an_attack_in_low_precision_is_as_strong():
     """Robust accuracy of a robust net, judged in fp32, within 0.3 points whichever precision the attack computes in."""
-    from datamodules.digits import Digits
+    from glassarmor.datamodules.digits import Digits
 
     data = Digits(batch_size=128)
     data.setup("fit")

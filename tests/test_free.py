@@ -8,15 +8,15 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-import train
-from datamodules.loader import Replayed, TensorLoader
-from defenses.attacks import PGD
-from defenses.defense import Defense
-from defenses.free import Free
-from defenses.regularizers import PSE, UnitSensitivity
-from defenses.terms import AdversarialCE, CleanCE, NuclearNorm, Ramp, TradesKL
-from defenses.threat import L2, Linf
-from defenses.weights import AWP
+from glassarmor.datamodules.loader import Replayed, TensorLoader
+from glassarmor.defenses.attacks.free import Free
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.threat import L2, Linf
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.regularizers import PSE, UnitSensitivity
+from glassarmor.defenses.training.terms import AdversarialCE, CleanCE, NuclearNorm, Ramp, TradesKL
+from glassarmor.defenses.training.weights import AWP
+from glassarmor.lightning_modules.commands import train
 from tests.composing import SMALL, config
 from tests.reference.methods import free_training
 from tests.reference.nets import batch, conv_bn, unchanged, untidy

@@ -11,10 +11,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import train
-from lightning_modules import hardware
-from lightning_modules.hardware import Settings, settled, suited, wandb_sweep
-from lightning_modules.resuming import resumed_config
+from glassarmor.lightning_modules.commands import train
+from glassarmor.lightning_modules.commands.resuming import resumed_config
+from glassarmor.lightning_modules.run import hardware
+from glassarmor.lightning_modules.run.hardware import Settings, settled, suited, wandb_sweep
 from tests.composing import SMALL, config
 
 PLAIN, FAST = Settings("32-true", False), Settings("bf16-mixed", True)

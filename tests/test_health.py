@@ -12,10 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from defenses.alarms import CHECKS, KINDS, Limits, better, guesses, indicators, judge, safer, withstands
-from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD
-from defenses.free import Free
-from defenses.health import (
+from glassarmor.defenses.attacks.free import Free
+from glassarmor.defenses.attacks.objectives import NuclearCE
+from glassarmor.defenses.attacks.pgd import FGSM, FGSMRS, NFGSM, PGD
+from glassarmor.defenses.monitoring.alarms import (
+    CHECKS,
+    KINDS,
+    Limits,
+    better,
+    guesses,
+    indicators,
+    judge,
+    safer,
+    withstands,
+)
+from glassarmor.defenses.monitoring.readings import (
     FEW,
     LUCK,
     MULTI_STEP,
@@ -31,13 +42,12 @@ from defenses.health import (
     turning,
     watched_logits,
 )
-from defenses.objectives import NuclearCE
-from defenses.threat import L2, Linf
-from interpret.observation import observe
-from interpret.pse import KIND_NAMES, unit_effects
-from interpret.views.health import POINTS, health_view
-from interpret.views.page import ReportPage, read_script
-from interpret.views.view import Answer
+from glassarmor.defenses.threat import L2, Linf
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.signals.pse import KIND_NAMES, unit_effects
+from glassarmor.interpret.views.page.page import ReportPage, read_script
+from glassarmor.interpret.views.panels.health import POINTS, health_view
+from glassarmor.interpret.views.view import Answer
 from tests.reference.nets import batch, conv_bn, seeded, unchanged, untidy
 
 LAYERS = ("act1", "act2")

@@ -21,18 +21,18 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import lightning_modules.callbacks.health as module_under_test
-import train
-from defenses.alarms import ABOUT_ATTACKS, KINDS, Limits, remedy
-from defenses.attacks import NFGSM, PGD
-from defenses.terms import Ramp
-from interpret.storage import read_lines
-from interpret.views.page import ReportPage, read_script
-from lightning_modules.callbacks.averaging import averaging
-from lightning_modules.callbacks.checkpointing import Checkpoints
-from lightning_modules.callbacks.health import Health, watch
-from lightning_modules.entry import require_class
-from lightning_modules.logging import RunLog
+from glassarmor.defenses.attacks.pgd import NFGSM, PGD
+from glassarmor.defenses.monitoring.alarms import ABOUT_ATTACKS, KINDS, Limits, remedy
+from glassarmor.defenses.training.terms import Ramp
+from glassarmor.interpret.storage import read_lines
+from glassarmor.interpret.views.page.page import ReportPage, read_script
+from glassarmor.lightning_modules.callbacks import health as module_under_test
+from glassarmor.lightning_modules.callbacks.averaging import averaging
+from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
+from glassarmor.lightning_modules.callbacks.health import Health, watch
+from glassarmor.lightning_modules.commands import train
+from glassarmor.lightning_modules.commands.errors import require_class
+from glassarmor.lightning_modules.run.log import RunLog
 from tests.composing import SMALL, config
 from tests.wandb_log import finished
 

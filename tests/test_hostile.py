@@ -16,10 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-import evaluate
-import train
-from interpret.views.view import Table
-from lightning_modules.console import console, note, printable, show, steps
+from glassarmor.interpret.views.charts import Table
+from glassarmor.lightning_modules.commands import evaluate, train
+from glassarmor.lightning_modules.run.console import console, note, printable, show, steps
 from tests.composing import SMALL, config
 
 
@@ -37,7 +36,7 @@ def foreign_run(folder: Path, canary: Path, key: str, target: dict[str, object])
 
 PLAIN = {"_target_": "pathlib.Path.touch", "self": {"_target_": "pathlib.Path", "_args_": ["CANARY"]}}
 THROUGH_OURS = {
-    "_target_": "lightning_modules.networks.imported.imported",
+    "_target_": "glassarmor.lightning_modules.networks.imported",
     "_partial_": True,
     "target": "pathlib:Path",
     "args": {"x": "CANARY"},

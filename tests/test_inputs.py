@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defenses import (
+from glassarmor.defenses import (
     APGD,
     APGDT,
     FGSM,
@@ -32,14 +32,14 @@ from defenses import (
     evaluate_robustness,
     sanity_checks,
 )
-from defenses.autoattack import AutoAttackPart
-from defenses.card import accuracy_curve
-from defenses.corruptions import corrupted_accuracy
-from defenses.sanity import Noise
-from defenses.suite import Step, Suite
-from interpret.inputs import TOLERANCE, checked
-from interpret.observation import observe
-from lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.defenses.attacks.autoattack import AutoAttackPart
+from glassarmor.defenses.evaluation.card import accuracy_curve
+from glassarmor.defenses.evaluation.corruptions import corrupted_accuracy
+from glassarmor.defenses.evaluation.sanity import Noise
+from glassarmor.defenses.evaluation.suite import Step, Suite
+from glassarmor.interpret.inputs import TOLERANCE, checked
+from glassarmor.interpret.observation import observe
+from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
 from tests.reference.nets import conv_bn, seeded, unchanged
 
 BALL = Linf(0.1)

@@ -7,11 +7,25 @@ import pytest
 import torch
 from torch import nn
 
-from interpret.cam import cam_table, class_activation_map, class_region, interpretability, interpretability_score
-from interpret.observation import observe
-from interpret.overlap import region_overlap
-from interpret.pse import BALANCED, INACTIVE, PROMOTION, SUPPRESSION, PromotionSuppression, grid_regions, region_effects
-from interpret.sensitivity import (
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.signals.cam import (
+    cam_table,
+    class_activation_map,
+    class_region,
+    interpretability,
+    interpretability_score,
+)
+from glassarmor.interpret.signals.overlap import region_overlap
+from glassarmor.interpret.signals.pse import (
+    BALANCED,
+    INACTIVE,
+    PROMOTION,
+    SUPPRESSION,
+    PromotionSuppression,
+    grid_regions,
+    region_effects,
+)
+from glassarmor.interpret.signals.sensitivity import (
     equal_norm_noise,
     relative_unit_sensitivity,
     sensitivity_control,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from defenses.attacks import FGSM, PGD
-from defenses.defense import Defense
-from defenses.local import GradAlign, GradientNorm, LocalLinearity
-from defenses.terms import AdversarialCE, CleanCE, FeatureConsistency, LogitPairing, Ramp
-from defenses.threat import L2, Linf
-from interpret.observation import observe
+from glassarmor.defenses.attacks.pgd import FGSM, PGD
+from glassarmor.defenses.threat import L2, Linf
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.local import GradAlign, GradientNorm, LocalLinearity
+from glassarmor.defenses.training.terms import AdversarialCE, CleanCE, FeatureConsistency, LogitPairing, Ramp
+from glassarmor.interpret.observation import observe
 from tests.reference import losses as reference
 from tests.reference.nets import Linear, batch, conv_bn, seeded, smooth, unchanged, untidy
 

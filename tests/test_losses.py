@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from defenses import losses
-from defenses.objectives import CrossEntropy, KLToClean, Margin, NuclearCE, Targeted
+from glassarmor.defenses import losses
+from glassarmor.defenses.attacks.objectives import CrossEntropy, KLToClean, Margin, NuclearCE, Targeted
 from tests.reference import losses as reference
 
 

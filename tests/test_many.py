@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules.run_folder import RunFolder
+from glassarmor.lightning_modules.run.folder import RunFolder
 from tests.composing import config
 from tests.faulty import QUICK
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defenses.attacks import PGD
-from defenses.defense import Defense
-from defenses.masking import UnitMask, choose_units, fine_tune, mask_of, masked, unit_scores
-from defenses.terms import AdversarialCE, CleanCE
-from defenses.threat import Linf
-from interpret.observation import feature_layers, observe
-from interpret.sensitivity import relative_unit_sensitivity, sensitivity_control
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.masking import UnitMask, choose_units, fine_tune, mask_of, masked, unit_scores
+from glassarmor.defenses.threat import Linf
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.terms import AdversarialCE, CleanCE
+from glassarmor.interpret.observation import feature_layers, observe
+from glassarmor.interpret.signals.sensitivity import relative_unit_sensitivity, sensitivity_control
 from tests.reference import differences
 from tests.reference.nets import batch, conv_bn, seeded, smooth, unchanged, untidy
 from tests.reference.trained import attacked, images

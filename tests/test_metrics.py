@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from interpret.metrics import ClassCentroids, RunningSensitivity, TurningCounts
-from interpret.observation import observe
-from interpret.sensitivity import relative_unit_sensitivity
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.signals.running import ClassCentroids, RunningSensitivity, TurningCounts
+from glassarmor.interpret.signals.sensitivity import relative_unit_sensitivity
 from tests.reference.nets import batch, conv_bn, seeded
 
 

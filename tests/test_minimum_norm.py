@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from defenses import losses
-from defenses.minimum_norm import Box, CarliniWagner, ElasticNet, GroupSparse
-from defenses.objectives import CrossEntropy, Margin, Targeted
-from defenses.threat import Linf, norms
+from glassarmor.defenses import losses
+from glassarmor.defenses.attacks.minimum_norm import Box, CarliniWagner, ElasticNet, GroupSparse
+from glassarmor.defenses.attacks.objectives import CrossEntropy, Margin, Targeted
+from glassarmor.defenses.threat import Linf, norms
 from tests.composing import config, options
 from tests.reference import minimum_norm as reference
 from tests.reference.nets import Linear, batch, conv_bn, unchanged, untidy

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from interpret.modes import _Scaled, channel_statistics, evaluating, frozen, undisturbed
+from glassarmor.interpret.modes import _Scaled, channel_statistics, evaluating, frozen, undisturbed
 from tests.reference.nets import batch, conv_bn, unchanged, untidy
 
 

@@ -14,13 +14,18 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.networks.check import check_network, without_inplace
-from lightning_modules.networks.imported import imported
-from lightning_modules.networks.normalize import Normalize
-from lightning_modules.networks.resnet import PreActResNet, ResNet, preact_resnet18, resnet18
-from lightning_modules.networks.small_cnn import SmallCNN
-from lightning_modules.networks.torchvision_net import IMAGENET_MEAN, IMAGENET_STD, TorchvisionNet, torchvision_net
-from lightning_modules.networks.wide_resnet import wide_resnet
+from glassarmor.lightning_modules.networks.check import check_network, without_inplace
+from glassarmor.lightning_modules.networks.imported import imported
+from glassarmor.lightning_modules.networks.normalize import Normalize
+from glassarmor.lightning_modules.networks.resnet import PreActResNet, ResNet, preact_resnet18, resnet18
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.lightning_modules.networks.torchvision_net import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TorchvisionNet,
+    torchvision_net,
+)
+from glassarmor.lightning_modules.networks.wide_resnet import wide_resnet
 from tests.composing import config
 
 MEAN, STD = (0.49, 0.48, 0.44), (0.25, 0.24, 0.26)

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from interpret.observation import Observation, feature_layers, observe, record, strongest_wrong
+from glassarmor.interpret.observation import Observation, feature_layers, observe, record, strongest_wrong
 from tests.reference.nets import Linear, Residual, batch, conv_bn, hooks, smooth, unchanged, untidy
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from datamodules import augment, loader
-from datamodules.augment import Augment
-from datamodules.images import Images
-from datamodules.loader import TensorLoader
+from glassarmor.datamodules import augment, loader
+from glassarmor.datamodules.augment import Augment
+from glassarmor.datamodules.images import Images
+from glassarmor.datamodules.loader import TensorLoader
 from tests.test_datamodules import Probe, Toy, same
 
 CUDA = torch.device("cuda", 0)

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from defenses.attacks import FGSM, FGSMRS, NFGSM, PGD
-from defenses.defense import Defense
-from defenses.minimum_norm import CarliniWagner
-from defenses.objectives import KLToClean, NuclearCE
-from defenses.regularizers import PSE, UnitSensitivity
-from defenses.terms import AdversarialCE, CleanCE, LogitPairing, NuclearNorm, Ramp, TradesKL
-from defenses.threat import L2, Linf
+from glassarmor.defenses.attacks.minimum_norm import CarliniWagner
+from glassarmor.defenses.attacks.objectives import KLToClean, NuclearCE
+from glassarmor.defenses.attacks.pgd import FGSM, FGSMRS, NFGSM, PGD
+from glassarmor.defenses.threat import L2, Linf
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.regularizers import PSE, UnitSensitivity
+from glassarmor.defenses.training.terms import AdversarialCE, CleanCE, LogitPairing, NuclearNorm, Ramp, TradesKL
 from tests.reference.nets import batch, conv_bn, unchanged, untidy
 
 BALL = Linf(0.08)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from interpret.conductance import conductance
-from interpret.patching import cut, rerun, unit_patching
+from glassarmor.interpret.signals.conductance import conductance
+from glassarmor.interpret.signals.patching import cut, rerun, unit_patching
 from tests.reference.nets import Residual, batch, conv_bn, unchanged, untidy
 from tests.reference.trained import attacked
 

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datamodules.loader import TensorLoader
-from defenses.adaptive import AdaptivePGD
-from defenses.attacks import FGSM, FGSMRS, PGD
-from defenses.auxiliary import AuxiliaryCE
-from defenses.defense import Defense
-from defenses.terms import AdversarialCE
-from defenses.threat import Linf
-from interpret.observation import feature_layers, observe, record
-from lightning_modules.classifier import RobustClassifier
-from lightning_modules.networks.check import check_network
-from lightning_modules.networks.peers import CASGate, CIFSGate, FSRGate, Gated, gated
-from lightning_modules.networks.resnet import ResNet
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.datamodules.loader import TensorLoader
+from glassarmor.defenses.attacks.pgd import FGSM, FGSMRS, PGD
+from glassarmor.defenses.evaluation.adaptive import AdaptivePGD
+from glassarmor.defenses.threat import Linf
+from glassarmor.defenses.training.auxiliary import AuxiliaryCE
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.terms import AdversarialCE
+from glassarmor.interpret.observation import feature_layers, observe, record
+from glassarmor.lightning_modules.classifier import RobustClassifier
+from glassarmor.lightning_modules.networks.check import check_network
+from glassarmor.lightning_modules.networks.peers import CASGate, CIFSGate, FSRGate, Gated, gated
+from glassarmor.lightning_modules.networks.resnet import ResNet
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 from tests.reference.differences import check
 from tests.reference.losses import cross_entropy, softmax
 from tests.reference.nets import seeded, smooth

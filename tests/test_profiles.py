@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from interpret.background import Background, background_features
-from interpret.modes import undisturbed
-from interpret.observation import Forward, Observation, observe
-from interpret.profiles import (
+from glassarmor.interpret.modes import undisturbed
+from glassarmor.interpret.observation import Forward, Observation, observe
+from glassarmor.interpret.profiles.background import Background, background_features
+from glassarmor.interpret.profiles.profiles import (
     QUANTILES,
     ActivationProfiles,
     activation_profiles,
@@ -24,7 +24,7 @@ from interpret.profiles import (
     strength_positions,
     turning_layer,
 )
-from interpret.sensitivity import strength_curves
+from glassarmor.interpret.signals.sensitivity import strength_curves
 from tests.reference import profiles as reference
 from tests.reference.nets import Residual, batch, seeded, unchanged, untidy
 from tests.test_background import images, vit

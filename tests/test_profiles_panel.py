@@ -12,15 +12,16 @@ import torchvision
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from interpret.observation import observe
-from interpret.profiles import activation_profiles
-from interpret.pse import PromotionSuppression
-from interpret.sensitivity import SensitivityControl
-from interpret.views.encode import encode
-from interpret.views.profiles import ProfilesPanel, _both
-from interpret.views.view import Probe, Profiles, View
-from lightning_modules.networks.resnet import resnet18
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.profiles.profiles import activation_profiles
+from glassarmor.interpret.signals.pse import PromotionSuppression
+from glassarmor.interpret.signals.sensitivity import SensitivityControl
+from glassarmor.interpret.views.charts import Profiles
+from glassarmor.interpret.views.page.encode import encode
+from glassarmor.interpret.views.panels.profiles import ProfilesPanel, _both
+from glassarmor.interpret.views.view import Probe, View
+from glassarmor.lightning_modules.networks.resnet import resnet18
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 from tests.composing import CONFIGS
 
 

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interpret.metrics import KindShares
-from interpret.observation import observe
-from interpret.pse import (
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.signals.pse import (
     BALANCED,
     FLOOR,
     INACTIVE,
@@ -27,6 +26,7 @@ from interpret.pse import (
     region_effects,
     unit_effects,
 )
+from glassarmor.interpret.signals.running import KindShares
 from tests.reference import differences
 from tests.reference import signals as reference
 from tests.reference.nets import Linear, Residual, batch, conv_bn, unchanged, untidy

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from lightning_modules.cards import RunCard
-from lightning_modules.race import Race, Round, race, race_table, rounds_of, score
-from lightning_modules.study import Member, Study, members_of
+from glassarmor.lightning_modules.study.members import Member, members_of
+from glassarmor.lightning_modules.study.race import Race, Round, race, race_table, rounds_of, score
+from glassarmor.lightning_modules.study.records import RunCard
+from glassarmor.lightning_modules.study.study import Study
 
 ROUNDS = ({"seeds": 1, "settings": "middle", "keep": 2}, {"seeds": 1, "keep": 1}, {"seeds": 3, "settings": "chosen"})
 BASE = {"a=1": (0.6, 0.2), "a=2": (0.5, 0.3), "a=3": (0.4, 0.36)}

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from defenses.regularizers import EVIDENCE_FLOOR, PSE, CAMDiscrepancy, UnitKL, UnitSensitivity
-from defenses.terms import AdversarialCE, CleanCE, LogitPairing, MartBCE, MartKL, Ramp, TradesKL
-from interpret.association import concept_weights
-from interpret.cam import cam_change
-from interpret.dissection import dissect
-from interpret.observation import Observation, observe
-from interpret.pse import unit_effects
-from interpret.sensitivity import equal_norm_noise, unit_sensitivity
+from glassarmor.defenses.training.regularizers import EVIDENCE_FLOOR, PSE, CAMDiscrepancy, UnitKL, UnitSensitivity
+from glassarmor.defenses.training.terms import AdversarialCE, CleanCE, LogitPairing, MartBCE, MartKL, Ramp, TradesKL
+from glassarmor.interpret.concepts.association import concept_weights
+from glassarmor.interpret.concepts.dissection import dissect
+from glassarmor.interpret.observation import Observation, observe
+from glassarmor.interpret.signals.cam import cam_change
+from glassarmor.interpret.signals.pse import unit_effects
+from glassarmor.interpret.signals.sensitivity import equal_norm_noise, unit_sensitivity
 from tests.reference import differences
 from tests.reference import losses as reference_losses
 from tests.reference import signals as reference

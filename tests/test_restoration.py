@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from interpret.pse import grid_regions, region_effects
-from interpret.restoration import restoration_curve
+from glassarmor.interpret.signals.pse import grid_regions, region_effects
+from glassarmor.interpret.signals.restoration import restoration_curve
 from tests.reference import interpretation as reference
 from tests.reference.nets import Linear, batch, unchanged, untidy
 from tests.reference.trained import attacked

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_modules.cards import card_of, check_comparable, read_card, write_card
-from lightning_modules.changes import changes
-from lightning_modules.comparison import accuracy_table, settings_of
-from lightning_modules.resuming import note_changes, resumed_config
-from lightning_modules.run_folder import ResumePoint, RunFolder
+from glassarmor.lightning_modules.commands.resuming import note_changes, resumed_config
+from glassarmor.lightning_modules.run.changes import changes
+from glassarmor.lightning_modules.run.folder import ResumePoint, RunFolder
+from glassarmor.lightning_modules.study.records import card_of, check_comparable, read_card, write_card
+from glassarmor.lightning_modules.study.tables import accuracy_table
+from glassarmor.lightning_modules.study.verdicts import settings_of
 from tests.composing import config
 
 

@@ -24,19 +24,19 @@ import torch
 import yaml
 from torch import nn
 
-import compare
-import train
-from defenses.attacks import PGD
-from defenses.threat import Linf
-from interpret.views.page import ReportPage, read_script
-from interpret.views.pse import PSEPanel
-from lightning_modules import comparison
-from lightning_modules.callbacks.checkpointing import Checkpoints, how_chosen
-from lightning_modules.callbacks.dashboard import Dashboard
-from lightning_modules.cards import card_of, read_card, write_card
-from lightning_modules.entry import Stopped, run_command
-from lightning_modules.logging import RunLog, wandb_logger
-from lightning_modules.run_folder import RunFolder
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.threat import Linf
+from glassarmor.interpret.views.page.page import ReportPage, read_script
+from glassarmor.interpret.views.panels.pse import PSEPanel
+from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints, how_chosen
+from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.lightning_modules.commands import study as compare
+from glassarmor.lightning_modules.commands import train
+from glassarmor.lightning_modules.commands.errors import Stopped, run_command
+from glassarmor.lightning_modules.run.folder import RunFolder
+from glassarmor.lightning_modules.run.log import RunLog, wandb_logger
+from glassarmor.lightning_modules.study import verdicts as comparison
+from glassarmor.lightning_modules.study.records import card_of, read_card, write_card
 from tests.composing import SMALL, without_guessing
 from tests.wandb_log import history, run_ids
 
@@ -491,7 +491,10 @@ ERRORS = [
     (["defense=none", "regularizers=[]", "awp.gamma=0.005"], ["error: awp.gamma", "no attack"]),
     (["+trainer.enable_progress_bar=false"], ["trainer.enable_progress_bar: expected true", "False"]),
     (["+trainer.enable_checkpointing=false"], ["trainer.enable_checkpointing: expected true", "False"]),
-    (["health.limits._target_=x"], ["health.limits._target_: expected defenses.alarms.Limits, found 'x'"]),
+    (
+        ["health.limits._target_=x"],
+        ["health.limits._target_: expected glassarmor.defenses.Limits, found 'x'"],
+    ),
     (["defense.passes=separate"], ["defense.passes", "regularizers.pse", "joined"]),
     (["defense.attack_batchnorm=train"], ["defense.attack_batchnorm", "running, batch"]),
     (["defense.eps_share=2"], ["defense.eps_share", "[0, 1]"]),
@@ -542,7 +545,7 @@ def test_debug_shows_the_stack_trace(tmp_path: Path, monkeypatch, capsys) -> Non
 def test_a_dead_wandb_server_does_not_end_the_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
-    monkeypatch.setattr("lightning_modules.logging.INIT_TIMEOUT", 2)
+    monkeypatch.setattr("glassarmor.lightning_modules.run.log.INIT_TIMEOUT", 2)
     with pytest.warns(UserWarning, match="offline"):
         logger = wandb_logger(tmp_path, "glassarmor", "online", "abc123", "run", {})
     assert logger is not None

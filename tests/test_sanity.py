@@ -10,10 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defenses.attacks import PGD
-from defenses.gradient import gradient_error, has_gradient, largest_jump, rounding, watched, zero_gradients
-from defenses.sanity import LIMITS, Check, SanityReport, lower_limit, sanity_checks, share_check, suite_check
-from defenses.threat import L2, Linf
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.evaluation.gradient import (
+    gradient_error,
+    has_gradient,
+    largest_jump,
+    rounding,
+    watched,
+    zero_gradients,
+)
+from glassarmor.defenses.evaluation.sanity import (
+    LIMITS,
+    Check,
+    SanityReport,
+    lower_limit,
+    sanity_checks,
+    share_check,
+    suite_check,
+)
+from glassarmor.defenses.threat import L2, Linf
 from tests.honest import EPS as HONEST_EPS
 from tests.honest import FAMILIES, IMAGES, Median
 from tests.honest import trained as honest

@@ -9,24 +9,31 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from lightning_modules.saved_config import CONFIGS, foreign_code, is_ours, named_targets, read_config, read_yaml
+from glassarmor.lightning_modules.run.saved_config import (
+    CONFIGS,
+    foreign_code,
+    is_ours,
+    named_targets,
+    read_config,
+    read_yaml,
+)
 from tests.composing import config
 
 FOREIGN = {
     "a callable": {"data": {"_target_": "os.system", "command": "touch /tmp/x"}},
     "in a list": {"trainer": {"callbacks": [{"_target_": "subprocess.call"}]}},
     "our target that imports what it is told": {
-        "network": {"_target_": "lightning_modules.networks.imported.imported", "_partial_": True, "target": "os:system"}
+        "network": {"_target_": "glassarmor.lightning_modules.networks.imported", "_partial_": True, "target": "os:system"}
     },
     "nested in ours": {
         "attack": {
-            "_target_": "defenses.attacks.PGD",
-            "threat": {"_target_": "defenses.threat.Linf", "eps": {"_target_": "x.y"}},
+            "_target_": "glassarmor.defenses.PGD",
+            "threat": {"_target_": "glassarmor.defenses.Linf", "eps": {"_target_": "x.y"}},
         }
     },
-    "through one of our modules": {"data": {"_target_": "defenses.masking.torch.hub.load"}},
-    "a function of ours that writes files": {"data": {"_target_": "interpret.storage.write_atomic"}},
-    "a class of ours that writes files": {"data": {"_target_": "defenses.Fallen", "path": "/etc/x"}},
+    "through one of our modules": {"data": {"_target_": "glassarmor.defenses.masking.torch.hub.load"}},
+    "a function of ours that writes files": {"data": {"_target_": "glassarmor.interpret.storage.write_atomic"}},
+    "a class of ours that writes files": {"data": {"_target_": "glassarmor.defenses.Fallen", "path": "/etc/x"}},
     "Hydra's own": {"data": {"_target_": "hydra.utils.get_method", "path": "os.system"}},
     "no text": {"data": {"_target_": {"_target_": "os.getcwd"}}},
     "the environment": {"name": "${oc.env:HOME}"},
@@ -70,7 +77,7 @@ def test_a_composed_config_is_allowed(tmp_path: Path) -> None:
     assert read_config(path, "resume")["defense"]["_target_"] in named_targets()
 
 
-PUBLIC = ("defenses.objectives.DLR", "defenses.threat.L2", "datamodules.segmentation.SegmentationFolder")
+PUBLIC = ("glassarmor.defenses.DLR", "glassarmor.defenses.L2", "glassarmor.datamodules.SegmentationFolder")
 
 
 @pytest.mark.parametrize("target", PUBLIC)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchmetrics import CatMetric, SumMetric
 
-from lightning_modules.callbacks.checkpointing import Checkpoints, how_chosen
-from lightning_modules.selection import OLD, Choice, Select, knows_nothing, standard_error
+from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints, how_chosen
+from glassarmor.lightning_modules.selection import OLD, Choice, Select, knows_nothing, standard_error
 
 Y = torch.arange(100) % 2
 CLEAN = torch.where(torch.arange(100) < 10, 1 - Y, Y)  # 90 % right, both answers given
@@ -156,7 +156,7 @@ def end_of(kept: Checkpoints, number: int, module: Small, held_out: Tensor | Non
 
 def test_an_epoch_without_a_validation_of_its_own_is_not_judged_by_an_older_one(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(
-        "lightning_modules.callbacks.checkpointing.summed", lambda module: __import__("contextlib").nullcontext()
+        "glassarmor.lightning_modules.callbacks.checkpointing.summed", lambda module: __import__("contextlib").nullcontext()
     )
     kept, module = Checkpoints(tmp_path, select=ROBUST), Small()
     held = [epoch(0, torch.zeros(100, dtype=torch.long)), epoch(60), None, epoch(40), None]

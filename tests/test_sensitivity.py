@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from interpret.metrics import RunningSensitivity
-from interpret.observation import Forward, Observation, observe
-from interpret.sensitivity import relative_unit_sensitivity, unit_change, unit_sensitivity, unit_spread
+from glassarmor.interpret.observation import Forward, Observation, observe
+from glassarmor.interpret.signals.running import RunningSensitivity
+from glassarmor.interpret.signals.sensitivity import relative_unit_sensitivity, unit_change, unit_sensitivity, unit_spread
 from tests.reference import differences
 from tests.reference import signals as reference
 from tests.reference.nets import batch, conv_bn, seeded

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.colours import COLOURS, TYPICAL, luminance, name_colours
-from datamodules.loader import seeded
-from datamodules.shapes import (
+from glassarmor.datamodules.colours import COLOURS, TYPICAL, luminance, name_colours
+from glassarmor.datamodules.loader import seeded
+from glassarmor.datamodules.shapes import (
     CHROMATIC,
     FREQUENCIES,
     LABELS,
@@ -193,7 +193,7 @@ def test_errors(options: dict, message: str) -> None:
 
 
 def test_the_config_makes_it() -> None:
-    import train
+    from glassarmor.lightning_modules.commands import train
 
     few = ["data.count=60", "data.test_count=20", "data.size=8", "data.batch_size=8"]
     cfg = config("data=shapes", "data.label=texture", *few, "panels=[]")

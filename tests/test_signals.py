@@ -7,20 +7,20 @@ from functools import partial
 import torch
 from torch import nn
 
-from datamodules.concepts import procedural_concepts
-from interpret.observation import observe
-from interpret.signals import summarised
-from interpret.views.attribution import AttributionPanel
-from interpret.views.cam import CAMPanel
-from interpret.views.dissection import DissectionPanel
-from interpret.views.failures import FailuresPanel
-from interpret.views.outcome import OutcomePanel
-from interpret.views.profiles import ProfilesPanel
-from interpret.views.pse import PSEPanel
-from interpret.views.restoration import RestorationPanel
-from interpret.views.sensitivity import SensitivityPanel
-from interpret.views.units import UnitsPanel
-from interpret.views.view import Probe
+from glassarmor.datamodules.concepts import procedural_concepts
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.views.panels.attribution import AttributionPanel
+from glassarmor.interpret.views.panels.cam import CAMPanel
+from glassarmor.interpret.views.panels.dissection import DissectionPanel
+from glassarmor.interpret.views.panels.failures import FailuresPanel
+from glassarmor.interpret.views.panels.outcome import OutcomePanel
+from glassarmor.interpret.views.panels.profiles import ProfilesPanel
+from glassarmor.interpret.views.panels.pse import PSEPanel
+from glassarmor.interpret.views.panels.restoration import RestorationPanel
+from glassarmor.interpret.views.panels.sensitivity import SensitivityPanel
+from glassarmor.interpret.views.panels.units import UnitsPanel
+from glassarmor.interpret.views.summary import summarised
+from glassarmor.interpret.views.view import Probe
 
 VALUES = {
     "pse/share_inactive": 0.2,

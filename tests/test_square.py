@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from defenses import losses
-from defenses.square import Square, bump
-from defenses.threat import L2, Linf, norms
+from glassarmor.defenses import losses
+from glassarmor.defenses.attacks.square import Square, bump
+from glassarmor.defenses.threat import L2, Linf, norms
 from tests.planted import Compressed
 from tests.reference.nets import Linear, batch, conv_bn, seeded, unchanged, untidy
 from tests.reference.trained import attacked

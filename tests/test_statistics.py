@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from defenses.statistics import bootstrap_interval, front, holm, hypervolume, mean_std, paired, robust_at, sign_flip_p
+from glassarmor.interpret.statistics import (
+    bootstrap_interval,
+    front,
+    holm,
+    hypervolume,
+    mean_std,
+    paired,
+    robust_at,
+    sign_flip_p,
+)
 
 ACCURACY = st.floats(0, 1, allow_nan=False)
 POINTS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=7)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from interpret.storage import check_links, read_json, read_record, write_atomic
+from glassarmor.interpret.storage import check_links, read_json, read_record, write_atomic
 
 
 def test_writing_replaces_a_link_and_leaves_what_it_led_to(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_what_is_no_file_or_too_large_is_refused_unread(tmp_path: Path, monkeypa
         read_json(tmp_path / "none.json")
     with pytest.raises(ValueError, match="expected a file"):
         read_json(tmp_path)
-    monkeypatch.setattr("interpret.storage.LARGEST", 1 << 20)
+    monkeypatch.setattr("glassarmor.interpret.storage.LARGEST", 1 << 20)
     (tmp_path / "large.json").write_text(json.dumps("a" * (1 << 21)))
     with pytest.raises(ValueError, match="at most 1 MiB, found 2 MiB"):
         read_json(tmp_path / "large.json")

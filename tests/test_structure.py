@@ -8,10 +8,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from interpret.observation import record
-from interpret.structure import Structure, collapse, layout, open_to, overview, structure
-from lightning_modules.networks.resnet import preact_resnet18, resnet18
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.interpret.network.structure import Structure, collapse, layout, open_to, overview, structure
+from glassarmor.interpret.observation import record
+from glassarmor.lightning_modules.networks.resnet import preact_resnet18, resnet18
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 from tests.reference.nets import Residual, unchanged, untidy
 
 DATA = {"num_classes": 5, "in_channels": 3, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}

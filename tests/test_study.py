@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,29 +19,34 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-import compare
-from interpret.views.page import read_script
-from interpret.views.text import markdown
-from lightning_modules import hardware
-from lightning_modules.ablation import attack_compared
-from lightning_modules.cards import Evaluation, check_comparable, config_hash, read_card, read_cards, write_card
-from lightning_modules.comparison import accuracy_table, settings_of
-from lightning_modules.study import (
+from glassarmor.interpret.views.draw.text import markdown
+from glassarmor.interpret.views.page.page import read_script
+from glassarmor.lightning_modules.commands import study as compare
+from glassarmor.lightning_modules.run import hardware
+from glassarmor.lightning_modules.study.members import Member, members_of, portable_override
+from glassarmor.lightning_modules.study.records import (
+    Evaluation,
+    check_comparable,
+    config_hash,
+    read_card,
+    read_cards,
+    write_card,
+)
+from glassarmor.lightning_modules.study.report import attack_compared
+from glassarmor.lightning_modules.study.runner import (
     TRIES,
-    Member,
     Place,
-    Study,
     cards_of,
     command,
     forgive,
     left,
-    members_of,
     place_of,
     planned,
-    portable_override,
-    read_study,
     run_members,
 )
+from glassarmor.lightning_modules.study.study import Study, read_study
+from glassarmor.lightning_modules.study.tables import accuracy_table
+from glassarmor.lightning_modules.study.verdicts import settings_of
 from tests.cards import suite_card
 from tests.composing import CONFIGS, config
 
@@ -78,6 +83,11 @@ if act == "slow": time.sleep(60)
 """
 
 
+def beside(script: Path) -> Callable[[str], list[str]]:
+    """What starts the scripts that lie beside this one, in the place of the real commands."""
+    return lambda command: [sys.executable, str(script if command == "train" else script.with_name(f"{command}.py"))]
+
+
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "fake.py"
@@ -96,7 +106,7 @@ def calls(out: Path, member: Member) -> list[str]:
 
 def go(members: Sequence[Member], out: Path, script: Path, jobs: int = 2) -> list[str]:
     said: list[str] = []
-    run_members(members, out, script, jobs, said.append, poll=0.02)
+    run_members(members, out, beside(script), jobs, said.append, poll=0.02)
     return said
 
 
@@ -234,7 +244,7 @@ def test_ctrl_c_ends_the_members_and_the_next_call_goes_on(tmp_path: Path, scrip
 
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_members(members, tmp_path, script, 2, interrupt, poll=0.02)
+        run_members(members, tmp_path, beside(script), 2, interrupt, poll=0.02)
     assert time.monotonic() - began < 15
     for member in members:  # nobody holds the lock: nobody lives
         place = Place(tmp_path / "members" / member.name)
@@ -509,7 +519,7 @@ def test_auto_is_decided_once_for_all_members_and_is_no_part_of_a_hash(
 
     def started(methods: dict[str, Any], out: Path) -> tuple[list[str], list[list[str]]]:
         members = members_of(study(methods=methods, seeds=[0], budget=["defense=none"]), compare.composed)
-        lines = [command(member, Place(out / "members" / member.name), script) for member in members]
+        lines = [command(member, Place(out / "members" / member.name), beside(script)) for member in members]
         added = [[word for word in line[2:-2] if word not in m.overrides] for m, line in zip(members, lines, strict=True)]
         return [member.hash for member in members], added
 

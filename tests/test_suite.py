@@ -15,19 +15,19 @@ from pyautoattack import AutoAttack
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from defenses import L2, PGD, Linf, evaluate_robustness, make_suite
-from defenses.apgd import APGD
-from defenses.autoattack import AutoAttackPart
-from defenses.corruptions import CORRUPTIONS, corrupted_accuracy
-from defenses.identity import described, net_hash
-from defenses.masking import UnitMask, masked
-from defenses.regularizers import PSE
-from defenses.robustness import STANDS, WRONG, Progress
-from defenses.sampling import stratified_rows, wilson
-from defenses.sanity import Noise
-from defenses.square import Square
-from defenses.suite import Step, Suite, Transfer
-from defenses.threat import Threat
+from glassarmor.defenses import L2, PGD, Linf, evaluate_robustness, make_suite
+from glassarmor.defenses.attacks.apgd import APGD
+from glassarmor.defenses.attacks.autoattack import AutoAttackPart
+from glassarmor.defenses.attacks.square import Square
+from glassarmor.defenses.evaluation.corruptions import CORRUPTIONS, corrupted_accuracy
+from glassarmor.defenses.evaluation.fingerprint import described, net_hash
+from glassarmor.defenses.evaluation.robustness import STANDS, WRONG, Progress
+from glassarmor.defenses.evaluation.sampling import stratified_rows, wilson
+from glassarmor.defenses.evaluation.sanity import Noise
+from glassarmor.defenses.evaluation.suite import Step, Suite, Transfer
+from glassarmor.defenses.masking import UnitMask, masked
+from glassarmor.defenses.threat import Threat
+from glassarmor.defenses.training.regularizers import PSE
 from tests.planted import CUTS, SAME, Cut
 from tests.reference.nets import Linear, conv_bn, seeded, unchanged, untidy
 from tests.test_apgd import mlp

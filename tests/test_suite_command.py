@@ -15,18 +15,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import evaluate
-from datamodules.digits import Digits
-from defenses.card import read_card
-from defenses.robustness import Progress
-from defenses.sanity import LIMITS
-from interpret.views.page import read_script
-from lightning_modules import console, judging
-from lightning_modules.callbacks.dashboard import Dashboard
-from lightning_modules.entry import refusal
-from lightning_modules.networks.build import load_weights
-from lightning_modules.networks.normalize import normalised
-from lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.datamodules.digits import Digits
+from glassarmor.defenses.evaluation.card import read_card
+from glassarmor.defenses.evaluation.robustness import Progress
+from glassarmor.defenses.evaluation.sanity import LIMITS
+from glassarmor.interpret.views.page.page import read_script
+from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.lightning_modules.cards import report as judging
+from glassarmor.lightning_modules.commands import evaluate
+from glassarmor.lightning_modules.commands.errors import refusal
+from glassarmor.lightning_modules.networks.build import load_weights
+from glassarmor.lightning_modules.networks.normalize import normalised
+from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.lightning_modules.run import console
 from tests.test_evaluate import command
 
 NAMED = ("data=digits", "network=small_cnn", "network.width=0.25", "threat=linf", "threads=1", "panels=[outcome,failures]")

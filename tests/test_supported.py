@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from defenses import losses
-from defenses.attacks import FGSM, PGD
-from defenses.minimum_norm import CarliniWagner, ElasticNet, GroupSparse
-from defenses.objectives import Margin, Targeted
-from defenses.supported import Masked, Supported
-from defenses.threat import L2, Linf, norms
+from glassarmor.defenses import losses
+from glassarmor.defenses.attacks.minimum_norm import CarliniWagner, ElasticNet, GroupSparse
+from glassarmor.defenses.attacks.objectives import Margin, Targeted
+from glassarmor.defenses.attacks.pgd import FGSM, PGD
+from glassarmor.defenses.attacks.supported import Masked, Supported
+from glassarmor.defenses.threat import L2, Linf, norms
 from tests.reference.minimum_norm import undecided
 from tests.reference.nets import Linear, Residual, batch, conv_bn, unchanged, untidy
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from defenses.threat import L2, Linf, norms, parse_eps
+from glassarmor.defenses.threat import L2, Linf, norms, parse_eps
 from tests.reference.nets import seeded
 
 SHAPE = (3, 2, 3, 3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.validation import PUBLISHED, Published, bounds, cnn_a, judged
-from defenses import evaluate_robustness
+from glassarmor.defenses import evaluate_robustness
 
 DATA = Path(os.environ.get("PUBLISHED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data" / "published"))
 HERE = pytest.mark.skipif(not DATA.is_dir(), reason="no published weights; PUBLISHED_DATA names their folder")

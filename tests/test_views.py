@@ -16,16 +16,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from interpret.conductance import conductance
-from interpret.observation import observe
-from interpret.pse import KIND_NAMES, region_effects
-from interpret.restoration import restoration_curve
-from interpret.sensitivity import sensitivity_control
-from interpret.views import attribution, cam, encode, figures, pse, raster, training, units
-from interpret.views.page import ReportPage, read_script, write_atomic
-from interpret.views.restoration import RestorationPanel
-from interpret.views.sensitivity import SensitivityPanel
-from interpret.views.view import Bars, Chart, Intervals, Lines, MapColumn, Maps, Probe, Scatter, Table, Trend, View
+from glassarmor.interpret.observation import observe
+from glassarmor.interpret.signals.conductance import conductance
+from glassarmor.interpret.signals.pse import KIND_NAMES, region_effects
+from glassarmor.interpret.signals.restoration import restoration_curve
+from glassarmor.interpret.signals.sensitivity import sensitivity_control
+from glassarmor.interpret.views.charts import Bars, Chart, Intervals, Lines, MapColumn, Maps, Scatter, Table, Trend
+from glassarmor.interpret.views.draw import figures, raster
+from glassarmor.interpret.views.page import encode
+from glassarmor.interpret.views.page.page import ReportPage, read_script, write_atomic
+from glassarmor.interpret.views.panels import attribution, cam, pse, training, units
+from glassarmor.interpret.views.panels.restoration import RestorationPanel
+from glassarmor.interpret.views.panels.sensitivity import SensitivityPanel
+from glassarmor.interpret.views.view import Probe, View
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 

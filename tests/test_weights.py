@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from defenses.attacks import PGD
-from defenses.defense import Defense
-from defenses.losses import kl_divergence
-from defenses.objectives import KLToClean
-from defenses.regularizers import PSE, UnitSensitivity
-from defenses.terms import AdversarialCE, CleanCE, TradesKL
-from defenses.threat import Linf
-from defenses.weights import AWP, moved
-from interpret.observation import observe
+from glassarmor.defenses.attacks.objectives import KLToClean
+from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.losses import kl_divergence
+from glassarmor.defenses.threat import Linf
+from glassarmor.defenses.training.defense import Defense
+from glassarmor.defenses.training.regularizers import PSE, UnitSensitivity
+from glassarmor.defenses.training.terms import AdversarialCE, CleanCE, TradesKL
+from glassarmor.defenses.training.weights import AWP, moved
+from glassarmor.interpret.observation import observe
 from tests.reference.methods import awp_step
 from tests.reference.nets import batch, conv_bn, unchanged, untidy
 

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from interpret.observation import Side
-from interpret.views.view import MapColumn, Probe
+from glassarmor.interpret.observation import Side
+from glassarmor.interpret.views.charts import MapColumn
+from glassarmor.interpret.views.view import Probe
 
 
 def numpy(values: Tensor) -> np.ndarray:

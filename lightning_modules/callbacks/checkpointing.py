@@ -19,12 +19,12 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from defenses.health import count_nonfinite
-from interpret.views.page import write_atomic
-from lightning_modules.processes import Poll, leave_sums_to_leader, summed, together
-from lightning_modules.randomness import generator_states, set_generator_states
-from lightning_modules.run_folder import load_checkpoint
-from lightning_modules.selection import OLD, Choice, Select
+from glassarmor.defenses.monitoring.readings import count_nonfinite
+from glassarmor.interpret.views.page.page import write_atomic
+from glassarmor.lightning_modules.randomness import generator_states, set_generator_states
+from glassarmor.lightning_modules.run.folder import load_checkpoint
+from glassarmor.lightning_modules.run.processes import Poll, leave_sums_to_leader, summed, together
+from glassarmor.lightning_modules.selection import OLD, Choice, Select
 
 HEALTHY: Final = "healthy.ckpt"
 COST = 0.01  # share of the training time that checkpoints inside an epoch may take
@@ -209,7 +209,7 @@ class Checkpoints(Checkpoint):
 
     @property
     def lost(self) -> dict[str, str]:
-        """What could not be written, as :class:`lightning_modules.logging.RunLog` has it."""
+        """What could not be written, as :class:`.RunLog` has it."""
         return {f"write {self.last.name}": "the disk took no checkpoint"} if self._stale or not self._whole else {}
 
     def state_dict(self) -> dict[str, Any]:

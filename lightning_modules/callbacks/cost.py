@@ -9,8 +9,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from interpret.storage import read_record, write_atomic
-from lightning_modules.logging import survive
+from glassarmor.interpret.storage import read_record, write_atomic
+from glassarmor.lightning_modules.run.log import survive
 
 
 class Cost(pl.Callback):

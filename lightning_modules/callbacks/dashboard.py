@@ -11,13 +11,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from defenses.attacks import Attack
-from defenses.threat import Threat
-from interpret.inputs import checked
-from interpret.modes import undisturbed
-from interpret.observation import feature_layers, find_layers, observe
-from interpret.views.view import Panel, Probe, View
-from lightning_modules.logging import RunLog
+from glassarmor.defenses.attacks.pgd import Attack
+from glassarmor.defenses.threat import Threat
+from glassarmor.interpret.inputs import checked
+from glassarmor.interpret.modes import undisturbed
+from glassarmor.interpret.observation import feature_layers, find_layers, observe
+from glassarmor.interpret.views.view import Panel, Probe, View
+from glassarmor.lightning_modules.run.log import RunLog
 
 
 class Nudge:
@@ -50,7 +50,7 @@ class Dashboard(pl.Callback):
         training: training images (M, C, H, W) in [0,1] and labels (M,), for panels that show the probe before them.
 
     Raises:
-        ValueError: images outside [0,1], or labels of another shape or type (:func:`interpret.inputs.checked`).
+        ValueError: images outside [0,1], or labels of another shape or type (:func:`.checked`).
 
     Shows ``module.net``, or the module itself; set ``net_of`` to show another, e.g. the average of the weights.
     """

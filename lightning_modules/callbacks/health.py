@@ -11,7 +11,8 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from defenses.alarms import (
+from glassarmor.defenses.attacks.pgd import Attack
+from glassarmor.defenses.monitoring.alarms import (
     ABOUT_ATTACKS,
     CHECKS,
     GUESSING,
@@ -28,16 +29,15 @@ from defenses.alarms import (
     safer,
     withstands,
 )
-from defenses.attacks import Attack
-from defenses.health import FEW, Images, Reading, measure
-from defenses.threat import Threat
-from interpret.observation import feature_layers
-from interpret.views.health import health_view
-from interpret.views.view import View
-from lightning_modules.callbacks.checkpointing import Checkpoints
-from lightning_modules.console import console
-from lightning_modules.logging import RunLog
-from lightning_modules.run_folder import load_checkpoint, unreadable_because
+from glassarmor.defenses.monitoring.readings import FEW, Images, Reading, measure
+from glassarmor.defenses.threat import Threat
+from glassarmor.interpret.observation import feature_layers
+from glassarmor.interpret.views.panels.health import health_view
+from glassarmor.interpret.views.view import View
+from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
+from glassarmor.lightning_modules.run.console import console
+from glassarmor.lightning_modules.run.folder import load_checkpoint, unreadable_because
+from glassarmor.lightning_modules.run.log import RunLog
 
 Action = Literal["warn", "stop", "rollback"]
 LEAST_GRACE: Final = 50  # steps
@@ -51,7 +51,7 @@ class Health(pl.Callback):
     """Reads the training weights at the end of epochs, and every so many steps; alarms warn, stop, or roll back.
 
     A rollback happens where the next step would begin: a safety measure is in force from then on
-    (:func:`defenses.alarms.safer`), also in a resumed run, and weights, BatchNorm statistics, optimiser, running estimates
+    (:func:`.safer`), also in a resumed run, and weights, BatchNorm statistics, optimiser, running estimates
     and the average of the weights become those of ``healthy.ckpt`` again, bit for bit, unless the present ones withstand
     more on the images read; schedule, data order and step count go on.  ``healthy.ckpt`` is the latest state without an
     alarm, or one with an alarm that withstands more.  The measure is on trial for a twentieth of the run, ``LEAST_TRIAL``

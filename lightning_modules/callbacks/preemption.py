@@ -12,10 +12,11 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
-from interpret.storage import write_atomic
-from lightning_modules.callbacks.checkpointing import Checkpoints
-from lightning_modules.console import console
-from lightning_modules.processes import Poll, is_leader
+from glassarmor.interpret.storage import write_atomic
+from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
+from glassarmor.lightning_modules.run.console import console
+from glassarmor.lightning_modules.run.doors import spelled
+from glassarmor.lightning_modules.run.processes import Poll, is_leader
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, worth starting again
 STOPPED = "stopped"
@@ -79,7 +80,7 @@ class Preemption(Checkpoint):
         held = "no step was saved" if step is None else f"last.ckpt holds step {step}"
         name = "another process's signal" if self.received is None else self.received.name
         code = INTERRUPTED if self.received == signal.SIGINT else EXIT_CODE
-        go_on = shlex.join(["python", "train.py", f"resume={self.folder}"])
+        go_on = shlex.join([*spelled("train"), f"resume={self.folder}"])
         console.print(f"\n{name}: {held}; go on with  {go_on}  (exit code {code})")
         with suppress(OSError):  # a full disk must not keep it from ending
             write_atomic(self.folder / STOPPED, f"{name}: {held}\n")

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.networks.check import check_network
+from glassarmor.lightning_modules.networks.check import check_network
 
 
 class ImageData(Protocol):
@@ -31,7 +31,7 @@ def make_network(
     """The network for the classes, channels and statistics of ``data``, checked; as one to train, if ``differentiable``.
 
     Raises:
-        ValueError: see :func:`lightning_modules.networks.check.check_network`.
+        ValueError: see :func:`.check_network`.
     """
     net = factory(num_classes=data.num_classes, in_channels=data.image_shape[0], mean=data.mean, std=data.std)
     check_network(net, data.image_shape, data.num_classes, differentiable)

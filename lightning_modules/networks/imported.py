@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from lightning_modules.networks.check import without_inplace
-from lightning_modules.networks.normalize import normalised
+from glassarmor.lightning_modules.networks.check import without_inplace
+from glassarmor.lightning_modules.networks.normalize import normalised
 
 LISTED = 12  # callables, where the one that was named is not there
 

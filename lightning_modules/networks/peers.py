@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.networks.layers import conv3x3
+from glassarmor.lightning_modules.networks.layers import conv3x3
 
 Select = Literal["soft", "argmax", "none"]
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightning_modules.networks.layers import conv1x1, conv3x3, conv_bn_relu, global_average_pool, initialize
-from lightning_modules.networks.normalize import Normalize
+from glassarmor.lightning_modules.networks.layers import conv1x1, conv3x3, conv_bn_relu, global_average_pool, initialize
+from glassarmor.lightning_modules.networks.normalize import Normalize
 
 
 class BasicBlock(nn.Module):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_modules.networks.layers import conv_bn_relu, global_average_pool, initialize
-from lightning_modules.networks.normalize import Normalize
+from glassarmor.lightning_modules.networks.layers import conv_bn_relu, global_average_pool, initialize
+from glassarmor.lightning_modules.networks.normalize import Normalize
 
 
 class SmallCNN(nn.Sequential):

@@ -13,8 +13,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.networks.check import without_inplace
-from lightning_modules.networks.normalize import Normalize
+from glassarmor.lightning_modules.networks.check import without_inplace
+from glassarmor.lightning_modules.networks.normalize import Normalize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_modules.networks.resnet import PreActResNet
+from glassarmor.lightning_modules.networks.resnet import PreActResNet
 
 
 def wide_resnet(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from interpret.observation import Observation, observe
+from glassarmor.interpret.observation import Observation, observe
 from tests.reference.nets import seeded, smooth
 
 MODES = ("eval", "joined", "shared")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from datamodules.images import ImageDataModule
+from glassarmor.datamodules.images import ImageDataModule
 from tests.reference.methods import awp_step
 
 

@@ -9,8 +9,8 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-import train
-from lightning_modules.callbacks.averaging import averaging
+from glassarmor.lightning_modules.callbacks.averaging import averaging
+from glassarmor.lightning_modules.commands import train
 from tests.composing import config
 from tests.reference.loops import Budget, judged
 from tests.reference.loops import train as plain_loop

@@ -1,0 +1,1 @@
+"""Select: Hydra groups, one YAML a choice."""

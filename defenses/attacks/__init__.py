@@ -1,0 +1,1 @@
+"""Attacks: a net, images and labels in, adversarial images out."""

@@ -1,0 +1,1 @@
+"""Judge: suites of attacks, sanity checks, result cards."""

@@ -1,0 +1,318 @@
+"""The result card of an evaluation: everything that a reader needs to trust, compare or repeat a robust accuracy.
+
+A card is plain JSON that follows ``card.schema.json``; :func:`markdown` shows it to people.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import jsonschema
+import torch
+from torch import Tensor, nn
+
+from glassarmor.defenses.attacks.objectives import Margin
+from glassarmor.defenses.attacks.pgd import PGD, Attack
+from glassarmor.defenses.evaluation.consistency import contradictions
+from glassarmor.defenses.evaluation.inputs import device_of, predict
+from glassarmor.defenses.evaluation.robustness import Evaluation, answered
+from glassarmor.defenses.evaluation.sanity import SanityReport
+from glassarmor.defenses.threat import Threat
+from glassarmor.interpret.inputs import checked
+from glassarmor.interpret.storage import read_record
+from glassarmor.interpret.views.draw.text import markdown_text
+from glassarmor.interpret.views.summary import summarised
+
+SCHEMA: Final = Path(__file__).with_name("card.schema.json")
+VERSION: Final = "glassarmor-card/1"
+SCALES: Final = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)
+MUST_AGREE: Final = {  # what makes the accuracies of two cards comparable, and how a reader calls it
+    ("threat", "norm"): "norm of the threat",
+    ("threat", "eps"): "ε",
+    ("data", "images"): "images",
+    ("suite", "name"): "suite",
+    ("examples", "labels"): "labels",
+    ("data", "classes"): "classes",
+}
+
+
+def margin_pgd(threat: Threat) -> Attack:
+    """PGD-20 on the margin."""
+    return PGD(threat, 20, objective=Margin(), seed=7)
+
+
+def accuracy_curve(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    scales: Sequence[float] = SCALES,
+    attack: Callable[[Threat], Attack] = margin_pgd,
+    batch: int = 256,
+) -> tuple[tuple[float, float], ...]:
+    """Accuracy against ε: pairs of (ε, share that stands), from ε = 0 on, never rising (ours).
+
+    An attack at each radius, on what still stands: an image that fell in a smaller ball falls in a larger one.
+
+    Args:
+        x, y: images (N, C, H, W) in [0,1] and labels (N,).
+        scales: radii over that of ``threat``, increasing.
+        attack: for a ball; one that needs no gradient for a net that has none.
+
+    Raises:
+        ValueError: scales that do not increase from above 0.
+    """
+    if not scales or scales[0] <= 0 or any(b <= a for a, b in pairwise(scales)):
+        raise ValueError(f"scales: expected increasing numbers above 0, found {tuple(scales)}")
+    x, y, _ = checked(net, x, y)
+    device = device_of(net)
+    standing = torch.cat(
+        [answered(predict(net, a.to(device)).cpu(), b.cpu()) for a, b in zip(x.split(batch), y.split(batch), strict=True)]
+    )
+    curve = [(0.0, float(standing.float().mean()))]
+    for scale in scales:
+        ball = threat.scaled(scale)
+        search = attack(ball)
+        for rows in standing.nonzero().flatten().split(batch) if standing.any() else ():
+            a, b = x[rows.to(x.device)].to(device), y[rows.to(y.device)].to(device)
+            standing[rows] = answered(predict(net, search(net, a, b)), b).cpu()
+        curve.append((float(ball.eps), float(standing.float().mean())))
+    return tuple(curve)
+
+
+def make_card(
+    found: Evaluation,
+    threat: Threat,
+    *,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    class_names: Sequence[str],
+    curve: Sequence[tuple[float, float]],
+    sanity: SanityReport,
+    interpretation: Mapping[str, float],
+    seed: int,
+    versions: Mapping[str, str],
+    commit: str,
+    config: Mapping[str, Any] | None = None,
+    places: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """The card as plain JSON.
+
+    Args:
+        model: ``name``, ``source`` (where its weights come from) and ``parameters``; ``training``, where its run is known:
+            the hash of the config, and what was ``changed`` while it was trained.
+        data: ``name``, ``split``, and ``selection``: what chose the checkpoint; ``fingerprint`` of the whole split, and
+            ``differs``: how the images differ from those that the network was trained and chosen on.
+        class_names: by label; a label without one is called by its number.
+        curve: of :func:`accuracy_curve`; through the radius of ``threat`` if it has more points than ε = 0.
+        interpretation: what the panels measured, by name; numbers that are not finite are left out.
+        places: of the images of the checks and of the curve among those that were judged, increasing.
+
+    Raises:
+        ValueError: the card would not follow the schema, or contradict itself.
+    """
+    correct = found.felled != -2
+    names = [*class_names, *(str(label) for label in range(len(class_names), int(found.labels.max()) + 1))]
+    classes = []
+    for label in found.labels.unique().tolist():
+        mine = found.labels == label
+        shares = (float(kept[mine].float().mean()) for kept in (correct, found.standing))
+        classes.append({"class": names[label], "n": int(mine.sum())} | dict(zip(("clean", "robust"), shares, strict=True)))
+    card = {
+        "schema": VERSION,
+        "model": {**model, "weights": found.fingerprint["weights"]},
+        "data": {**data, "n": found.n, "images": found.fingerprint["images"], "classes": names},
+        "threat": {"norm": type(threat).__name__, "eps": float(threat.eps)},
+        "suite": {
+            "name": found.suite,
+            "settings": found.fingerprint["settings"],
+            "attacks": [asdict(attack) for attack in found.attacks],
+            "forwards": found.forwards,
+            "backwards": found.backwards,
+            "seconds": found.seconds,
+        },
+        "accuracy": {
+            "clean": found.clean_accuracy,
+            "robust": found.accuracy,
+            "interval95": list(found.interval),
+            "by_class": classes,
+            "by_eps": [{"eps": eps, "robust": accuracy} for eps, accuracy in curve],
+            "by_corruption": {name: list(values) for name, values in found.corruptions.items()},
+        },
+        "sanity": {
+            "verdict": sanity.verdict,
+            "reasons": list(sanity.reasons),
+            "images": sanity.images,
+            "checks": [asdict(check) for check in sanity.checks],
+            **({} if places is None else {"places": list(places)}),
+        },
+        "interpretation": {name: float(value) for name, value in interpretation.items() if abs(value) < float("inf")},
+        "examples": {
+            "rows": found.rows.tolist(),
+            "labels": found.labels.tolist(),
+            "correct": correct.tolist(),
+            "standing": found.standing.tolist(),
+            "felled_by": list(found.felled_by),
+        },
+        "seed": seed,
+        "versions": dict(versions),
+        "commit": commit,
+        "notes": list(found.notes),
+        "config": dict(config or {}),
+    }
+    check_card(card)
+    return card
+
+
+def check_card(card: object) -> None:
+    """Raises ValueError, naming the place, unless ``card`` follows ``card.schema.json`` and holds together."""
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(card))
+    if error is not None:
+        place = "/".join(map(str, error.absolute_path)) or "the whole"
+        raise ValueError(f"card: {place}: {error.message[:200]}")
+    assert isinstance(card, Mapping)
+    if found := contradictions(card):
+        more = f"; and {len(found) - 3} more" * (len(found) > 3)
+        raise ValueError(f"card: it contradicts itself: {'; '.join(found[:3])}{more}")
+
+
+@cache
+def _validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def read_card(path: str | Path) -> dict[str, Any]:
+    """A card from its file.
+
+    Raises:
+        ValueError: no such file, no JSON, no card, or one whose numbers do not follow from its own entries; names the file.
+    """
+    card = read_record(Path(path), "card", finite=False)  # check_card names the entry
+    try:
+        check_card(card)
+    except ValueError as error:
+        raise ValueError(f"{error} ({path})") from error
+    return card
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Why the accuracies of two cards do not compare; empty where they do."""
+    return [
+        f"{name} {_brief(a[room][key])} and {_brief(b[room][key])}"
+        for (room, key), name in MUST_AGREE.items()
+        if key in a[room] and key in b[room] and a[room][key] != b[room][key]  # older cards have no classes
+    ]
+
+
+def _brief(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def markdown(card: Mapping[str, Any]) -> str:
+    """The card for people; names in it are shown letter by letter."""
+    card = _escaped(card)
+    accuracy, suite, sanity = card["accuracy"], card["suite"], card["sanity"]
+    low, high = accuracy["interval95"]
+    lines = [
+        f"# Result card: {card['model']['name']}",
+        "",
+        f"**{100 * accuracy['robust']:.2f} %** robust accuracy against {card['threat']['norm']} "
+        f"ε = {card['threat']['eps']:.5g} "
+        f"by the {suite['name']} suite (95 % interval {100 * low:.2f} to {100 * high:.2f} %), "
+        f"{100 * accuracy['clean']:.2f} % clean, on {card['data']['n']} images of {card['data']['name']} "
+        f"({card['data']['split']} split).",
+        "",
+        "; ".join([f"Verdict of the sanity checks: **{sanity['verdict']}**", *sanity["reasons"]]) + ".",
+        "",
+    ]
+    lines += _rows(
+        ("attack", "attacked", "felled", "accuracy after it", "gradients", "seconds"),
+        [
+            (a["name"], a["attacked"], a["felled"], _percents([a["accuracy"]]), a["backwards"], f"{a['seconds']:.1f}")
+            for a in suite["attacks"]
+        ],
+    )
+    lines += _rows(("attack", "settings"), [(a["name"], settings_of(a["settings"])) for a in suite["attacks"]])
+    lines += _rows(
+        ("class", "images", "clean", "robust"),
+        [(c["class"], c["n"], f"{100 * c['clean']:.1f} %", f"{100 * c['robust']:.1f} %") for c in accuracy["by_class"]],
+    )
+    lines += _rows(("ε", "accuracy"), [(f"{p['eps']:.5g}", f"{100 * p['robust']:.1f} %") for p in accuracy["by_eps"]])
+    if accuracy["by_corruption"]:
+        shown = accuracy["by_corruption"].items()
+        lines += _rows(("corruption", "accuracy, severities 1 to 5"), [(k, _percents(v)) for k, v in shown])
+    lines += _rows(
+        ("sanity check", "outcome", "expected", "found"),
+        [(c["name"], "passed" if c["passed"] else "**failed**", c["expected"], c["sentence"]) for c in sanity["checks"]],
+    )
+    if card["interpretation"]:
+        sentences, tables = summarised(card["interpretation"])
+        lines += ["## Why it fails", "", *(f"- {sentence}" for sentence in sentences), ""]
+        for head, rows in tables:
+            lines += _rows(head, rows)
+        lines += ["## About this card", ""]
+    lines += [f"- {note}" for note in (*card["notes"], *card["data"].get("differs", ()), *_changes(card))]
+    about = {
+        "weights": f"{card['model']['weights']} ({card['model']['source']}, {card['model']['parameters']:,} parameters)",
+        "images": card["data"]["images"],
+        "selection": card["data"]["selection"],
+        "seed": card["seed"],
+        "commit": card["commit"],
+        "versions": ", ".join(f"{name} {version}" for name, version in card["versions"].items()),
+    }
+    return "\n".join([*lines, *(f"- {key}: {value}" for key, value in about.items()), ""])
+
+
+def _escaped(value: Any) -> Any:
+    """With every text in it, keys too, as Markdown shows it letter by letter."""
+    if isinstance(value, Mapping):
+        return {_escaped(key): _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(inner) for inner in value]
+    return markdown_text(value) if isinstance(value, str) else value
+
+
+def _changes(card: Mapping[str, Any]) -> list[str]:
+    """What was changed while the network was trained."""
+    return [f"changed while it was trained: {each}" for each in card["model"].get("training", {}).get("changed", ())]
+
+
+def settings_of(settings: Mapping[str, Any]) -> str:
+    """The settings of an attack in one line: class, then what it was given; the ball, which all share, is left out."""
+    settings = dict(settings)
+    own = settings.pop("attack", None)
+    if isinstance(own, Mapping):  # an attack on another net
+        return f"{settings.get('class', '')} of {settings_of(own)}"
+    kind = settings.pop("class", "")
+    if kind == "AutoAttackPart":
+        kind = f"{settings.pop('part', '')} of AutoAttack's standard version"
+        if not kind.startswith("square"):
+            settings.pop("queries", None)
+    if "loss" in settings:
+        settings.pop("objective", None)  # of the class that it extends
+    words = [f"{_called(key)} {_called(value)}" for key, value in settings.items() if key not in ("name", "threat", "rho")]
+    return ", ".join([kind, *words])
+
+
+def _called(value: object) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("class", "…"))
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("_", " ")
+
+
+def _percents(values: Sequence[float]) -> str:
+    return " · ".join(f"{100 * value:.1f}" for value in values) + " %"
+
+
+def _rows(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    def line(cells: Sequence[object]) -> str:
+        return "| " + " | ".join(map(str, cells)) + " |"
+
+    return [line(head), line(["---"] * len(head)), *map(line, rows), ""]

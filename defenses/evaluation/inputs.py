@@ -1,0 +1,107 @@
+"""What evaluations ask of a network and of images, and how they run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from glassarmor.defenses.evaluation.robustness import answered
+from glassarmor.defenses.threat import Threat
+from glassarmor.interpret.inputs import checked, require_logits
+from glassarmor.interpret.modes import undisturbed
+
+
+def check_images(net: nn.Module, images: Tensor, labels: Tensor, threat: Threat) -> int:
+    """The number of classes, after everything that can be wrong with these arguments was looked for.
+
+    Raises:
+        ValueError: images that are no float (N, C, H, W) in [0,1], labels of another length or type or outside the classes,
+            a ball that holds everything, weights that are not fp32, or a net that cannot run on these images or returns no
+            scores, one a class.
+    """
+    kinds = {tensor.dtype for tensor in net.parameters() if tensor.is_floating_point()} - {torch.float32}
+    if kinds:
+        raise ValueError(
+            f"net: an evaluation runs in fp32, found weights in {sorted(map(str, kinds))}; net.float() casts them"
+        )
+    images, labels, classes = checked(net, images, labels)
+    threat.check(tuple(images.shape[1:]))
+    try:
+        logits = predict(net, images[:2].to(device_of(net)))
+    except Exception as error:  # whatever a foreign net raises here
+        shape = ", ".join(map(str, images.shape[1:]))
+        raise ValueError(
+            f"net: expected one that runs in eval mode on images (N, {shape}), found {type(error).__name__}: {error}"
+        ) from error
+    expected = "net: expected logits (N, classes)"
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{expected}, found a {type(logits).__name__}; wrap the net so that it returns the logits alone")
+    if logits.dim() == 1 and not logits.is_floating_point():
+        raise ValueError(f"{expected}, found class numbers (N,), which tell no attack anything: return a score a class")
+    require_logits(logits, images[:2], classes)
+    return logits.shape[1]
+
+
+def device_of(net: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
+
+
+def predict(net: nn.Module, x: Tensor) -> Tensor:
+    """Logits (N, K) in eval mode; the net is left as it was."""
+    with undisturbed(net), torch.no_grad():
+        logits: Tensor = net(x)
+    return logits
+
+
+@dataclass
+class _Passes:
+    forwards: int = 0
+    backwards: int = 0
+
+
+@contextmanager
+def counted(net: nn.Module) -> Iterator[_Passes]:
+    """Inside, images through ``net`` are counted, forward and backward (as often as a gradient is asked of its output)."""
+    passes = _Passes()
+
+    def backward(gradient: Tensor) -> None:
+        passes.backwards += len(gradient)
+
+    def forward(_net: nn.Module, _inputs: object, output: Tensor) -> None:
+        passes.forwards += len(output)
+        if output.requires_grad:
+            output.register_hook(backward)
+
+    handle = net.register_forward_hook(forward)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, and no shortened mantissas (TF32) on a GPU."""
+    convolution, product = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolution, product
+
+
+def fooled(net: nn.Module, threat: Threat, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Who fell, (N,) bool: misclassified inside the ball and [0,1] (to rounding); what lies outside does not count.
+
+    And of those, who fell for logits that are not finite, (N,) bool.
+    """
+    allowed = threat.distance(x, x_adv) <= threat.eps * (1 + 1e-5) + 1e-6
+    allowed &= ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+    logits = predict(net, x_adv)
+    fell = allowed & ~answered(logits, y)
+    return fell, fell & ~logits.isfinite().all(1)

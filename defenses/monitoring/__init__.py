@@ -1,0 +1,1 @@
+"""Watch: readings of a defense's health, and alarms."""

@@ -1,0 +1,1 @@
+"""Train: losses, regularisers, and the defense they make up."""

@@ -1,0 +1,12 @@
+"""Glassarmor: robust training of image classifiers, with interpretation-guided defenses and dashboards.
+
+In a checkout the parts lie beside this folder, at the top of the repository; in an installed package inside it.
+"""
+
+from pathlib import Path
+
+__version__ = "0.2.0"
+
+_top = Path(__file__).resolve().parent
+if not (_top / "defenses").is_dir():
+    __path__.append(str(_top.parent))

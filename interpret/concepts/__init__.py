@@ -1,0 +1,1 @@
+"""Concepts: what units detect, and what that has to do with the attack."""

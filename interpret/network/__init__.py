@@ -1,0 +1,1 @@
+"""The structure of a network, and how to run it cheaply."""

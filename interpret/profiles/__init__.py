@@ -1,0 +1,1 @@
+"""Activation Profiles: where on its way through the layers an image leaves its class."""

@@ -1,0 +1,1 @@
+"""Signals: what an attack does to regions, units and maps."""

@@ -1,0 +1,1 @@
+"""Panels: a probe in, a view out."""

@@ -1,0 +1,1 @@
+"""Result cards: made, shown, compared."""

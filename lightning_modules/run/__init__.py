@@ -1,0 +1,1 @@
+"""A run: its folder, records, console, processes and hardware."""
