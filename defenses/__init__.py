@@ -19,7 +19,7 @@ from glassarmor.defenses.attacks.square import Square
 from glassarmor.defenses.attacks.supported import Supported
 from glassarmor.defenses.evaluation.accuracy import accuracy_under
 from glassarmor.defenses.evaluation.adaptive import AdaptivePGD
-from glassarmor.defenses.evaluation.examples import Fallen, Recalled
+from glassarmor.defenses.evaluation.examples import FelledExamples, Replay
 from glassarmor.defenses.evaluation.robustness import Evaluation, evaluate_robustness
 from glassarmor.defenses.evaluation.sanity import Check, SanityReport, sanity_checks
 from glassarmor.defenses.evaluation.suite import Suite, make_suite
@@ -67,8 +67,8 @@ __all__ = [
     "Defense",
     "ElasticNet",
     "Evaluation",
-    "Fallen",
     "FeatureConsistency",
+    "FelledExamples",
     "Free",
     "GradAlign",
     "GradientNorm",
@@ -85,7 +85,7 @@ __all__ = [
     "NuclearNorm",
     "Objective",
     "Ramp",
-    "Recalled",
+    "Replay",
     "SanityReport",
     "Square",
     "StepOutput",

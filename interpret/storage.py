@@ -87,7 +87,7 @@ def _number(word: str) -> float:
     raise ValueError(f"expected numbers, found {word}")
 
 
-def read_record(path: Path, key: str = "", finite: bool = True) -> dict[str, Any]:
+def read_object(path: Path, key: str = "", finite: bool = True) -> dict[str, Any]:
     """As :func:`read_json`, for a file that holds one object.
 
     Raises:

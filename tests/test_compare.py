@@ -29,13 +29,13 @@ from glassarmor.interpret.views.panels.profiles import ProfilesPanel
 from glassarmor.interpret.views.view import Probe
 from glassarmor.lightning_modules.commands import study as compare
 from glassarmor.lightning_modules.study.records import (
-    Evaluation,
-    RunCard,
-    card_of,
-    read_card,
-    read_cards,
-    write_card,
+    Accuracies,
+    RunRecord,
+    read_record,
+    read_records,
+    record_of,
     write_correct,
+    write_record,
 )
 from glassarmor.lightning_modules.study.report import _sweep, ablation_view, differences, headline
 from glassarmor.lightning_modules.study.tables import accuracy_table, measured_tables, verdict_table
@@ -234,13 +234,13 @@ def test_runs_that_differ_in_more_than_the_seed_are_told_apart(tmp_path: Path) -
         make_run(tmp_path / "b", [0.1], "regularizers.pse.weight=2"),
         make_run(tmp_path / "c", [0.1], "seed=1", "regularizers.pse.weight=2", "out=elsewhere"),
     ]
-    cards = read_cards(three)
+    cards = read_records(three)
     assert [c.setting for c in cards] == ["regularizers.pse.weight=0.5", *["regularizers.pse.weight=2"] * 2]
     assert cards[1].config != cards[2].config != cards[0].config
     again = make_run(tmp_path / "d", [0.1], "out=elsewhere")
-    assert card_of(again).config == cards[0].config
+    assert record_of(again).config == cards[0].config
     with pytest.raises(ValueError, match=r"a and d are both digits .* with seed 0"):
-        read_cards([*three, again])
+        read_records([*three, again])
 
 
 def test_a_card_holds_the_run(tmp_path: Path) -> None:
@@ -250,28 +250,28 @@ def test_a_card_holds_the_run(tmp_path: Path) -> None:
     )
     right, robust = torch.arange(20) > 0, torch.arange(20) % 2 == 0
     write_correct(run, {"defended, best epoch": {"clean": right, "PGD-20": robust}})
-    card = card_of(run)
+    card = record_of(run)
     assert card.selected == {"epoch": 1, "val/robust_acc": 0.6, "val/clean_acc": 0.9}
     assert card.cost == {"seconds": 4.0, "cpu_seconds": 2.0, "passes": 13.0, "steps": 9}
-    write_card(card, tmp_path / "card.json")
-    found = read_card(tmp_path / "card.json")
+    write_record(card, tmp_path / "card.json")
+    found = read_record(tmp_path / "card.json")
     best = found.evaluations["defended, best epoch"]
     assert best.correct["clean"].tolist() == right.tolist()
     assert best.correct["PGD-20"].tolist() == robust.tolist()
     assert (found.settled, found.seed, found.config) == (card.settled, card.seed, card.config)
-    assert read_cards([tmp_path / "card.json"])[0].cost == card.cost
+    assert read_records([tmp_path / "card.json"])[0].cost == card.cost
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other.json is no card of a run \(KeyError"):
-        read_card(tmp_path / "other.json")
+        read_record(tmp_path / "other.json")
     with pytest.raises(ValueError, match=r"expected a run folder with config.yaml and run.json, or a card"):
-        card_of(tmp_path)
+        record_of(tmp_path)
 
 
-def card(method: str, point: str, seed: int, clean: float, robust: float, held: float, **more) -> RunCard:
-    found = Evaluation({"clean": clean, "PGD": robust}, more.get("correct", {}))
+def card(method: str, point: str, seed: int, clean: float, robust: float, held: float, **more) -> RunRecord:
+    found = Accuracies({"clean": clean, "PGD": robust}, more.get("correct", {}))
     evaluations = {} if more.get("failure") else {"defended, best epoch": found}
     name = f"{method}{point}{seed}"
-    return RunCard(
+    return RunRecord(
         name, method, point, seed, name, {}, evaluations, {"val/robust_acc": held}, {}, {}, {}, more.get("failure", "")
     )
 
@@ -407,11 +407,11 @@ def test_the_bootstrap_of_the_table_is_that_of_the_images() -> None:
 
 def test_a_card_whose_accuracy_is_not_that_of_its_images_is_refused(tmp_path: Path) -> None:
     right = np.array([True, False, False, True])
-    write_card(card("ours", "", 0, 0.9, 0.5, 0.5, correct={"PGD": right}), tmp_path / "card.json")
-    assert read_card(tmp_path / "card.json").evaluations["defended, best epoch"].accuracy["PGD"] == 0.5
+    write_record(card("ours", "", 0, 0.9, 0.5, 0.5, correct={"PGD": right}), tmp_path / "card.json")
+    assert read_record(tmp_path / "card.json").evaluations["defended, best epoch"].accuracy["PGD"] == 0.5
     (tmp_path / "card.json").write_text((tmp_path / "card.json").read_text().replace('"PGD": 0.5', '"PGD": 0.6'))
     with pytest.raises(ValueError, match=r"the accuracy says 0.6000 under PGD, its images 0.5000"):
-        read_card(tmp_path / "card.json")
+        read_record(tmp_path / "card.json")
 
 
 def test_tables_as_text() -> None:
@@ -503,7 +503,7 @@ def test_measures_are_of_the_best_epoch_or_the_first_drawn_after_it(tmp_path: Pa
     lines = ["epoch,step,val/robust_acc,health/pgd,pse/gap", "0,1,0.1,0.2,1", "1,2,0.4,0.5,", "2,3,0.3,0.5,3"]
     for rows, expected in ((lines, 3.0), ([*lines[:2], "1,2,0.4,0.5,2", lines[3]], 2.0), (lines[:3], 1.0)):
         (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
-        assert card_of(tmp_path).measured["pse/gap"] == expected
+        assert record_of(tmp_path).measured["pse/gap"] == expected
 
 
 HOSTILE = (

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from glassarmor.defenses.attacks.pgd import PGD
-from glassarmor.defenses.evaluation.card import accuracy_curve, check_card, make_card, read_card
+from glassarmor.defenses.evaluation.card import accuracy_curve, check_card, make_card, read_record
 from glassarmor.defenses.evaluation.robustness import evaluate_robustness
 from glassarmor.defenses.evaluation.sampling import stratified_rows
 from glassarmor.defenses.evaluation.sanity import Check, SanityReport, share_check
 from glassarmor.defenses.evaluation.suite import Step, Suite
 from glassarmor.defenses.threat import Linf
 from glassarmor.lightning_modules.study.members import Member
-from glassarmor.lightning_modules.study.records import Evaluation, card_of, write_card
-from glassarmor.lightning_modules.study.records import read_card as read_run_card
+from glassarmor.lightning_modules.study.records import Accuracies, record_of, write_record
+from glassarmor.lightning_modules.study.records import read_record as read_run_card
 from glassarmor.lightning_modules.study.runner import cards_of, planned
 
 STUDY = Path(__file__).resolve().parents[1] / "docs" / "study"
@@ -143,8 +143,8 @@ def test_whatever_follows_from_other_entries_cannot_be_changed_alone(card: dict[
 def test_the_suites_of_the_studies_hold_together_and_so_do_their_parts() -> None:
     assert len(SUITES) == 13
     for path in SUITES:
-        read_card(path)
-    old = read_card(SUITES[2])
+        read_record(path)
+    old = read_record(SUITES[2])
     free = ("model", "data/selection", "data/images", "versions", "commit", "notes", "interpretation", "config", "schema")
     # Without the data's class names, and what measured no count of images.
     free += ("sanity/checks", "examples/rows", *(f"accuracy/by_class/{i}/class" for i in range(10)))
@@ -184,7 +184,7 @@ def test_a_contradiction_is_refused_by_name(
     path = tmp_path / "card.json"
     path.write_text(json.dumps(changed), encoding="utf-8")
     with pytest.raises(ValueError, match="card: it contradicts itself") as error:
-        read_card(path)
+        read_record(path)
     assert said in str(error.value)
     assert str(path) in str(error.value)
 
@@ -193,7 +193,7 @@ def test_json_that_readers_read_in_two_ways_is_refused(card: dict[str, Any], tmp
     path = tmp_path / "card.json"
     path.write_text(json.dumps(card).replace('"seed": 1,', '"seed": 1, "commit": "first",', 1), encoding="utf-8")
     with pytest.raises(ValueError, match="two entries of one name"):
-        read_card(path)
+        read_record(path)
 
 
 def test_every_card_of_the_studies_is_read_and_holds_together() -> None:
@@ -270,21 +270,21 @@ def test_what_a_comparison_reads_of_a_run_folder_is_checked(tmp_path: Path, file
     }
     for name, content in whole.items():
         (tmp_path / name).write_text(content)
-    assert card_of(tmp_path).cost == {"seconds": 3}
+    assert record_of(tmp_path).cost == {"seconds": 3}
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match="runs: ") as error:
-        card_of(tmp_path)
+        record_of(tmp_path)
     assert said in str(error.value)
     assert file in str(error.value)
 
 
 def test_a_card_brought_from_elsewhere_is_that_of_its_member(tmp_path: Path) -> None:
     member = Member("A", "", 1, ("seed=1",), "hash", {})
-    card = replace(planned(member), evaluations={"best": Evaluation({"clean": 0.5})}, failure="")
+    card = replace(planned(member), evaluations={"best": Accuracies({"clean": 0.5})}, failure="")
     (tmp_path / "cards").mkdir()
     path = tmp_path / "cards" / f"{member.name}.json"
-    write_card(card, path)
+    write_record(card, path)
     assert cards_of([member], tmp_path) == [card]
-    write_card(replace(card, config="other"), path)
+    write_record(replace(card, config="other"), path)
     with pytest.raises(ValueError, match="the card of another run: expected config hash and seed 1, found other and 1"):
         cards_of([member], tmp_path)

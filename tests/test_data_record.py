@@ -22,7 +22,7 @@ from glassarmor.datamodules.shapes import Shapes
 from glassarmor.defenses.evaluation.card import read_card
 from glassarmor.lightning_modules.commands import evaluate, train
 from glassarmor.lightning_modules.run.data_record import other_classes, other_images
-from glassarmor.lightning_modules.study.records import card_of, check_comparable
+from glassarmor.lightning_modules.study.records import check_comparable, record_of
 from tests.test_evaluate import command
 
 CLASSES = ("ants", "bees", "wasps")
@@ -210,7 +210,7 @@ def test_a_run_holds_its_data_and_is_judged_on_it_from_anywhere(
     assert card["data"]["fingerprint"] == info["data"]["splits"]["test"]
     assert card["data"]["differs"] == []
     assert card["config"]["data"]["path"] == str(there / "data")
-    assert card["model"]["training"] == {"config": card_of(there / "runs/run").config, "changed": []}
+    assert card["model"]["training"] == {"config": record_of(there / "runs/run").config, "changed": []}
     assert len(card["sanity"]["places"]) == card["sanity"]["images"] == 9
     assert "differ" not in said(capsys)
     # Other images of the same classes: said, and held by the card.
@@ -295,7 +295,7 @@ def test_a_run_that_goes_on_over_other_images_says_so_for_ever(
     info = json.loads((there / "runs/run/run.json").read_text())
     assert [each["step"] for each in info["earlier_data"]] == [info["earlier_data"][0]["step"]]
     assert info["data"] != info["earlier_data"][0]["data"]
-    whole, mixed = (card_of(there / "runs" / name) for name in ("plain", "run"))
+    whole, mixed = (record_of(there / "runs" / name) for name in ("plain", "run"))
     assert any(change.startswith("data from") for change in mixed.about["changed"])
     assert not any("data.path" in change for change in mixed.about["changed"])
     with pytest.raises(ValueError, match="don't compare"):

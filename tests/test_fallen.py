@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from glassarmor.defenses.evaluation.examples import Fallen, Recalled
+from glassarmor.defenses.evaluation.examples import FelledExamples, Replay
 from glassarmor.defenses.evaluation.robustness import evaluate_robustness
 from glassarmor.defenses.evaluation.suite import Step, Suite
 from glassarmor.defenses.threat import Linf
@@ -50,7 +50,7 @@ SUITE = Suite("two", (Step("weak", Raise(0, 0.1)), Step("strong", Raise(3, 0.2))
 
 
 def test_what_only_the_second_attack_broke_is_kept_as_the_second_attack_made_it() -> None:
-    net, fallen = brightness_net(), Fallen(10)
+    net, fallen = brightness_net(), FelledExamples(10)
     found = evaluate_robustness(net, IMAGES, LABELS, THREAT, SUITE, batch_size=2, fallen=fallen)
     assert found.felled.tolist() == [0, 1, -1, 0, 1, 0]
     assert sorted(fallen.places.tolist()) == [0, 1, 3, 4, 5]
@@ -63,17 +63,17 @@ def test_what_only_the_second_attack_broke_is_kept_as_the_second_attack_made_it(
 
 
 def test_the_page_is_answered_with_these_images_and_attacks_the_others_itself() -> None:
-    net, fallen = brightness_net(), Fallen(10)
+    net, fallen = brightness_net(), FelledExamples(10)
     evaluate_robustness(net, IMAGES, LABELS, THREAT, SUITE, fallen=fallen)
     places = torch.tensor([2, 4, 0])
-    attack = Recalled(fallen, places, Raise(1, 0.05))
+    attack = Replay(fallen, places, Raise(1, 0.05))
     assert attack.known.tolist() == [False, True, True]
     delta = (attack(net, IMAGES[places], LABELS[places]) - IMAGES[places]).flatten(1)
     expected = torch.tensor([[0, 0.05, 0, 0], [0, 0, 0, 0.2], [0.1, 0, 0, 0]])
     torch.testing.assert_close(delta, expected, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=r"recalled: expected the 3 examples it was made for, found 2"):
         attack(net, IMAGES[:2], LABELS[:2])
-    alone = Recalled(Fallen(3), places, Raise(1, 0.05))(net, IMAGES[places], LABELS[places])
+    alone = Replay(FelledExamples(3), places, Raise(1, 0.05))(net, IMAGES[places], LABELS[places])
     torch.testing.assert_close(alone, Raise(1, 0.05)(net, IMAGES[places], LABELS[places]))
 
 
@@ -85,7 +85,7 @@ def test_the_page_is_answered_with_these_images_and_attacks_the_others_itself() 
 )
 def test_batch_by_batch_the_sample_is_that_of_all_at_once(attacks: list[int], most: int, each: int, size: int) -> None:
     """Slow reference: all fallen in the order of chance, the first ``each`` of every attack moved before the others."""
-    fallen = Fallen(most, each=each)
+    fallen = FelledExamples(most, each=each)
     fallen.begin(len(attacks), {}, resumed=False)
     felled = torch.tensor(attacks)
     for attack in range(4):
@@ -101,7 +101,7 @@ def test_batch_by_batch_the_sample_is_that_of_all_at_once(attacks: list[int], mo
 
 
 def test_an_interruption_changes_nothing_and_a_foreign_file_is_said(tmp_path: Path) -> None:
-    net, whole = brightness_net(), Fallen(3, each=1)
+    net, whole = brightness_net(), FelledExamples(3, each=1)
     evaluate_robustness(net, IMAGES, LABELS, THREAT, SUITE, batch_size=1, fallen=whole)
     told = []
 
@@ -113,18 +113,18 @@ def test_an_interruption_changes_nothing_and_a_foreign_file_is_said(tmp_path: Pa
     at, path = tmp_path / "state.json", tmp_path / "fallen.npz"
     options = {"batch_size": 1, "state": at}
     with pytest.raises(KeyboardInterrupt):
-        evaluate_robustness(net, IMAGES, LABELS, THREAT, SUITE, progress=stop, fallen=Fallen(3, path, 1), **options)
-    again = Fallen(3, path, 1)
+        evaluate_robustness(net, IMAGES, LABELS, THREAT, SUITE, progress=stop, fallen=FelledExamples(3, path, 1), **options)
+    again = FelledExamples(3, path, 1)
     evaluate_robustness(net, IMAGES, LABELS, THREAT, SUITE, fallen=again, **options)
     assert again.places.tolist() == whole.places.tolist()
     assert torch.equal(again.images, whole.images)
     path.unlink()
     with pytest.warns(UserWarning, match=r"the images that fell so far are lost"):
-        evaluate_robustness(net, IMAGES, LABELS, THREAT, SUITE, fallen=Fallen(3, path), **options)
-    others = Fallen(3, path)
+        evaluate_robustness(net, IMAGES, LABELS, THREAT, SUITE, fallen=FelledExamples(3, path), **options)
+    others = FelledExamples(3, path)
     others.begin(6, {"weights": "other"}, resumed=False)
     others.add(0, torch.tensor([1]), IMAGES[:1])
-    kept = Fallen(3, path)
+    kept = FelledExamples(3, path)
     with pytest.warns(UserWarning, match=r"of another evaluation"):
         evaluate_robustness(net, IMAGES, LABELS, THREAT, SUITE, fallen=kept, **options)
     assert len(kept.places) == 0
@@ -132,4 +132,4 @@ def test_an_interruption_changes_nothing_and_a_foreign_file_is_said(tmp_path: Pa
 
 def test_bad_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"fallen: expected most >= 1"):
-        Fallen(0)
+        FelledExamples(0)

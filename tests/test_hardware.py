@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from glassarmor.lightning_modules.commands import train
 from glassarmor.lightning_modules.commands.resuming import resumed_config
 from glassarmor.lightning_modules.run import hardware
-from glassarmor.lightning_modules.run.hardware import Settings, settled, suited, wandb_sweep
+from glassarmor.lightning_modules.run.hardware import Settings, resolve_auto, suited, wandb_sweep
 from tests.composing import SMALL, config
 
 PLAIN, FAST = Settings("32-true", False), Settings("bf16-mixed", True)
@@ -74,7 +74,7 @@ def test_nothing_is_timed():
 )
 def test_only_auto_is_decided(monkeypatch, given, expected):
     machine(monkeypatch, cuda=(9, 0))
-    assert settled(*given, "auto") == expected
+    assert resolve_auto(*given, "auto") == expected
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true", 16])
@@ -83,35 +83,35 @@ def test_fp16_without_a_gpu_is_refused(monkeypatch, precision):
     machine(monkeypatch)
     for accelerator in ("cpu", "auto"):
         with pytest.raises(ValueError, match=rf"^trainer\.precision: {precision} needs a GPU; expected bf16-mixed"):
-            settled(precision, False, accelerator)
+            resolve_auto(precision, False, accelerator)
     machine(monkeypatch, cuda=(7, 5))
-    assert settled(precision, False, "auto") == (precision, False)
+    assert resolve_auto(precision, False, "auto") == (precision, False)
     with pytest.raises(ValueError, match="needs a GPU"):
-        settled(precision, False, "cpu")
+        resolve_auto(precision, False, "cpu")
 
 
 def test_the_first_member_of_a_wandb_sweep_decides_for_all(monkeypatch, tmp_path: Path):
     assert wandb_sweep(tmp_path) is None
     monkeypatch.setenv("WANDB_SWEEP_ID", "ab12")
     machine(monkeypatch, cuda=(9, 0))
-    assert settled("auto", "auto", "auto", wandb_sweep(tmp_path)) == ("bf16-mixed", True)
+    assert resolve_auto("auto", "auto", "auto", wandb_sweep(tmp_path)) == ("bf16-mixed", True)
     machine(monkeypatch, cpu="AVX2")
-    assert settled("auto", "auto", "auto", wandb_sweep(tmp_path)) == ("bf16-mixed", True)
+    assert resolve_auto("auto", "auto", "auto", wandb_sweep(tmp_path)) == ("bf16-mixed", True)
     monkeypatch.setenv("WANDB_SWEEP_ID", "cd34")
-    assert settled("auto", "auto", "auto", wandb_sweep(tmp_path)) == ("32-true", False)
+    assert resolve_auto("auto", "auto", "auto", wandb_sweep(tmp_path)) == ("32-true", False)
 
 
 def test_another_layout_is_refused():
     with pytest.raises(ValueError, match="channels_last: expected true, false or auto, found 'maybe'"):
-        settled("auto", "maybe", "auto")
+        resolve_auto("auto", "maybe", "auto")
 
 
 def test_the_first_member_of_a_sweep_decides_for_all(monkeypatch, tmp_path: Path):
     machine(monkeypatch, cuda=(9, 0))
-    assert settled("auto", "auto", "auto", tmp_path / "sweep") == ("bf16-mixed", True)
+    assert resolve_auto("auto", "auto", "auto", tmp_path / "sweep") == ("bf16-mixed", True)
     machine(monkeypatch, cpu="AVX2")
-    assert settled("auto", "auto", "auto", tmp_path / "sweep") == ("bf16-mixed", True)
-    assert settled("auto", "auto", "auto") == ("32-true", False)
+    assert resolve_auto("auto", "auto", "auto", tmp_path / "sweep") == ("bf16-mixed", True)
+    assert resolve_auto("auto", "auto", "auto") == ("32-true", False)
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["hardware.json"]
 
 
@@ -126,7 +126,7 @@ def test_members_that_start_together_agree(links, monkeypatch, tmp_path: Path):
     answers = iter([FAST, PLAIN] * 20)
     monkeypatch.setattr(hardware, "suited", lambda _accelerator: next(answers))
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: settled("auto", "auto", "auto", tmp_path), range(40)))
+        found = list(pool.map(lambda _: resolve_auto("auto", "auto", "auto", tmp_path), range(40)))
     assert len(set(found)) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["hardware.json"]
 
@@ -160,4 +160,4 @@ def test_a_resumed_run_keeps_what_was_decided(monkeypatch, tmp_path: Path):
 def test_a_broken_record_of_a_sweep_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "hardware.json").write_text(text)
     with pytest.raises(ValueError, match=r"trainer.precision: .*hardware\.json .*delete it"):
-        settled("auto", "auto", "cpu", tmp_path)
+        resolve_auto("auto", "auto", "cpu", tmp_path)

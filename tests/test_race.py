@@ -10,7 +10,7 @@ import pytest
 
 from glassarmor.lightning_modules.study.members import Member, members_of
 from glassarmor.lightning_modules.study.race import Race, Round, race, race_table, rounds_of, score
-from glassarmor.lightning_modules.study.records import RunCard
+from glassarmor.lightning_modules.study.records import RunRecord
 from glassarmor.lightning_modules.study.study import Study
 
 ROUNDS = ({"seeds": 1, "settings": "middle", "keep": 2}, {"seeds": 1, "keep": 1}, {"seeds": 3, "settings": "chosen"})
@@ -31,20 +31,20 @@ def everyone(of: Study) -> list[Member]:
     return members_of(of, lambda overrides, seed: {"line": list(overrides), "seed": seed})
 
 
-def card(member: Member, clean: float, robust: float, failure: str = "") -> RunCard:
+def card(member: Member, clean: float, robust: float, failure: str = "") -> RunRecord:
     held_out = {} if failure else {"val/clean_acc": clean, "val/robust_acc": robust}
-    return RunCard(
+    return RunRecord(
         member.name, member.method, member.setting, member.seed, member.hash, {}, {}, held_out, {}, {}, {}, failure
     )
 
 
-def reached(member: Member) -> RunCard:
+def reached(member: Member) -> RunRecord:
     """The base has its front at every seed; "good" lies 3 points above it, "fair" 1 point, "bad" 5 below."""
     clean, robust = BASE[member.setting.replace("x.", "")]
     return card(member, clean, robust + {"base": 0, "bad": -0.05, "good": 0.03, "fair": 0.01}[member.method])
 
 
-def run(of: Study, known: Sequence[RunCard]) -> Race:
+def run(of: Study, known: Sequence[RunRecord]) -> Race:
     members = everyone(of)
     return race(of, members, known, {m.name for m in members} - {c.name for c in known})
 
@@ -102,7 +102,7 @@ def test_a_candidate_is_judged_against_its_own_base_which_is_trained_while_it_is
     of = study(methods=methods)
     gains = {"base": 0, "bad": -0.05, "good": 0.03, "fair": 0.01, "strong": 0.2, "on strong": 0.18}
 
-    def result(member: Member) -> RunCard:
+    def result(member: Member) -> RunRecord:
         clean, robust = BASE[member.setting.replace("x.", "")]
         return card(member, clean, robust + gains[member.method])
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from glassarmor.lightning_modules.commands.resuming import note_changes, resumed_config
 from glassarmor.lightning_modules.run.changes import changes
 from glassarmor.lightning_modules.run.folder import ResumePoint, RunFolder
-from glassarmor.lightning_modules.study.records import card_of, check_comparable, read_card, write_card
+from glassarmor.lightning_modules.study.records import check_comparable, read_record, record_of, write_record
 from glassarmor.lightning_modules.study.tables import accuracy_table
 from glassarmor.lightning_modules.study.verdicts import settings_of
 from tests.composing import config
@@ -131,7 +131,7 @@ def test_a_changed_run_is_no_run_of_its_last_config(tmp_path: Path) -> None:
     changed = run_folder(tmp_path / "changed", "optimizer.lr=0.1")
     resumed(changed, 40, "optimizer.lr=0.01")
     resumed(other, 40, "panels.pse.images=3", "checkpoint_every=7")  # drawn and kept otherwise, trained alike
-    whole, alike, mended = (card_of(folder.path) for folder in (one, other, changed))
+    whole, alike, mended = (record_of(folder.path) for folder in (one, other, changed))
     assert alike.about.get("changed") is None
     assert mended.config != whole.config
     assert mended.about["changed"] == ["optimizer.lr from 0.1 to 0.01 at step 40 (epoch 4)"]
@@ -139,7 +139,7 @@ def test_a_changed_run_is_no_run_of_its_last_config(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"whole and changed don't compare: changed differs, the changes while"):
         check_comparable([whole, mended])
     check_comparable([whole, mended], any_effort=True)
-    write_card(mended, tmp_path / "card.json")
-    assert read_card(tmp_path / "card.json") == mended
+    write_record(mended, tmp_path / "card.json")
+    assert read_record(tmp_path / "card.json") == mended
     (row,) = accuracy_table(settings_of([mended])).rows
     assert "seed 0 changed optimizer.lr from 0.1 to 0.01 at step 40 (epoch 4)" in str(row[2])

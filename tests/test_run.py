@@ -36,7 +36,7 @@ from glassarmor.lightning_modules.commands.errors import Stopped, run_command
 from glassarmor.lightning_modules.run.folder import RunFolder
 from glassarmor.lightning_modules.run.log import RunLog, wandb_logger
 from glassarmor.lightning_modules.study import verdicts as comparison
-from glassarmor.lightning_modules.study.records import card_of, read_card, write_card
+from glassarmor.lightning_modules.study.records import read_record, record_of, write_record
 from tests.composing import SMALL, without_guessing
 from tests.wandb_log import history, run_ids
 
@@ -104,7 +104,7 @@ def test_the_run_folder_is_complete(run: Path) -> None:
     assert records["selection"] in (run / "report" / "index.html").read_text()
     for name in ("defended, best epoch", "undefended"):
         assert list(records[name]) == ["clean", "FGSM", "PGD-20"]
-    card = card_of(run)
+    card = record_of(run)
     for name, found in card.evaluations.items():
         assert {attack: right.mean() for attack, right in found.correct.items()} == pytest.approx(records[name])
     cost = json.loads((run / "cost.json").read_text())
@@ -118,7 +118,7 @@ def test_the_best_checkpoint_is_the_best_epoch_held_out(run: Path) -> None:
         robust = [float(row["val/robust_acc"]) for row in csv.DictReader(file)]
     epoch = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["epoch"]
     assert 20 * (max(robust) - robust[epoch]) <= 5, "within a standard error of the highest, which is 5 images at most"
-    card = card_of(run)
+    card = record_of(run)
     assert card.selected["epoch"] == epoch == json.loads((run / "results.json").read_text())["best_epoch"]
     assert how_chosen(run / "checkpoints" / "best.ckpt") == json.loads((run / "results.json").read_text())["selection"]
     assert card.settled["select"] == {"by": None, "within": 1}
@@ -353,10 +353,10 @@ def test_weights_that_are_not_finite_are_marked_and_never_the_best(tmp_path: Pat
     assert said.count(marked) == 2
     assert "defended, best epoch (not finite" not in said
     assert compare.results_table([compare.read_run(folder)]).rows[1][1] == marked
-    card = card_of(folder)
+    card = record_of(folder)
     assert [found.finite for found in card.evaluations.values()] == [True, False]
-    write_card(card, tmp_path / "card.json")
-    assert [found.finite for found in read_card(tmp_path / "card.json").evaluations.values()] == [True, False]
+    write_record(card, tmp_path / "card.json")
+    assert [found.finite for found in read_record(tmp_path / "card.json").evaluations.values()] == [True, False]
     table = comparison.accuracy_table(comparison.settings_of([card]), "defended, last epoch")
     assert ", not finite in seed 0" in str(table.rows[0][2])
 
@@ -623,10 +623,10 @@ def test_a_net_that_guesses_is_marked_wherever_it_appears_and_no_epoch_of_it_is_
     assert "best epoch none: no epoch was finite and better than guessing on the held-out images" in said
     assert marked in (folder / "report" / "index.html").read_text()
     assert compare.results_table([compare.read_run(folder)]).rows[0][1] == marked
-    card = card_of(folder)
+    card = record_of(folder)
     assert card.selected == {}
-    write_card(card, tmp_path / "card.json")
-    assert [found.guesses for found in read_card(tmp_path / "card.json").evaluations.values()] == [True]
+    write_record(card, tmp_path / "card.json")
+    assert [found.guesses for found in read_record(tmp_path / "card.json").evaluations.values()] == [True]
     table = comparison.accuracy_table(comparison.settings_of([card]), "defended, last epoch")
     assert ", guesses in seed 0" in str(table.rows[0][2])
 

@@ -33,7 +33,7 @@ FOREIGN = {
     },
     "through one of our modules": {"data": {"_target_": "glassarmor.defenses.masking.torch.hub.load"}},
     "a function of ours that writes files": {"data": {"_target_": "glassarmor.interpret.storage.write_atomic"}},
-    "a class of ours that writes files": {"data": {"_target_": "glassarmor.defenses.Fallen", "path": "/etc/x"}},
+    "a class of ours that writes files": {"data": {"_target_": "glassarmor.defenses.FelledExamples", "path": "/etc/x"}},
     "Hydra's own": {"data": {"_target_": "hydra.utils.get_method", "path": "os.system"}},
     "no text": {"data": {"_target_": {"_target_": "os.getcwd"}}},
     "the environment": {"name": "${oc.env:HOME}"},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from glassarmor.interpret.storage import check_links, read_json, read_record, write_atomic
+from glassarmor.interpret.storage import check_links, read_json, read_object, write_atomic
 
 
 def test_writing_replaces_a_link_and_leaves_what_it_led_to(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_what_is_cut_or_garbage_is_one_line_with_its_name(tmp_path: Path, conten
     path = tmp_path / "run.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^resume: {path}.* damaged$") as error:
-        read_record(path, "resume")
+        read_object(path, "resume")
     assert "\n" not in str(error.value)
 
 

@@ -25,12 +25,12 @@ from glassarmor.lightning_modules.commands import study as compare
 from glassarmor.lightning_modules.run import hardware
 from glassarmor.lightning_modules.study.members import Member, members_of, portable_override
 from glassarmor.lightning_modules.study.records import (
-    Evaluation,
+    Accuracies,
     check_comparable,
     config_hash,
-    read_card,
-    read_cards,
-    write_card,
+    read_record,
+    read_records,
+    write_record,
 )
 from glassarmor.lightning_modules.study.report import attack_compared
 from glassarmor.lightning_modules.study.runner import (
@@ -38,11 +38,11 @@ from glassarmor.lightning_modules.study.runner import (
     Place,
     cards_of,
     command,
-    forgive,
-    left,
     place_of,
     planned,
+    reset_failures,
     run_members,
+    unfinished,
 )
 from glassarmor.lightning_modules.study.study import Study, read_study
 from glassarmor.lightning_modules.study.tables import accuracy_table
@@ -114,7 +114,7 @@ def test_done_is_skipped_killed_is_resumed_and_failures_stop_nobody(tmp_path: Pa
     good, killed, early, bad = (fake(act) for act in ("good", "killed", "early", "diverge"))
     everyone = [bad, killed, early, good]
     first = go(everyone, tmp_path, script)
-    ended = {card.method: bool(card.failure) for card in read_cards([tmp_path / "cards"])}  # written as each ends
+    ended = {card.method: bool(card.failure) for card in read_records([tmp_path / "cards"])}  # written as each ends
     assert ended == {"diverge": True, "killed": True, "early": True, "good": False}
     assert first[0] == "4 members: 0 done, 0 failed 2 times, 4 to train"
     state = lambda member: Place(tmp_path / "members" / member.name).state  # noqa: E731
@@ -130,10 +130,10 @@ def test_done_is_skipped_killed_is_resumed_and_failures_stop_nobody(tmp_path: Pa
     assert third[0] == f"4 members: 3 done, 1 failed {TRIES} times, 0 to train"
     cards = cards_of(everyone, tmp_path)
     assert [bool(card.failure) for card in cards] == [True, False, False, False]
-    assert "training diverged" in read_card(tmp_path / "cards" / f"{bad.name}.json").failure
-    assert read_cards([tmp_path / "cards"])[-1].measured == {"pse/promotion": 1.5}
+    assert "training diverged" in read_record(tmp_path / "cards" / f"{bad.name}.json").failure
+    assert read_records([tmp_path / "cards"])[-1].measured == {"pse/promotion": 1.5}
     cards_of([good], tmp_path)  # the YAML has fewer members now
-    assert [card.method for card in read_cards([tmp_path / "cards"])] == ["good"]
+    assert [card.method for card in read_records([tmp_path / "cards"])] == ["good"]
     assert len(list((tmp_path / "other_cards").glob("*.json"))) == 3  # nothing is lost
 
 
@@ -148,7 +148,9 @@ def test_cards_that_were_brought_along_count_as_done(tmp_path: Path, script: Pat
     assert not (there / "members" / good.name).exists()
     assert calls(there, bad) == ["start"]  # a failure elsewhere is tried here
     assert cards_of([good, bad], there)[0] == before[0]
-    assert [card.method for card in read_cards([there / "cards"])] == [card.method for card in read_cards([here / "cards"])]
+    assert [card.method for card in read_records([there / "cards"])] == [
+        card.method for card in read_records([here / "cards"])
+    ]
 
 
 JUDGE = """
@@ -181,11 +183,11 @@ def test_suites_judge_every_member_after_its_training(tmp_path: Path, script: Pa
     # Asked for more, only that is done; cards brought along count only if they hold it.
     more = [replace(m, suites={**both, "third": ["suite=one", "images=5"]}) for m in members]
     shutil.copytree(out / "cards", tmp_path / "there" / "cards")
-    assert left(more, tmp_path / "there")
+    assert unfinished(more, tmp_path / "there")
     go(more, out, script)
     assert calls(out, members[0]) == ["start", "one", "two", "one"]
     shutil.copytree(out / "cards", tmp_path / "there" / "cards", dirs_exist_ok=True)
-    assert not left(more, tmp_path / "there")
+    assert not unfinished(more, tmp_path / "there")
     with pytest.raises(ValueError, match=r"suites.*differs, the evaluation"):
         check_comparable([planned(members[0]), planned(more[1])])
     bad = replace(fake("good", 2), suites={"AA": ["suite=bad"]})
@@ -200,7 +202,7 @@ def test_a_card_of_a_finished_run_outlives_a_start_elsewhere(tmp_path: Path, scr
     go([member], tmp_path, script)
     (card,) = cards_of([member], tmp_path)
     shutil.rmtree(tmp_path / "members" / member.name / "run")  # to save space; member.json stays
-    assert not left([member], tmp_path)
+    assert not unfinished([member], tmp_path)
     assert cards_of([member], tmp_path) == [card]
     assert go([member], tmp_path, script)[0] == "1 members: 1 done, 0 failed 2 times, 0 to train"
 
@@ -212,7 +214,7 @@ def test_what_failed_for_a_reason_outside_is_tried_again_when_asked(tmp_path: Pa
     for _ in range(TRIES):
         go([member], tmp_path, broken)
     assert go([member], tmp_path, script)[-1] == "--again tries those that failed once more"
-    forgive([member], tmp_path)
+    reset_failures([member], tmp_path)
     go([member], tmp_path, script)
     assert not cards_of([member], tmp_path)[0].failure
 
@@ -395,9 +397,9 @@ def test_a_study_with_a_member_that_failed_compares_the_others_and_exits_with_1(
     members = members_of(read_study(path), compare.composed)
     (out / "cards").mkdir(parents=True)
     for member, robust in zip(members[:2], (0.4, 0.5), strict=True):
-        row = Evaluation({"clean": 0.8, "PGD-20": robust})
+        row = Accuracies({"clean": 0.8, "PGD-20": robust})
         card = replace(planned(member), failure="", evaluations={"defended, best epoch": row})
-        write_card(card, out / "cards" / f"{member.name}.json")
+        write_record(card, out / "cards" / f"{member.name}.json")
     broken = place_of(members[2], out)
     broken.folder.mkdir(parents=True)
     broken.write(failures=2)
@@ -500,7 +502,7 @@ def test_a_tiny_study_from_yaml_to_table_and_page(tmp_path: Path) -> None:
     for path in cards:
         assert path.stat().st_size < 12_000
         assert str(tmp_path) not in path.read_text()
-        card = read_card(path)
+        card = read_record(path)
         best = card.evaluations["defended, best epoch"]
         assert best.correct["PGD-20"].mean() == pytest.approx(best.accuracy["PGD-20"], abs=1e-6)
         assert len(best.correct["clean"]) == len(best.correct["fast suite"]) == 100
@@ -544,7 +546,7 @@ def test_a_member_that_never_began_has_the_precision_of_the_others_on_its_card(
     script = tmp_path / "fake.py"
     script.write_text("raise ValueError('no')")
     go([member], tmp_path, script)
-    (card,) = read_cards([tmp_path / "cards"])
+    (card,) = read_records([tmp_path / "cards"])
     assert card.settled["trainer.precision"] == "bf16-mixed"
     assert card.config == "hash"
 
@@ -555,7 +557,7 @@ CARDS = sorted((CONFIGS.parent / "docs" / "study").glob("*/cards/*.json"))[::10]
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
 def test_the_cards_that_are_kept_are_still_those_of_their_configs(path: Path) -> None:
     """Or a search that goes on from them would train all of them again."""
-    card = read_card(path)
+    card = read_record(path)
     overrides = tuple(o for o in card.about["overrides"] if not o.startswith("seed="))
     assert config_hash(compare.composed((*overrides, "data.path=nowhere"), card.seed)) == card.config
     assert path.stem.endswith(card.config)
@@ -563,7 +565,7 @@ def test_the_cards_that_are_kept_are_still_those_of_their_configs(path: Path) ->
 
 @pytest.mark.parametrize("folder", sorted((CONFIGS.parent / "docs" / "study").glob("*/")), ids=lambda folder: folder.name)
 def test_the_tables_of_the_documents_are_what_their_cards_say(folder: Path) -> None:
-    cards = read_cards([folder / "cards"])
+    cards = read_records([folder / "cards"])
     of, settings = read_study(CONFIGS / "study" / f"{folder.name}.yaml"), settings_of(cards)
     attack = attack_compared(settings, of.attack, of.network)
     table = accuracy_table(settings, of.network, of.baseline, attack)
@@ -585,6 +587,6 @@ def test_the_tables_of_the_documents_are_what_their_cards_say(folder: Path) -> N
 )
 def test_a_recipe_is_what_a_study_trained(recipe: str, study: str, seeds: tuple[int, ...]) -> None:
     """To the hash of its config: the numbers that it quotes are of this very training."""
-    hashes = {card.config for card in read_cards([CONFIGS.parent / "docs" / "study" / study / "cards"])}
+    hashes = {card.config for card in read_records([CONFIGS.parent / "docs" / "study" / study / "cards"])}
     for seed in seeds:
         assert config_hash(compare.composed((f"experiment={recipe}", "data.path=nowhere"), seed)) in hashes

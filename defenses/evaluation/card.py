@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from glassarmor.defenses.attacks.objectives import Margin
 from glassarmor.defenses.attacks.pgd import PGD, Attack
 from glassarmor.defenses.evaluation.consistency import contradictions
-from glassarmor.defenses.evaluation.inputs import device_of, predict
-from glassarmor.defenses.evaluation.robustness import Evaluation, answered
+from glassarmor.defenses.evaluation.inputs import answered, device_of, predict
+from glassarmor.defenses.evaluation.robustness import Evaluation
 from glassarmor.defenses.evaluation.sanity import SanityReport
 from glassarmor.defenses.threat import Threat
 from glassarmor.interpret.inputs import checked
-from glassarmor.interpret.storage import read_record
+from glassarmor.interpret.storage import read_object
 from glassarmor.interpret.views.draw.text import markdown_text
 from glassarmor.interpret.views.summary import summarised
 
@@ -193,7 +193,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, no JSON, no card, or one whose numbers do not follow from its own entries; names the file.
     """
-    card = read_record(Path(path), "card", finite=False)  # check_card names the entry
+    card = read_object(Path(path), "card", finite=False)  # check_card names the entry
     try:
         check_card(card)
     except ValueError as error:

@@ -22,7 +22,7 @@ from glassarmor.defenses.attacks.pgd import Attack
 from glassarmor.defenses.threat import Threat
 
 
-class Fallen:
+class FelledExamples:
     """A sample of bounded size: the first ``each`` images of every attack, then those of all attacks as chance has it.
 
     So what only Square or FAB broke is not crowded out by what any attack breaks.  The order of chance is fixed by the
@@ -105,7 +105,7 @@ class Fallen:
         os.replace(temporary, path)
 
 
-class Recalled:
+class Replay:
     """An attack that answers with the images by which a suite felled these examples, and attacks the others itself.
 
     Args:
@@ -114,7 +114,7 @@ class Recalled:
         attack: for examples that stood, were wrong without any attack, or of which no image was kept.
     """
 
-    def __init__(self, fallen: Fallen, places: Tensor, attack: Attack) -> None:
+    def __init__(self, fallen: FelledExamples, places: Tensor, attack: Attack) -> None:
         self.attack = attack
         match = places[:, None] == fallen.places[None]
         self.known = match.any(1)  # (N,) bool

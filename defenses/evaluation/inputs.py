@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from glassarmor.defenses.evaluation.robustness import answered
 from glassarmor.defenses.threat import Threat
 from glassarmor.interpret.inputs import checked, require_logits
 from glassarmor.interpret.modes import undisturbed
@@ -44,6 +43,11 @@ def check_images(net: nn.Module, images: Tensor, labels: Tensor, threat: Threat)
         raise ValueError(f"{expected}, found class numbers (N,), which tell no attack anything: return a score a class")
     require_logits(logits, images[:2], classes)
     return logits.shape[1]
+
+
+def answered(logits: Tensor, y: Tensor) -> Tensor:
+    """Rightly, and with numbers alone: (N,) bool; argmax takes what is not a number for the largest."""
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
 def device_of(net: nn.Module) -> torch.device:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from glassarmor.defenses.attacks.autoattack import AutoAttackPart
 from glassarmor.defenses.evaluation.corruptions import corrupted_accuracy
-from glassarmor.defenses.evaluation.examples import Fallen
+from glassarmor.defenses.evaluation.examples import FelledExamples
 from glassarmor.defenses.evaluation.fingerprint import described, net_hash, settings_hash, tensors_hash
 from glassarmor.defenses.evaluation.gradient import Reachable, has_gradient
-from glassarmor.defenses.evaluation.inputs import check_images, counted, device_of, fooled, full_precision, predict
+from glassarmor.defenses.evaluation.inputs import answered, check_images, counted, device_of, fooled, full_precision, predict
 from glassarmor.defenses.evaluation.sampling import stratified_rows, wilson
 from glassarmor.defenses.evaluation.suite import Suite, SuiteName, make_suite, without_gradient
 from glassarmor.defenses.threat import Threat
@@ -144,11 +144,6 @@ class Progress:
         return f"{self.place + 1}/{self.attacks} {self.attack}" if self.place < self.attacks else self.attack
 
 
-def answered(logits: Tensor, y: Tensor) -> Tensor:
-    """Rightly, and with numbers alone: (N,) bool; argmax takes what is not a number for the largest."""
-    return (logits.argmax(1) == y) & logits.isfinite().all(1)
-
-
 @dataclass
 class _State:
     """Where an evaluation stands; what is on disk between two batches."""
@@ -197,7 +192,7 @@ def evaluate_robustness(
     state: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     corruptions: bool = False,
-    fallen: Fallen | None = None,
+    fallen: FelledExamples | None = None,
 ) -> Evaluation:
     """Worst case per example over the attacks of a suite; only examples that still stand are attacked again.
 
@@ -307,7 +302,7 @@ def _attacked(
     batch_size: int,
     now: _State,
     progress: Callable[[Progress], None] | None,
-    fallen: Fallen | None,
+    fallen: FelledExamples | None,
 ) -> Iterator[_State]:
     """The state after each batch, from where it stands on; once at least."""
     felled = torch.tensor(now.felled)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from glassarmor.interpret.storage import read_record, write_atomic
+from glassarmor.interpret.storage import read_object, write_atomic
 from glassarmor.lightning_modules.run.log import survive
 
 
@@ -51,7 +51,7 @@ class Cost(pl.Callback):
 
     def _write(self, epoch: int, steps: int) -> None:
         wall, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
-        before = read_record(self.path) if self.path.is_file() else {}
+        before = read_object(self.path) if self.path.is_file() else {}
         record = {
             name: [*before.get(name, [])[:epoch], round(value, 3)]
             for name, value in (("seconds", wall), ("cpu_seconds", cpu))

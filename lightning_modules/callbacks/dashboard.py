@@ -20,7 +20,7 @@ from glassarmor.interpret.views.view import Panel, Probe, View
 from glassarmor.lightning_modules.run.log import RunLog
 
 
-class Nudge:
+class RehearsalAttack:
     """Stands in for an attack in rehearsals, where a real one may take minutes: a small fixed change of each image."""
 
     def __init__(self, threat: Threat) -> None:
@@ -105,7 +105,7 @@ class Dashboard(pl.Callback):
             ValueError: a panel that cannot be drawn for this network and these images; names it.
         """
         few = copy.copy(self)
-        few.x, few.y, few.ids, few.attack = self.x[:2], self.y[:2], self.ids[:2], Nudge(self.attack.threat)
+        few.x, few.y, few.ids, few.attack = self.x[:2], self.y[:2], self.ids[:2], RehearsalAttack(self.attack.threat)
         device = next((p.device for p in net.parameters()), few.x.device)
         for name, panel in self.panels.items():
             few.panels = {name: panel}

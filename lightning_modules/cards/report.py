@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from glassarmor.defenses.evaluation.card import markdown
-from glassarmor.defenses.evaluation.examples import Fallen
+from glassarmor.defenses.evaluation.examples import FelledExamples
 from glassarmor.defenses.evaluation.robustness import Evaluation, Progress, evaluate_robustness
 from glassarmor.defenses.evaluation.sanity import Check, SanityReport, finite_check, sanity_checks
 from glassarmor.defenses.threat import Linf, Threat
@@ -91,7 +91,7 @@ def judge(
     terms: Mapping[str, Term] | None = None,
     twin: nn.Module | None = None,
     corruptions: bool = False,
-    fallen: Fallen | None = None,
+    fallen: FelledExamples | None = None,
 ) -> Evaluation:
     """Run a suite and show what it found.
 
@@ -122,7 +122,7 @@ def judge(
     return found
 
 
-def trust(
+def run_sanity(
     net: nn.Module,
     x: Tensor,
     y: Tensor,

@@ -30,7 +30,7 @@ from glassarmor.datamodules.images import ImageDataModule, ProbeBatch
 from glassarmor.defenses.attacks.pgd import PGD, Attack
 from glassarmor.defenses.attacks.square import Square
 from glassarmor.defenses.evaluation.card import accuracy_curve, make_card, margin_pgd
-from glassarmor.defenses.evaluation.examples import Fallen, Recalled
+from glassarmor.defenses.evaluation.examples import FelledExamples, Replay
 from glassarmor.defenses.evaluation.gradient import has_gradient
 from glassarmor.defenses.evaluation.inputs import check_images, full_precision
 from glassarmor.defenses.evaluation.robustness import ASKED, Evaluation
@@ -41,7 +41,7 @@ from glassarmor.defenses.threat import Threat, parse_eps
 from glassarmor.interpret.concepts.association import concept_weights
 from glassarmor.interpret.concepts.dissection import dissect
 from glassarmor.interpret.observation import feature_layers
-from glassarmor.interpret.storage import check_links, check_name, file_name, plain, read_record, write_atomic
+from glassarmor.interpret.storage import check_links, check_name, file_name, plain, read_object, write_atomic
 from glassarmor.interpret.views.charts import Bars, Lines, Table
 from glassarmor.interpret.views.draw.figures import save, write_png
 from glassarmor.interpret.views.page.page import KeyFigure, ReportPage
@@ -50,8 +50,8 @@ from glassarmor.interpret.views.panels.profiles import ProfilesPanel
 from glassarmor.interpret.views.panels.versus import versus_view
 from glassarmor.interpret.views.view import View
 from glassarmor.lightning_modules.callbacks.checkpointing import how_chosen
-from glassarmor.lightning_modules.callbacks.dashboard import Dashboard, Nudge
-from glassarmor.lightning_modules.cards.report import card_view, judge, trust, unset_radius, write_card
+from glassarmor.lightning_modules.callbacks.dashboard import Dashboard, RehearsalAttack
+from glassarmor.lightning_modules.cards.report import card_view, judge, run_sanity, unset_radius, write_card
 from glassarmor.lightning_modules.commands.errors import run_command
 from glassarmor.lightning_modules.networks.build import load_weights, make_network
 from glassarmor.lightning_modules.run.console import clear_errors, console, note, require_whole, steps
@@ -76,7 +76,7 @@ KEY_FIGURES = (
 
 
 @contextmanager
-def told_as(**keys: str) -> Iterator[None]:
+def renamed_keys(**keys: str) -> Iterator[None]:
     """Errors that begin with one of these config keys begin with the one that the user wrote in its place."""
     try:
         yield
@@ -210,14 +210,14 @@ def against(cfg: DictConfig, data: ImageDataModule) -> Other:
     Raises:
         ValueError: no such weights, or a run on other data.
     """
-    with told_as(checkpoint="against"):
+    with renamed_keys(checkpoint="against"):
         weights, run = located(cfg.against)
     saved = OmegaConf.create(read_config(run, "against", cfg.trust)) if run is not None else cfg
     for key in ("_target_", "classes"):
         if saved.data.get(key) != cfg.data.get(key):
             raise ValueError(f"against: {cfg.against} was trained on other data: data.{key} is {saved.data.get(key)}")
     net = make_network(instantiate(saved.network), data, bool(saved.get("channels_last")))
-    with told_as(checkpoint="against"):
+    with renamed_keys(checkpoint="against"):
         load_weights(net, weights)
     if run is not None:
         say(compared(run.parent, fingerprint(data), "against", own=False))
@@ -227,7 +227,7 @@ def against(cfg: DictConfig, data: ImageDataModule) -> Other:
 def command_of(run: Path | None) -> str:
     """What trained a run, as far as its folder says."""
     info = run.parent / "run.json" if run is not None else None
-    known = read_record(info, "checkpoint") if info is not None and info.is_file() else {}
+    known = read_object(info, "checkpoint") if info is not None and info.is_file() else {}
     return str(known.get("command", "python train.py"))
 
 
@@ -271,7 +271,7 @@ def subject(cfg: DictConfig) -> Subject:
     """
     cfg = imported(cfg)
     theirs = {"checkpoint": "weights", "network.target": "model", "network": "model"} if cfg.model else {}
-    with told_as(**theirs):
+    with renamed_keys(**theirs):
         weights, run = (None, None) if cfg.model and cfg.checkpoint is None else located(cfg.checkpoint)
     own = cfg.get("data") is None
     cfg = completed(cfg, run)
@@ -286,7 +286,7 @@ def subject(cfg: DictConfig) -> Subject:
     about = fingerprint(data, cfg.hash_images)
     differs = () if run is None else tuple(compared(run.parent, about, "checkpoint", own))
     say(differs)
-    with told_as(**theirs):
+    with renamed_keys(**theirs):
         net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")), differentiable=cfg.suite is None)
         if weights is not None:
             load_weights(net if cfg.mean is None else net.get_submodule("net"), weights)
@@ -364,7 +364,7 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
             require_masking(cfg.masking)
             choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
             few = choosers.x[:2]
-            rehearsed = Nudge(attack.threat)(net, few, choosers.y[:2])
+            rehearsed = RehearsalAttack(attack.threat)(net, few, choosers.y[:2])
             choose(cfg.masking, net, few, rehearsed, choosers.y[:2], dashboard.layers)
         other = None if cfg.against is None else against(cfg, data)
         folder = new_folder(cfg, f"{of.name}_{attack_name}", "analysis.json", "analysis")
@@ -445,7 +445,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         cfg, data, net = of.cfg, of.data, of.net
         twin, twin_differs = None, list[str]()
         if cfg.twin is not None:
-            with told_as(checkpoint="twin", network="twin"):
+            with renamed_keys(checkpoint="twin", network="twin"):
                 twin_weights, twin_run = located(cfg.twin)
                 saved = cfg if twin_run is None else OmegaConf.create(read_config(twin_run, "twin", cfg.trust))
                 twin = make_network(instantiate(saved.network), data).eval()
@@ -481,7 +481,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         folder = new_folder(cfg, f"{of.name}_{cfg.suite}{through}", "card.json", "evaluation")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, twin = net.to(device), None if twin is None else twin.to(device)
-    fallen = Fallen(len(dashboard.ids), folder / "fallen.npz")
+    fallen = FelledExamples(len(dashboard.ids), folder / "fallen.npz")
     found = judge(
         net,
         images,
@@ -503,15 +503,19 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         few = stratified_rows(found.labels, min(SANITY_IMAGES, found.n), cfg.seed)
         x, y = images[found.rows[few]].to(device), labels[found.rows[few]].to(device)
         held = found.standing[few]
-        sanity = trust(net, x, y, held, threat, twin, cfg.seed, found, lambda step: tell(f"sanity, {step}"))
-        explained = explaining(found, fallen.places, len(dashboard.ids))
+        sanity = run_sanity(net, x, y, held, threat, twin, cfg.seed, found, lambda step: tell(f"sanity, {step}"))
+        explained = choose_explained(found, fallen.places, len(dashboard.ids))
         dashboard.x, dashboard.y = images[found.rows[explained]], labels[found.rows[explained]]
-        dashboard.ids = tuple(called(cfg.split, found, place) for place in explained.tolist())
-        dashboard.attack = Recalled(fallen, explained, dashboard.attack)
+        dashboard.ids = tuple(image_name(cfg.split, found, place) for place in explained.tolist())
+        dashboard.attack = Replay(fallen, explained, dashboard.attack)
         tell("accuracy against ε")
         curve = accuracy_curve(net, x, y, threat, attack=margin_pgd if found.gradient else few_queries)
         with full_precision(device):  # some attacks stop just over the boundary
-            views = [of_a_sample(v) for v in dashboard.look(net, device, {}, tell, strict=False)] if dashboard.panels else []
+            views = (
+                [without_accuracies(v) for v in dashboard.look(net, device, {}, tell, strict=False)]
+                if dashboard.panels
+                else []
+            )
     source = "as the callable returns it" if of.weights is None else str(of.weights)
     if cfg.masking.by is not None:
         source += f", units masked by {cfg.masking.by}"
@@ -541,7 +545,11 @@ def judge_by_suite(cfg: DictConfig) -> Path:
         "network": source,
         "suite": f"{cfg.suite}, {threat}",
         "images": f"{found.n} of the {cfg.split} split, hash {found.fingerprint['images']}",
-        "panels": shown(found, explained, dashboard.attack) if views else NO_PANELS if NO_PANELS in left_out else "none",
+        "panels": panel_images(found, explained, dashboard.attack)
+        if views
+        else NO_PANELS
+        if NO_PANELS in left_out
+        else "none",
         "seed": cfg.seed,
         "commit": commit(),
     }
@@ -557,7 +565,7 @@ def few_queries(threat: Threat) -> Attack:
     return Square(threat, queries=300, seed=7)
 
 
-def explaining(found: Evaluation, kept: Tensor, most: int) -> Tensor:
+def choose_explained(found: Evaluation, kept: Tensor, most: int) -> Tensor:
     """Which judged images the panels show, by place: three in four that the suite felled where there are so many.
 
     First those whose adversarial image was ``kept`` (k,), as the sample orders them; the others as chance has it.
@@ -569,20 +577,20 @@ def explaining(found: Evaluation, kept: Tensor, most: int) -> Tensor:
     return torch.cat([fell, held, wrong])[:most]
 
 
-def of_a_sample(view: View) -> View:
+def without_accuracies(view: View) -> View:
     """The accuracies of the images that a suite's page shows are no estimate: the images were chosen because they fell."""
     if view.name != "outcome":
         return view
     return replace(view, headline=f"Among the images chosen for this page: {view.headline}", answers=())
 
 
-def called(split: str, found: Evaluation, place: int) -> str:
+def image_name(split: str, found: Evaluation, place: int) -> str:
     """A judged image by its row, and the attack that felled it."""
     attack = int(found.felled[place])
     return f"{split}-{int(found.rows[place])}" + (f", felled by {found.attacks[attack].name}" if attack >= 0 else "")
 
 
-def shown(found: Evaluation, explained: Tensor, attack: Recalled) -> str:
+def panel_images(found: Evaluation, explained: Tensor, attack: Replay) -> str:
     """Which images the panels show, and by which adversarial images."""
     felled = found.felled[explained]
     by = [(a.name, int((felled[attack.known] == place).sum())) for place, a in enumerate(found.attacks)]

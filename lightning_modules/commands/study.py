@@ -24,7 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from glassarmor.defenses.evaluation.suite import SUITES
-from glassarmor.interpret.storage import file_name, read_record
+from glassarmor.interpret.storage import file_name, read_object
 from glassarmor.interpret.views.charts import Lines, Table
 from glassarmor.interpret.views.draw.figures import charts_figure, save
 from glassarmor.interpret.views.page.page import ReportPage
@@ -36,9 +36,9 @@ from glassarmor.lightning_modules.run.saved_config import CONFIGS, read_yaml
 from glassarmor.lightning_modules.study.curves import Run, compare, results_table
 from glassarmor.lightning_modules.study.members import Member, members_of
 from glassarmor.lightning_modules.study.race import Race, race, race_table, rounds_of
-from glassarmor.lightning_modules.study.records import RunCard, check_comparable, read_cards, read_metrics
+from glassarmor.lightning_modules.study.records import RunRecord, check_comparable, read_metrics, read_records
 from glassarmor.lightning_modules.study.report import ablation_view, attack_compared, write_ablation
-from glassarmor.lightning_modules.study.runner import cards_of, forgive, left, planned, run_members
+from glassarmor.lightning_modules.study.runner import cards_of, planned, reset_failures, run_members, unfinished
 from glassarmor.lightning_modules.study.study import Study, read_study
 from glassarmor.lightning_modules.study.tables import accuracy_table, runs_table
 from glassarmor.lightning_modules.study.verdicts import SELECTED, settings_of
@@ -60,9 +60,9 @@ def read_run(path: Path) -> Run:
     return Run(
         path.name,
         config,
-        read_record(path / "run.json", "runs"),
+        read_object(path / "run.json", "runs"),
         metrics,
-        read_record(results, "runs") if results.is_file() else {},
+        read_object(results, "runs") if results.is_file() else {},
         path / "report",
     )
 
@@ -121,7 +121,7 @@ def check_images(judges: Mapping[str, DictConfig], members: Sequence[Member]) ->
                 raise ValueError(f"study.suites.{name}: expected 1 to {there} images, as there are; found {asked.images}")
 
 
-def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard], list[Table]]:
+def train_study(args: argparse.Namespace) -> tuple[Study, list[RunRecord], list[Table]]:
     """Train what is left of a study; the cards of all its members, and how its race went if it is one."""
     with clear_errors(args.debug, "--debug"):
         study = read_study(args.study)
@@ -136,12 +136,12 @@ def train_study(args: argparse.Namespace) -> tuple[Study, list[RunCard], list[Ta
         if not any(fnmatch(m.name, args.only) for m in members):
             raise ValueError(f"--only: {args.only!r} matches none of {len(members)} members, e.g. {members[0].name}")
         if args.again:
-            forgive(members, args.out)
+            reset_failures(members, args.out)
     tell: Callable[[str], object] = lambda line: console.print(line, highlight=False)  # noqa: E731
     ended: int | None = None
     try:
         while True:  # a race has rounds, and what was killed or failed once goes on or is tried again
-            cards, waiting = cards_of(members, args.out), left(members, args.out)
+            cards, waiting = cards_of(members, args.out), unfinished(members, args.out)
             now = race(study, members, cards, {m.name for m in waiting}) if rounds else Race(members, [])
             chosen = [m for m in now.members if fnmatch(m.name, args.only)]
             if ended == 0 or (ended and not any(m in waiting for m in chosen)):
@@ -204,7 +204,7 @@ def run() -> None:
         study, cards, races = train_study(args)
     with clear_errors(args.debug, "--debug"):
         if study is None:
-            cards = read_cards(folders)
+            cards = read_records(folders)
             if len(cards) < 2:
                 raise ValueError(f"runs: expected at least two run folders, found {len(cards)}")
             check_comparable(cards, args.any_effort)

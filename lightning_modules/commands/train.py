@@ -41,7 +41,7 @@ from glassarmor.lightning_modules.run.console import clear_errors, console, note
 from glassarmor.lightning_modules.run.data_record import compared, note_data
 from glassarmor.lightning_modules.run.doors import as_given, make_importable, spelled
 from glassarmor.lightning_modules.run.folder import RunFolder
-from glassarmor.lightning_modules.run.hardware import settled, wandb_sweep
+from glassarmor.lightning_modules.run.hardware import resolve_auto, wandb_sweep
 from glassarmor.lightning_modules.run.log import NotKept, RunLog, check_wandb_mode, wandb_logger
 from glassarmor.lightning_modules.run.outcome import UNDEFENDED, Outcome
 from glassarmor.lightning_modules.run.processes import be_patient, check_processes, check_same_step, is_leader, launches
@@ -259,7 +259,7 @@ def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float
 def settle(cfg: DictConfig, shared: Path | None = None) -> None:
     """Write into the config what ``auto`` stands for on this hardware, or for the first member of a sweep, in ``shared``."""
     given = cfg.trainer.precision, cfg.channels_last, cfg.trainer.accelerator
-    cfg.trainer.precision, cfg.channels_last = settled(*given, shared)
+    cfg.trainer.precision, cfg.channels_last = resolve_auto(*given, shared)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")

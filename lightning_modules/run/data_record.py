@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from glassarmor.interpret.storage import read_record
+from glassarmor.interpret.storage import read_object
 from glassarmor.lightning_modules.run.folder import ResumePoint, RunFolder
 
 Fingerprint = Mapping[str, Any]  # of glassarmor.datamodules.fingerprint
@@ -21,7 +21,7 @@ def recorded(run: Path) -> Fingerprint | None:
         ValueError: the file, or the record in it, cannot be read.
     """
     file = run / "run.json"
-    found = read_record(file, "runs").get("data") if file.is_file() else None
+    found = read_object(file, "runs").get("data") if file.is_file() else None
     if found is None:
         return None
     try:

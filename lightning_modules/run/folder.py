@@ -28,7 +28,7 @@ from glassarmor.interpret.storage import (
     file_name,
     read_lines,
     read_numbers,
-    read_record,
+    read_object,
     write_atomic,
 )
 from glassarmor.interpret.views.page.page import read_manifest
@@ -97,7 +97,7 @@ class RunFolder:
     @property
     def info(self) -> dict[str, Any]:
         """What ``run.json`` says."""
-        return read_record(self.path / "run.json", "resume")
+        return read_object(self.path / "run.json", "resume")
 
     def files(self) -> dict[str, Path]:
         """Where its results are, of those that are there."""
@@ -143,7 +143,7 @@ class RunFolder:
         """
         check_links(self.path, "resume")
         _require_texts(self.path / "run.json", self.info, ("what", "wandb_id", "commit", "started"))
-        for name, read in (("cost.json", read_record), ("health.jsonl", read_lines), ("metrics.csv", read_numbers)):
+        for name, read in (("cost.json", read_object), ("health.jsonl", read_lines), ("metrics.csv", read_numbers)):
             if (self.path / name).exists():
                 read(self.path / name, "resume")
         if (manifest := self.report / "data" / "manifest.js").exists():

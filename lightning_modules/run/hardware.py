@@ -51,7 +51,9 @@ def _cpu(question: str) -> bool:
     return bool(ask and ask())
 
 
-def settled(precision: object, channels_last: object, accelerator: str, shared: Path | None = None) -> tuple[object, bool]:
+def resolve_auto(
+    precision: object, channels_last: object, accelerator: str, shared: Path | None = None
+) -> tuple[object, bool]:
     """The two settings of a run, with ``auto`` decided.
 
     Args:
@@ -84,7 +86,7 @@ def decisions(config: Mapping[str, Any], shared: Path) -> dict[str, object]:
     if AUTO not in asked.values():
         return {}
     precision, layout = asked.values()
-    found = settled(precision, layout, trainer.get("accelerator", AUTO), shared)
+    found = resolve_auto(precision, layout, trainer.get("accelerator", AUTO), shared)
     return {key: value for key, value in zip(asked, found, strict=True) if asked[key] == AUTO}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from glassarmor.defenses.evaluation.sanity import Verdict
 
 if TYPE_CHECKING:
-    from glassarmor.lightning_modules.study.records import Evaluation, RunCard
+    from glassarmor.lightning_modules.study.records import Accuracies, RunRecord
 
 ROUNDED: Final = 1e-6  # six digits are kept
 MEMBER: Final = re.compile(r"_s(\d+)_([0-9a-f]{12})")  # how the name of a study's member ends
@@ -33,7 +33,7 @@ def unpack(text: str) -> np.ndarray:
     return bits[:n].astype(bool)
 
 
-def check_evaluations(found: Mapping[str, Evaluation]) -> None:
+def check_evaluations(found: Mapping[str, Accuracies]) -> None:
     """Raises ValueError where an accuracy is none, or not that of its images; says which network and attack."""
     images: dict[str, tuple[int, str]] = {}
     for network, row in found.items():
@@ -56,7 +56,7 @@ def _in_unit(what: str, value: object) -> None:
         raise ValueError(f"{what}: expected a number in [0,1], found {value!r}")
 
 
-def check_run(card: RunCard) -> None:
+def check_run(card: RunRecord) -> None:
     """Raises ValueError, naming the entry, for a card that contradicts itself."""
     check_evaluations(card.evaluations)
     for place, said, follows in _claims(card):
@@ -77,7 +77,7 @@ def check_run(card: RunCard) -> None:
             raise ValueError(f"measured/{key}: expected a number, found {value!r}")
 
 
-def _claims(card: RunCard) -> Iterator[tuple[str, Any, Any]]:
+def _claims(card: RunRecord) -> Iterator[tuple[str, Any, Any]]:
     """Entries that other entries give."""
     if type(card.seed) is not int or card.seed < 0:
         yield "seed", card.seed, "a whole number >= 0"

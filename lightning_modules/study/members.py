@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from glassarmor.lightning_modules.run.targets import canonical
 from glassarmor.lightning_modules.study.records import (
     ELSEWHERE,
     PLACES,
@@ -56,7 +57,7 @@ def members_of(study: Study, compose: Compose, further: Sequence[str] = ()) -> l
             grid = entry.get("grid") or {}
             for values in itertools.product(*grid.values()):
                 point = [f"{key}={_word(value)}" for key, value in zip(grid, values, strict=True)]
-                overrides = (*study.budget, *(entry.get("overrides") or ()), *point, *further)
+                overrides = tuple(canonical([*study.budget, *(entry.get("overrides") or ()), *point, *further]))
                 try:
                     config = compose(overrides, seed)
                 except Exception as error:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from glassarmor.interpret.statistics import front, robust_at
 from glassarmor.interpret.views.charts import Table
 from glassarmor.lightning_modules.study.members import Member
-from glassarmor.lightning_modules.study.records import RunCard
+from glassarmor.lightning_modules.study.records import RunRecord
 from glassarmor.lightning_modules.study.study import Study
 from glassarmor.lightning_modules.study.verdicts import Setting, by_method, chosen, settings_of
 
@@ -74,7 +74,7 @@ class Race:
     scores: list[dict[str, float]]
 
 
-def race(study: Study, members: Sequence[Member], cards: Sequence[RunCard], left: Collection[str]) -> Race:
+def race(study: Study, members: Sequence[Member], cards: Sequence[RunRecord], left: Collection[str]) -> Race:
     """Who runs now.
 
     Args:
@@ -105,7 +105,7 @@ def race(study: Study, members: Sequence[Member], cards: Sequence[RunCard], left
     return Race(list(entered.values()), scores)
 
 
-def _entered(name: str, one: Round, members: Sequence[Member], known: Mapping[str, RunCard]) -> list[Member]:
+def _entered(name: str, one: Round, members: Sequence[Member], known: Mapping[str, RunRecord]) -> list[Member]:
     """A candidate's members in a round."""
     points = list(dict.fromkeys(member.setting for member in members))
     kept = points
@@ -117,7 +117,7 @@ def _entered(name: str, one: Round, members: Sequence[Member], known: Mapping[st
     return [member for member in members if member.setting in kept]
 
 
-def score(method: str, bases: Sequence[str], cards: Sequence[RunCard]) -> float:
+def score(method: str, bases: Sequence[str], cards: Sequence[RunRecord]) -> float:
     """Held-out robust accuracy of a method's chosen setting above its bases' front at the same clean accuracy, mean over
     seeds (ours); where it is cleaner than they ever were, above their cleanest point, which is less than it is
     worth.  NaN if no run of it, or of them at the same seed, finished.
@@ -141,7 +141,7 @@ def _above(point: tuple[float, float], base: Sequence[Setting], seed: int) -> fl
     return point[1] - robust_at(theirs, min(point[0], cleanest))
 
 
-def _held_out(card: RunCard) -> tuple[float, float]:
+def _held_out(card: RunRecord) -> tuple[float, float]:
     """Clean and robust."""
     return tuple(card.selected.get(f"val/{kind}_acc", math.nan) for kind in ("clean", "robust"))  # type: ignore[return-value]
 

@@ -17,11 +17,13 @@ import numpy as np
 import yaml
 from torch import Tensor
 
-from glassarmor.interpret.storage import plain, read_numbers, read_record, write_atomic
+from glassarmor.interpret.storage import plain, read_lines, read_numbers, read_object, write_atomic
 from glassarmor.lightning_modules.run.changes import CHANGED, changes, flat
 from glassarmor.lightning_modules.run.data_record import data_changes, recorded
+from glassarmor.lightning_modules.run.targets import canonical
 from glassarmor.lightning_modules.study.consistency import check_evaluations, check_metrics, check_run, unpack
 
+ARCHIVE: Final = "runs.jsonl"
 SAME: Final = {  # key of the config → what it is about; only seeds may differ
     "data": "split",
     "threat": "threat model",
@@ -41,10 +43,14 @@ EFFORT: Final = ("trainer.max_epochs", "trainer.limit_train_batches", "trainer.l
 ELSEWHERE: Final = ("out", "name", "resume", "trust", "debug", "hash_images", "hydra", "wandb")
 SHOWN: Final = ("panels", "checkpoint_every", "compare_undefended", "probe.every_n_epochs")  # nothing that is trained
 PLACES: Final = ("path", "test_path", "root", "download")  # of the data
+# A key at this value, or at null, says what a config without it says.  It is no part of a hash nor of what must agree, so
+# that a key that is new leaves the records of before as they are.
+NEUTRAL: Final[dict[str, object]] = {}
+_ABSENT: Final = object()
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Accuracies:
     """What a network reached: accuracy in [0,1] by attack and, where it was kept, correctness (N,) bool of each test image.
 
     Any other judge of a network (a suite, say) plugs in by filling this.
@@ -57,7 +63,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class RunCard:
+class RunRecord:
     """One run.  ``settled``: the config's entries that must agree, without seeds and places.
 
     ``selected``: epoch, clean and robust held-out accuracy of the best epoch; ``measured``: what the dashboards said of the
@@ -72,7 +78,7 @@ class RunCard:
     seed: int
     config: str  # hash of the composed config
     settled: Mapping[str, Any]
-    evaluations: Mapping[str, Evaluation]
+    evaluations: Mapping[str, Accuracies]
     selected: Mapping[str, float]
     measured: Mapping[str, float]
     cost: Mapping[str, float]
@@ -91,20 +97,20 @@ def _pack(right: np.ndarray) -> str:
     return f"{len(right)}:{np.packbits(right.astype(bool)).tobytes().hex()}"
 
 
-def read_evaluations(folder: Path) -> dict[str, Evaluation]:
+def read_evaluations(folder: Path) -> dict[str, Accuracies]:
     """By network, from ``results.json`` and, where it is there, ``correct.json``; empty for a run that has not finished.
 
     Raises:
         ValueError: names the file that cannot be read, or whose numbers are not those of the other.
     """
     results, correct = (
-        read_record(folder / name, "runs") if (folder / name).is_file() else {} for name in ("results.json", "correct.json")
+        read_object(folder / name, "runs") if (folder / name).is_file() else {} for name in ("results.json", "correct.json")
     )
     broken, guessing = results.get("not_finite", []), results.get("guessing", [])
     try:
         right = {name: {attack: unpack(bits) for attack, bits in row.items()} for name, row in correct.items()}
         found = {
-            name: Evaluation(row, right.get(name, {}), name not in broken, name in guessing)
+            name: Accuracies(row, right.get(name, {}), name not in broken, name in guessing)
             for name, row in results.items()
             if isinstance(row, dict)
         }
@@ -115,14 +121,24 @@ def read_evaluations(folder: Path) -> dict[str, Evaluation]:
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A composed config without what only says where things lie."""
-    kept = {key: value for key, value in config.items() if key not in ELSEWHERE}
+    """A composed config as it is compared: by public names, without neutral keys and what only says where things lie."""
+    kept = {key: value for key, value in canonical(config).items() if key not in ELSEWHERE}
     if kept.get("select") in SELECTED:
         del kept["select"]
     if isinstance(kept.get("data"), Mapping):
         kept["data"] = {key: value for key, value in kept["data"].items() if key not in PLACES}
     changed = [entry for entry in kept.pop(CHANGED, None) or () if _is_trained(entry["key"])]
-    return kept | ({CHANGED: changed} if changed else {})
+    told: dict[str, Any] = without_neutral(kept)
+    return told | ({CHANGED: changed} if changed else {})
+
+
+def without_neutral(value: Any, place: str = "") -> Any:
+    """Plain values without the keys that say nothing: at null, or as ``NEUTRAL`` has them."""
+    if isinstance(value, Mapping):
+        inner = {key: without_neutral(one, f"{place}.{key}" if place else str(key)) for key, one in value.items()}
+        said = {key: f"{place}.{key}" if place else str(key) for key in inner}
+        return {k: one for k, one in inner.items() if one is not None and one != NEUTRAL.get(said[k], _ABSENT)}
+    return [without_neutral(one, place) for one in value] if isinstance(value, list) else value
 
 
 def _is_trained(key: str) -> bool:
@@ -141,8 +157,9 @@ def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config that must agree before numbers compare, seeds left out."""
     kept = {key: _without_seeds(value) for key, value in portable(config).items() if key in SAME}
     trainer = config.get("trainer") or {}
-    kept["select"] = dict(config.get("select") or SELECTED[0])
-    return {**kept, **{key: trainer.get(key.removeprefix("trainer.")) for key in EFFORT}}
+    kept["select"] = without_neutral(dict(config.get("select") or SELECTED[0]))
+    effort = {key: trainer.get(key.removeprefix("trainer.")) for key in EFFORT}
+    return kept | {key: value for key, value in effort.items() if value is not None}
 
 
 def _without_seeds(value: Any) -> Any:
@@ -170,7 +187,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
-def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", failure: str = "") -> RunCard:
+def record_of(folder: Path, method: str = "", setting: str = "", name: str = "", failure: str = "") -> RunRecord:
     """A run folder as a card.
 
     Args:
@@ -184,7 +201,7 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
     if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
         raise ValueError(f"runs: expected a run folder with config.yaml and run.json, or a card, found none at {folder}")
     config = _config(folder)
-    info = read_record(folder / "run.json", "runs")
+    info = read_object(folder / "run.json", "runs")
     if earlier := data_changes(info):
         config[CHANGED] = [*config.get(CHANGED, []), *earlier]
     metrics, evaluations = read_metrics(folder), read_evaluations(folder)
@@ -192,7 +209,7 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
     drawn = [row for row in metrics if any(_is_measure(key) and not key.startswith("health/") for key in row)]
     shown = [row for row in drawn if row["epoch"] >= best.get("epoch", 0)][:1] or drawn[-1:] or [{}]
     selected = ("epoch", "val/robust_acc", "val/clean_acc")
-    return RunCard(
+    return RunRecord(
         name=name or folder.name,
         method=method or str(info.get("what", folder.name)).removesuffix(f"-s{config.get('seed', 0)}"),
         setting=setting,
@@ -215,7 +232,7 @@ def card_of(folder: Path, method: str = "", setting: str = "", name: str = "", f
 def training_of(folder: Path) -> dict[str, Any]:
     """Of a run folder: the hash of the config with which it was trained, and what was changed on the way."""
     config = _config(folder)
-    if earlier := data_changes(read_record(folder / "run.json", "runs")) if (folder / "run.json").is_file() else []:
+    if earlier := data_changes(read_object(folder / "run.json", "runs")) if (folder / "run.json").is_file() else []:
         config[CHANGED] = [*config.get(CHANGED, []), *earlier]
     return {"config": config_hash(config), CHANGED: changes(portable(config))}
 
@@ -232,7 +249,7 @@ def best_row(metrics: Sequence[Mapping[str, float]], folder: Path) -> Mapping[st
     As ``results.json`` says; without it, of a run that goes on or is older, the first of the highest held-out robust
     accuracy.  Empty where no epoch was the best.
     """
-    results = read_record(folder / "results.json", "runs") if (folder / "results.json").is_file() else {}
+    results = read_object(folder / "results.json", "runs") if (folder / "results.json").is_file() else {}
     if "guessing" in results:  # says what was chosen, or that nothing was
         return next((row for row in metrics if row["epoch"] == results.get("best_epoch")), {})
     return max(metrics, key=lambda row: row.get("val/robust_acc", -math.inf), default={})
@@ -246,7 +263,7 @@ def read_cost(folder: Path) -> dict[str, float]:
     """Sums of ``cost.json`` (:class:`.Cost`); empty for runs that have none."""
     if not (folder / "cost.json").is_file():
         return {}
-    found = read_record(folder / "cost.json", "runs")
+    found = read_object(folder / "cost.json", "runs")
     try:
         cost = {key: sum(value) if isinstance(value, list) else value for key, value in found.items()}
         wrong = [key for key, value in cost.items() if not value >= 0]
@@ -257,8 +274,12 @@ def read_cost(folder: Path) -> dict[str, float]:
     return cost
 
 
-def write_card(card: RunCard, path: Path) -> None:
+def write_record(card: RunRecord, path: Path) -> None:
     """As JSON, correctness as packed bits; a few kilobytes."""
+    write_atomic(path, json.dumps(_plain(card), indent=1) + "\n")
+
+
+def _plain(card: RunRecord) -> dict[str, Any]:
     record = asdict(card) | {
         "evaluations": {
             name: {
@@ -271,19 +292,24 @@ def write_card(card: RunCard, path: Path) -> None:
         }
     }
     # Numbers are rounded to what they mean; what must agree with other runs is not.
-    write_atomic(path, json.dumps({**plain(record), "settled": dict(card.settled)}, indent=1) + "\n")
+    return {**plain(record), "settled": dict(card.settled)}
 
 
-def read_card(path: Path) -> RunCard:
-    """What :func:`write_card` wrote.
+def read_record(path: Path) -> RunRecord:
+    """What :func:`write_record` wrote.
 
     Raises:
         ValueError: another kind of file, or a card whose numbers do not follow from its own entries; names the file.
     """
-    record = read_record(path, "runs")
+    return _record(read_object(path, "runs"), path)
+
+
+def _record(said: Mapping[str, Any], path: Path) -> RunRecord:
+    record = {**said, **{room: canonical(said.get(room, {})) for room in ("settled", "about")}}
+    record["settled"] = without_neutral(record["settled"])
     try:
         evaluations = {
-            name: Evaluation(
+            name: Accuracies(
                 row["accuracy"],
                 {attack: unpack(bits) for attack, bits in row["correct"].items()},
                 row.get("finite", True),  # cards of before did not say
@@ -291,7 +317,7 @@ def read_card(path: Path) -> RunCard:
             )
             for name, row in record["evaluations"].items()
         }
-        card = RunCard(**{**record, "evaluations": evaluations, "measured": _known(record["measured"])})
+        card = RunRecord(**{**record, "evaluations": evaluations, "measured": _known(record["measured"])})
         check_run(card)
         return card
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -303,23 +329,38 @@ def _known(measured: Mapping[str, float | None]) -> dict[str, float]:
     return {key: math.nan if value is None else value for key, value in measured.items()}
 
 
-def read_cards(paths: Sequence[Path]) -> list[RunCard]:
-    """Cards of run folders, card files, and folders of card files.
+def archive(records: Sequence[RunRecord], path: Path) -> None:
+    """All records of a study in one file, a line each."""
+    write_atomic(path, "".join(json.dumps(_plain(record), separators=(",", ":")) + "\n" for record in records))
+
+
+def read_archive(path: Path) -> list[RunRecord]:
+    """What :func:`archive` wrote.
+
+    Raises:
+        ValueError: as :func:`read_record`; names the file.
+    """
+    return [_record(said, path) for said in read_lines(path, "runs")]
+
+
+def read_records(paths: Sequence[Path]) -> list[RunRecord]:
+    """Records of run folders, their files (``.json``, ``.jsonl``), and folders of such files.
 
     Run folders of one name that differ in more than the seed are told apart by the keys in which they differ.
 
     Raises:
         ValueError: something else, or two runs that differ in nothing, the seed included.
     """
-    cards: list[RunCard] = []
+    cards: list[RunRecord] = []
     folders: list[tuple[int, dict[str, Any]]] = []
     for path in paths:
-        inside = sorted(path.glob("*.json")) if path.is_dir() and not (path / "config.yaml").exists() else []
-        if path.suffix == ".json" or inside:
-            cards += [read_card(one) for one in inside or [path]]
+        inside = _files(path) if path.is_dir() and not (path / "config.yaml").exists() else [path]
+        if inside and all(one.suffix in (".json", ".jsonl") for one in inside):
+            for one in inside:
+                cards += read_archive(one) if one.suffix == ".jsonl" else [read_record(one)]
         else:
             folders.append((len(cards), {}))
-            cards.append(card_of(path))
+            cards.append(record_of(path))
             trained = {key: value for key, value in portable(_config(path)).items() if key != "panels"}  # drawn, not trained
             if CHANGED in trained:
                 trained[CHANGED] = "; ".join(changes(trained))
@@ -327,7 +368,7 @@ def read_cards(paths: Sequence[Path]) -> list[RunCard]:
     for i, config in folders:
         others = [other for j, other in folders if cards[j].method == cards[i].method]
         cards[i] = replace(cards[i], setting=_told_apart(config, others))
-    seen: dict[tuple[str, str, int], RunCard] = {}
+    seen: dict[tuple[str, str, int], RunRecord] = {}
     for card in cards:
         other = seen.setdefault((card.method, card.setting, card.seed), card)
         if other is not card:
@@ -336,6 +377,11 @@ def read_cards(paths: Sequence[Path]) -> list[RunCard]:
                 "one run a seed, so leave one out"
             )
     return cards
+
+
+def _files(folder: Path) -> list[Path]:
+    """The records in a folder: one a file, or the archive of a study."""
+    return sorted(folder.glob("*.json")) or [path for path in [folder / ARCHIVE] if path.is_file()]
 
 
 def _told_apart(config: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
@@ -354,7 +400,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_comparable(cards: Sequence[RunCard], any_effort: bool = False) -> None:
+def check_comparable(cards: Sequence[RunRecord], any_effort: bool = False) -> None:
     """Numbers compare only under one threat model, split, selection, evaluation and training effort.
 
     Args:
@@ -366,7 +412,7 @@ def check_comparable(cards: Sequence[RunCard], any_effort: bool = False) -> None
     first = cards[0]
     for card in cards[1:]:
         for key in dict.fromkeys([*first.settled, *card.settled]):
-            silent = dict(SELECTED[0]) if key == "select" else None
+            silent = without_neutral(dict(SELECTED[0])) if key == "select" else None
             mine, theirs = first.settled.get(key, silent), card.settled.get(key, silent)
             if mine == theirs or (any_effort and key in (*EFFORT, CHANGED)):
                 continue
@@ -381,7 +427,7 @@ def check_comparable(cards: Sequence[RunCard], any_effort: bool = False) -> None
             raise ValueError(
                 f"runs: {known[0].name} and {card.name} don't compare: they are of other classes or another order"
             )
-    probes: dict[int, RunCard] = {}
+    probes: dict[int, RunRecord] = {}
     for card in cards:
         other = probes.setdefault(card.seed, card)
         if card.about.get("probe") != other.about.get("probe") and "probe" in card.about and "probe" in other.about:

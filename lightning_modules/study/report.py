@@ -15,7 +15,7 @@ from glassarmor.interpret.views.draw.figures import save
 from glassarmor.interpret.views.draw.text import comma_separated, latex, markdown
 from glassarmor.interpret.views.page.page import write_atomic
 from glassarmor.interpret.views.view import View
-from glassarmor.lightning_modules.study.records import RunCard
+from glassarmor.lightning_modules.study.records import RunRecord
 from glassarmor.lightning_modules.study.tables import (
     accuracy_table,
     in_a_line,
@@ -58,7 +58,7 @@ def attack_compared(settings: Sequence[Setting], asked: str | None, network: str
 
 
 def ablation_view(
-    cards: Sequence[RunCard],
+    cards: Sequence[RunRecord],
     baseline: str,
     attack: str,
     network: str,
@@ -213,7 +213,7 @@ def _numbers(point: str) -> dict[str, float]:
 
 
 def write_ablation(
-    out: Path, cards: Sequence[RunCard], view: View, tables: Sequence[Table], baseline: str, attack: str, network: str
+    out: Path, cards: Sequence[RunRecord], view: View, tables: Sequence[Table], baseline: str, attack: str, network: str
 ) -> list[Path]:
     """``tables.md``, ``tables.tex``, ``runs.csv``, and ``differences``, ``fronts`` and ``sweep`` as svg and png in ``out``.
 

@@ -15,21 +15,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from glassarmor.defenses.evaluation.card import read_card as read_result_card
-from glassarmor.interpret.storage import read_record, write_atomic
+from glassarmor.interpret.storage import read_object, write_atomic
 from glassarmor.lightning_modules.run.hardware import decisions
 from glassarmor.lightning_modules.study.members import Member, _word, portable_override
 from glassarmor.lightning_modules.study.records import (
-    RunCard,
-    card_of,
-    read_card,
+    ARCHIVE,
+    RunRecord,
+    read_archive,
+    read_record,
+    record_of,
     settled,
-    write_card,
+    write_record,
 )
 from glassarmor.lightning_modules.study.verdicts import SELECTED
 
@@ -58,7 +61,7 @@ class Place:
     def record(self) -> dict[str, Any]:
         """``member.json``; an empty record for a member that was never started."""
         path = self.folder / "member.json"
-        return read_record(path, "--study") if path.is_file() else {}
+        return read_object(path, "--study") if path.is_file() else {}
 
     def decided(self, member: Member) -> dict[str, object]:
         """What ``auto`` stands for in all members of this study."""
@@ -188,7 +191,7 @@ def run_members(
         KeyboardInterrupt: after the members that ran were ended; calling again goes on.
     """
     places = {member.name: place_of(member, out) for member in members}
-    waiting = left(members, out)
+    waiting = unfinished(members, out)
     skipped = len(members) - len(waiting)
     given_up = sum(places[m.name].state == "failed" for m in members)
     tell(f"{len(members)} members: {skipped - given_up} done, {given_up} failed {TRIES} times, {len(waiting)} to train")
@@ -246,14 +249,14 @@ def place_of(member: Member, out: Path) -> Place:
     return Place(out / "members" / member.name, member.suites)
 
 
-def forgive(members: Sequence[Member], out: Path) -> None:
+def reset_failures(members: Sequence[Member], out: Path) -> None:
     """Let those that failed be tried again: it was the machine, or a path that no hash knows."""
     for member in members:
         if place_of(member, out).state == "failed":
             place_of(member, out).write(failures=0)
 
 
-def left(members: Sequence[Member], out: Path) -> list[Member]:
+def unfinished(members: Sequence[Member], out: Path) -> list[Member]:
     """Those that are neither done, here or elsewhere, nor given up."""
     return [m for m in members if place_of(m, out).state in ("new", "resumable") and not _trained_elsewhere(m, out)]
 
@@ -269,10 +272,10 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             time.sleep(0.1)
 
 
-def planned(member: Member) -> RunCard:
+def planned(member: Member) -> RunRecord:
     """The card of a member that has left nothing yet."""
     kept = {**settled(member.config), **_suites(member)}
-    return RunCard(
+    return RunRecord(
         member.name, member.method, member.setting, member.seed, member.hash, kept, {}, {}, {}, {}, {}, "not started"
     )
 
@@ -282,7 +285,7 @@ def _suites(member: Member) -> dict[str, Any]:
     return {"suites": {name: list(lines) for name, lines in member.suites.items()}} if member.suites else {}
 
 
-def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
+def cards_of(members: Sequence[Member], out: Path) -> list[RunRecord]:
     """Cards of all members that were started, failures included, in ``OUT/cards``; others move to ``OUT/other_cards``."""
     cards = []
     for member in members:
@@ -298,16 +301,30 @@ def cards_of(members: Sequence[Member], out: Path) -> list[RunCard]:
     return cards
 
 
-def _trained_elsewhere(member: Member, out: Path) -> RunCard | None:
+@lru_cache(maxsize=1)
+def _archived(path: Path, _: int) -> dict[str, RunRecord]:
+    """By name, as long as the file is the same."""
+    return {record.name: record for record in read_archive(path)}
+
+
+def _trained_elsewhere(member: Member, out: Path) -> RunRecord | None:
     """The card of a member that ended well, if it was brought here without its whole run.
 
     Raises:
         ValueError: a card that contradicts itself, or is that of another run.
     """
-    path = out / "cards" / f"{member.name}.json"
-    if place_of(member, out).state == "done" or not path.is_file():
+    if place_of(member, out).state == "done":
         return None
-    card = read_card(path)
+    path = out / "cards" / f"{member.name}.json"
+    if path.is_file():
+        card = read_record(path)
+    elif (path := out / ARCHIVE).is_file():
+        found = _archived(path, path.stat().st_mtime_ns).get(member.name)
+        if found is None:
+            return None
+        card = found
+    else:
+        return None
     if (card.config, card.seed) != (member.hash, member.seed):
         raise ValueError(
             f"runs: {path} is the card of another run: expected config {member.hash} and seed {member.seed}, "
@@ -316,16 +333,16 @@ def _trained_elsewhere(member: Member, out: Path) -> RunCard | None:
     return None if card.failure or card.settled.get("suites", {}) != _suites(member).get("suites", {}) else card
 
 
-def _write(member: Member, out: Path) -> RunCard:
+def _write(member: Member, out: Path) -> RunRecord:
     card = _card(member, place_of(member, out))
     (out / "cards").mkdir(parents=True, exist_ok=True)
-    write_card(card, out / "cards" / f"{member.name}.json")
+    write_record(card, out / "cards" / f"{member.name}.json")
     return card
 
 
-def _card(member: Member, place: Place) -> RunCard:
+def _card(member: Member, place: Place) -> RunRecord:
     if (place.run / "config.yaml").is_file() and (place.run / "run.json").is_file():
-        card = card_of(place.run, member.method, member.setting, member.name, place.failure)
+        card = record_of(place.run, member.method, member.setting, member.name, place.failure)
     else:
         card = planned(member)
         fixed = {key: value for key, value in place.decided(member).items() if key in card.settled}

@@ -11,7 +11,7 @@ import numpy as np
 from glassarmor.interpret.statistics import Paired, mean_std
 from glassarmor.interpret.views.charts import Table
 from glassarmor.lightning_modules.run.console import marked
-from glassarmor.lightning_modules.study.records import Evaluation, RunCard
+from glassarmor.lightning_modules.study.records import Accuracies, RunRecord
 from glassarmor.lightning_modules.study.verdicts import (
     SELECTED,
     Setting,
@@ -211,14 +211,14 @@ def _clean(setting: Setting) -> float:
     return mean_std(list(setting.accuracy("clean").values()))[0]
 
 
-def runs_table(cards: Sequence[RunCard]) -> Table:
+def runs_table(cards: Sequence[RunRecord]) -> Table:
     """A row a run and network, plain numbers: for spreadsheets and for W&B."""
     attacks = list(dict.fromkeys(a for card in cards for row in card.evaluations.values() for a in row.accuracy))
     costs = ("seconds", "cpu_seconds", "passes", "steps")
     keys = list(dict.fromkeys(key for card in cards for key in card.measured))
     rows: list[tuple[str | float | int, ...]] = []
     for card in cards:
-        for network, row in (card.evaluations or {"": Evaluation({})}).items():
+        for network, row in (card.evaluations or {"": Accuracies({})}).items():
             rows.append(
                 (
                     *(card.method, card.setting, card.seed, marked(network, row.finite, row.guesses), card.failure),

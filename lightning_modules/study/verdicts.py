@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from glassarmor.interpret.statistics import Paired, bootstrap_interval, front, holm, hypervolume, mean_std, paired, robust_at
-from glassarmor.lightning_modules.study.records import RunCard
+from glassarmor.lightning_modules.study.records import RunRecord
 
 SELECTED: Final = "defended, best epoch"  # chosen on the validation split; the test set selects nothing
 
@@ -19,7 +19,7 @@ class Setting:
 
     method: str
     point: str
-    runs: Mapping[int, RunCard]
+    runs: Mapping[int, RunRecord]
     failed: int
 
     @property
@@ -41,9 +41,9 @@ class Setting:
         return mean_std([card.selected.get("val/robust_acc", math.nan) for card in self.runs.values()])[0]
 
 
-def settings_of(cards: Sequence[RunCard]) -> list[Setting]:
+def settings_of(cards: Sequence[RunRecord]) -> list[Setting]:
     """Cards that differ in nothing but the seed belong together; in the order given."""
-    groups: dict[tuple[str, str], list[RunCard]] = {}
+    groups: dict[tuple[str, str], list[RunRecord]] = {}
     for card in cards:
         groups.setdefault((card.method, card.setting), []).append(card)
     return [
