@@ -137,7 +137,7 @@ def read_lines(path: Path, key: str = "") -> list[dict[str, Any]]:
         if not line.endswith("\n"):
             break
         try:
-            event = json.loads(line)
+            event = json.loads(line, object_pairs_hook=_once, parse_constant=_number)
         except (ValueError, RecursionError):
             event = None
         if not isinstance(event, dict):

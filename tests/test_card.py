@@ -244,7 +244,7 @@ def test_long_names_stay_apart_in_the_terminal(
     names = [f"{'-'.join(['pgd_at_with_a_long_name'] * 3)}-seed-{seed}" for seed in (0, 1)]
     cards = [saved(tmp_path, name, card, [True] * 6 + [False] * 2) for name in names]
     monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, cards), "--out", str(tmp_path / "page")])
-    compare.main()
+    compare.run()
     out = capsys.readouterr().out
     column = "".join(line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│"))
     assert column == "".join(names)
@@ -260,7 +260,7 @@ def test_cards_beside_each_other_are_compared_image_by_image(
     assert (lost, won) == (5, 2)
     assert p == pytest.approx(2 * sum(math.comb(7, k) for k in range(3)) / 2**7)  # the exact binomial, both tails
     monkeypatch.setattr(sys, "argv", ["compare.py", str(one), str(two), "--out", str(tmp_path / "page")])
-    compare.main()
+    compare.run()
     assert "these images do not tell one (75.0 %), two (37.5 %) apart (p ≥ 0.45)" in told(capsys)
     assert (tmp_path / "page" / "index.html").stat().st_size > 10_000
     wrong = json.loads(two.read_text())
@@ -270,5 +270,5 @@ def test_cards_beside_each_other_are_compared_image_by_image(
     two.write_text(json.dumps(wrong))
     monkeypatch.setattr(sys, "argv", ["compare.py", str(one), str(two), "--out", str(tmp_path / "other")])
     with pytest.raises(SystemExit):
-        compare.main()
+        compare.run()
     assert "do not compare: ε 0.1 and 0.3" in capsys.readouterr().err

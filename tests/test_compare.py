@@ -69,7 +69,7 @@ def make_run(
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
-    compare.main()
+    compare.run()
 
 
 def test_runs_are_set_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,15 +14,14 @@ import torch
 from torch import nn
 
 from glassarmor.defenses.attacks.pgd import PGD
-from glassarmor.defenses.evaluation.card import accuracy_curve, check_card, make_card, read_record
+from glassarmor.defenses.evaluation.card import accuracy_curve, check_card, make_card, read_card
 from glassarmor.defenses.evaluation.robustness import evaluate_robustness
 from glassarmor.defenses.evaluation.sampling import stratified_rows
 from glassarmor.defenses.evaluation.sanity import Check, SanityReport, share_check
 from glassarmor.defenses.evaluation.suite import Step, Suite
 from glassarmor.defenses.threat import Linf
 from glassarmor.lightning_modules.study.members import Member
-from glassarmor.lightning_modules.study.records import Accuracies, record_of, write_record
-from glassarmor.lightning_modules.study.records import read_record as read_run_card
+from glassarmor.lightning_modules.study.records import Accuracies, read_archive, read_record, record_of, write_record
 from glassarmor.lightning_modules.study.runner import cards_of, planned
 
 STUDY = Path(__file__).resolve().parents[1] / "docs" / "study"
@@ -143,8 +142,8 @@ def test_whatever_follows_from_other_entries_cannot_be_changed_alone(card: dict[
 def test_the_suites_of_the_studies_hold_together_and_so_do_their_parts() -> None:
     assert len(SUITES) == 13
     for path in SUITES:
-        read_record(path)
-    old = read_record(SUITES[2])
+        read_card(path)
+    old = read_card(SUITES[2])
     free = ("model", "data/selection", "data/images", "versions", "commit", "notes", "interpretation", "config", "schema")
     # Without the data's class names, and what measured no count of images.
     free += ("sanity/checks", "examples/rows", *(f"accuracy/by_class/{i}/class" for i in range(10)))
@@ -184,7 +183,7 @@ def test_a_contradiction_is_refused_by_name(
     path = tmp_path / "card.json"
     path.write_text(json.dumps(changed), encoding="utf-8")
     with pytest.raises(ValueError, match="card: it contradicts itself") as error:
-        read_record(path)
+        read_card(path)
     assert said in str(error.value)
     assert str(path) in str(error.value)
 
@@ -193,14 +192,12 @@ def test_json_that_readers_read_in_two_ways_is_refused(card: dict[str, Any], tmp
     path = tmp_path / "card.json"
     path.write_text(json.dumps(card).replace('"seed": 1,', '"seed": 1, "commit": "first",', 1), encoding="utf-8")
     with pytest.raises(ValueError, match="two entries of one name"):
-        read_record(path)
+        read_card(path)
 
 
 def test_every_card_of_the_studies_is_read_and_holds_together() -> None:
-    paths = sorted(STUDY.glob("*/cards/*.json"))
-    assert len(paths) == 319
-    for path in paths:
-        assert read_run_card(path).name == path.stem
+    records = [record for path in sorted(STUDY.glob("*/runs.jsonl")) for record in read_archive(path)]
+    assert len(records) == 319
 
 
 BEST = ("evaluations", "defended, best epoch")
@@ -229,12 +226,13 @@ RUN_EXAMPLES = {
 
 @pytest.mark.parametrize(("place", "value", "said"), RUN_EXAMPLES.values(), ids=RUN_EXAMPLES)
 def test_a_card_of_a_run_that_contradicts_itself_is_refused(tmp_path: Path, place: Any, value: Any, said: str) -> None:
-    path = sorted(STUDY.glob("confirm/cards/*.json"))[0]
-    (tmp_path / path.name).write_text(json.dumps(replaced(json.loads(path.read_text()), place, value)))
+    record = json.loads((STUDY / "confirm" / "runs.jsonl").read_text().splitlines()[0])
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(replaced(record, place, value)))
     with pytest.raises(ValueError, match=r"is no") as error:
-        read_run_card(tmp_path / path.name)
+        read_record(path)
     assert said in str(error.value)
-    assert str(tmp_path / path.name) in str(error.value)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,13 @@ from glassarmor.lightning_modules.commands import study as compare
 from glassarmor.lightning_modules.run import hardware
 from glassarmor.lightning_modules.study.members import Member, members_of, portable_override
 from glassarmor.lightning_modules.study.records import (
+    NEUTRAL,
     Accuracies,
     check_comparable,
     config_hash,
     read_record,
     read_records,
+    settled,
     write_record,
 )
 from glassarmor.lightning_modules.study.report import attack_compared
@@ -378,11 +380,11 @@ def test_a_wrong_override_names_its_method(
     path.write_text(yaml.safe_dump({**PLAIN, "methods": {"A": {"overrides": ["defense=nothing"]}}}))
     monkeypatch.setattr(sys, "argv", ["compare.py", "--study", str(path), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit):
-        compare.main()
+        compare.run()
     assert "study.methods.A: In 'train': Could not find 'defense/nothing'" in capsys.readouterr().err
     path.write_text(yaml.safe_dump({**PLAIN, "methods": {"A": {}, "B": {"overrides": ["trainer.max_epochs=3"]}}}))
     with pytest.raises(SystemExit):
-        compare.main()
+        compare.run()
     error = capsys.readouterr().err
     assert "trainer.max_epochs differs, the training effort" in error
     assert not (tmp_path / "out").exists()
@@ -406,7 +408,7 @@ def test_a_study_with_a_member_that_failed_compares_the_others_and_exits_with_1(
     (broken.folder / "log.txt").write_text("ValueError: it burst\n")
     monkeypatch.setattr(sys, "argv", ["compare.py", "--study", str(path), "--out", str(out)])
     with pytest.raises(SystemExit) as ended:
-        compare.main()
+        compare.run()
     assert ended.value.code == 1
     said = capsys.readouterr().out
     assert "B − A: clean +0.0, PGD-20 +10.0 points" in said
@@ -439,7 +441,7 @@ def test_what_would_fail_after_training_is_refused_before(
     path.write_text(yaml.safe_dump({**plain, **changes}))
     monkeypatch.setattr(sys, "argv", ["compare.py", "--study", str(path), "--out", str(out)])
     with pytest.raises(SystemExit) as ended:
-        compare.main()
+        compare.run()
     error = capsys.readouterr().err
     assert ended.value.code == 2
     assert words in error
@@ -551,21 +553,37 @@ def test_a_member_that_never_began_has_the_precision_of_the_others_on_its_card(
     assert card.config == "hash"
 
 
-CARDS = sorted((CONFIGS.parent / "docs" / "study").glob("*/cards/*.json"))[::10]
+FOLDERS = sorted(path.parent for path in (CONFIGS.parent / "docs" / "study").glob("*/runs.jsonl"))
 
 
-@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
-def test_the_cards_that_are_kept_are_still_those_of_their_configs(path: Path) -> None:
-    """Or a search that goes on from them would train all of them again."""
-    card = read_record(path)
-    overrides = tuple(o for o in card.about["overrides"] if not o.startswith("seed="))
-    assert config_hash(compare.composed((*overrides, "data.path=nowhere"), card.seed)) == card.config
-    assert path.stem.endswith(card.config)
+def test_the_records_that_are_kept_are_those_of_their_studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 319, or a study that goes on from them would train some again; and still so when a config has a new key."""
+    assert len(FOLDERS) == 7
+    kept = {folder: {record.name: record for record in read_records([folder])} for folder in FOLDERS}
+    found = 0
+    for folder, records in kept.items():
+        study = read_study(CONFIGS / "study" / f"{folder.name}.yaml")
+        for member in members_of(study, compare.composed, ["data.path=nowhere"]):
+            if member.name in records:
+                found += 1
+                record = records[member.name]
+                assert record.config == member.hash == config_hash(member.config)
+                wanted = planned(member).settled
+                fixed = {key: record.settled[key] for key in ("trainer.precision",) if wanted.get(key) == "auto"}
+                assert record.settled == {**wanted, **fixed}
+    assert found == sum(map(len, kept.values())) == 319
+    monkeypatch.setitem(NEUTRAL, "data.allow_duplicates", False)
+    config = dict(compare.composed(("data=arrays", "data.path=nowhere"), 0))
+    newer = {**config, "data": {**config["data"], "allow_duplicates": False, "skip_unreadable": None}, "search": None}
+    assert config_hash(newer) == config_hash(config)
+    assert settled(newer) == settled(config)
+    other = {**config, "data": {**config["data"], "allow_duplicates": True}}
+    assert config_hash(other) != config_hash(config)
 
 
-@pytest.mark.parametrize("folder", sorted((CONFIGS.parent / "docs" / "study").glob("*/")), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_tables_of_the_documents_are_what_their_cards_say(folder: Path) -> None:
-    cards = read_records([folder / "cards"])
+    cards = read_records([folder])
     of, settings = read_study(CONFIGS / "study" / f"{folder.name}.yaml"), settings_of(cards)
     attack = attack_compared(settings, of.attack, of.network)
     table = accuracy_table(settings, of.network, of.baseline, attack)
@@ -587,6 +605,6 @@ def test_the_tables_of_the_documents_are_what_their_cards_say(folder: Path) -> N
 )
 def test_a_recipe_is_what_a_study_trained(recipe: str, study: str, seeds: tuple[int, ...]) -> None:
     """To the hash of its config: the numbers that it quotes are of this very training."""
-    hashes = {card.config for card in read_records([CONFIGS.parent / "docs" / "study" / study / "cards"])}
+    hashes = {card.config for card in read_records([CONFIGS.parent / "docs" / "study" / study])}
     for seed in seeds:
         assert config_hash(compare.composed((f"experiment={recipe}", "data.path=nowhere"), seed)) in hashes

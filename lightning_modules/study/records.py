@@ -157,7 +157,9 @@ def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config that must agree before numbers compare, seeds left out."""
     kept = {key: _without_seeds(value) for key, value in portable(config).items() if key in SAME}
     trainer = config.get("trainer") or {}
-    kept["select"] = without_neutral(dict(config.get("select") or SELECTED[0]))
+    chosen = dict(config.get("select") or SELECTED[0])
+    kept.pop("select", None)
+    kept |= {"select": without_neutral(chosen)} if chosen != SELECTED[0] else {}
     effort = {key: trainer.get(key.removeprefix("trainer.")) for key in EFFORT}
     return kept | {key: value for key, value in effort.items() if value is not None}
 
