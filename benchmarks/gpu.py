@@ -62,7 +62,8 @@ from glassarmor.defenses.training.defense import Defense
 from glassarmor.defenses.training.regularizers import PSE, UnitSensitivity
 from glassarmor.defenses.training.terms import AdversarialCE, CleanCE, Term, TradesKL
 from glassarmor.interpret.modes import buffers_kept
-from glassarmor.interpret.views.page.page import ReportPage, write_atomic
+from glassarmor.interpret.storage import write_atomic
+from glassarmor.interpret.views.page.page import ReportPage
 from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
 from glassarmor.lightning_modules.callbacks.preemption import EXIT_CODE
 from glassarmor.lightning_modules.networks.resnet import ResNet, resnet18

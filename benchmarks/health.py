@@ -37,7 +37,7 @@ from glassarmor.defenses.attacks.pgd import FGSM, NFGSM, PGD, Scalable
 from glassarmor.defenses.monitoring.alarms import KINDS, Limits, judge
 from glassarmor.defenses.monitoring.readings import Images, Reading, measure
 from glassarmor.defenses.threat import Linf, Threat
-from glassarmor.interpret.views.page.page import write_atomic
+from glassarmor.interpret.storage import write_atomic
 from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 
 STEPS, CLIMB, EVERY, WARM_UP = 100, 50, 5, 10  # a net that has seen next to nothing is not judged

@@ -44,7 +44,7 @@ from glassarmor.defenses.training.defense import Defense
 from glassarmor.defenses.training.terms import AdversarialCE, Ramp
 from glassarmor.interpret.modes import undisturbed
 from glassarmor.interpret.statistics import paired
-from glassarmor.interpret.views.page.page import write_atomic
+from glassarmor.interpret.storage import write_atomic
 from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
 from glassarmor.lightning_modules.callbacks.health import Action, Health, watch
 from glassarmor.lightning_modules.classifier import Diverged, RobustClassifier

@@ -13,16 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from glassarmor.defenses.evaluation.card import (
-    SCHEMA,
-    accuracy_curve,
-    check_card,
-    differences,
-    make_card,
-    markdown,
-    read_card,
-    settings_of,
-)
+from glassarmor.defenses.evaluation.card import SCHEMA, accuracy_curve, check_card, differences, make_card, read_card
 from glassarmor.defenses.evaluation.fingerprint import described
 from glassarmor.defenses.evaluation.robustness import evaluate_robustness
 from glassarmor.defenses.evaluation.sampling import wilson
@@ -31,6 +22,7 @@ from glassarmor.defenses.evaluation.suite import make_suite
 from glassarmor.defenses.threat import L2, Linf
 from glassarmor.interpret.views.charts import Lines
 from glassarmor.lightning_modules.cards.compare import cards_tables, cards_view, headline, level_with_the_best, paired_images
+from glassarmor.lightning_modules.cards.markdown import markdown, settings_of
 from glassarmor.lightning_modules.commands import study as compare
 
 SCALES = (0.5, 1.0, 2.0)

@@ -29,6 +29,7 @@ from glassarmor.defenses.evaluation.sanity import (
     suite_check,
 )
 from glassarmor.defenses.threat import L2, Linf
+from glassarmor.lightning_modules.cards.report import sanity_table
 from tests.honest import EPS as HONEST_EPS
 from tests.honest import FAMILIES, IMAGES, Median
 from tests.honest import trained as honest
@@ -105,7 +106,7 @@ def test_the_verdict_follows_from_the_checks():
     both = SanityReport((failed, passed, grave))
     assert both.verdict == "invalid"
     assert both.reasons == ("broken", "odd")
-    table = both.table()
+    table = sanity_table(both)
     assert "invalid" in table.title
     assert [row[:2] for row in table.rows] == [("b", "failed"), ("a", "passed"), ("c", "failed")]
     assert all(len(row) == len(table.columns) for row in table.rows)

@@ -16,15 +16,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from glassarmor.interpret import storage
 from glassarmor.interpret.observation import observe
 from glassarmor.interpret.signals.conductance import conductance
 from glassarmor.interpret.signals.pse import KIND_NAMES, region_effects
 from glassarmor.interpret.signals.restoration import restoration_curve
 from glassarmor.interpret.signals.sensitivity import sensitivity_control
+from glassarmor.interpret.storage import write_atomic
 from glassarmor.interpret.views.charts import Bars, Chart, Intervals, Lines, MapColumn, Maps, Scatter, Table, Trend
 from glassarmor.interpret.views.draw import figures, raster
 from glassarmor.interpret.views.page import encode
-from glassarmor.interpret.views.page.page import ReportPage, read_script, write_atomic
+from glassarmor.interpret.views.page.page import ReportPage, read_script
 from glassarmor.interpret.views.panels import attribution, cam, pse, training, units
 from glassarmor.interpret.views.panels.restoration import RestorationPanel
 from glassarmor.interpret.views.panels.sensitivity import SensitivityPanel
@@ -152,7 +154,7 @@ def test_quantisation_is_off_by_at_most_half_a_step(side: int, top: int) -> None
 
 
 def test_json_is_strict_and_safe_inside_a_script() -> None:
-    text = encode.to_json({"name": HOSTILE, "nan": float("nan"), "n": np.float32(0.5), "rows": (np.int64(3), 1e300)})
+    text = storage.to_json({"name": HOSTILE, "nan": float("nan"), "n": np.float32(0.5), "rows": (np.int64(3), 1e300)})
     assert "<" not in text
     assert json.loads(text) == {"name": HOSTILE, "nan": None, "n": 0.5, "rows": [3, 1e300]}
 

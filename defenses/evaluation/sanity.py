@@ -40,7 +40,6 @@ from glassarmor.defenses.threat import Threat
 from glassarmor.interpret.inputs import borrowed, checked
 from glassarmor.interpret.modes import undisturbed
 from glassarmor.interpret.network.chunks import measuring
-from glassarmor.interpret.views.charts import Table
 
 Verdict = Literal["trusted", "suspicious", "invalid"]
 LIMITS: Final[dict[str, tuple[float, float]]] = {  # share of images: above it suspicious, above it invalid
@@ -113,14 +112,6 @@ class SanityReport:
         """The sentences of the checks that failed, the grave ones first."""
         failed = [check for check in self.checks if not check.passed]
         return tuple(check.sentence for check in sorted(failed, key=lambda check: not check.grave))
-
-    def table(self) -> Table:
-        """For the page and the console."""
-        rows = [
-            (check.name, "passed" if check.passed else "failed", check.figure, check.expected, check.sentence)
-            for check in self.checks
-        ]
-        return Table(f"Sanity checks: {self.verdict}", ("check", "outcome", "figure", "expected", "found"), rows, open=True)
 
 
 def lower_limit(count: int, n: int) -> float:

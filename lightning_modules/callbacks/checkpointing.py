@@ -20,7 +20,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from glassarmor.defenses.monitoring.readings import count_nonfinite
-from glassarmor.interpret.views.page.page import write_atomic
+from glassarmor.interpret.storage import write_atomic
 from glassarmor.lightning_modules.randomness import generator_states, set_generator_states
 from glassarmor.lightning_modules.run.folder import load_checkpoint
 from glassarmor.lightning_modules.run.processes import Poll, leave_sums_to_leader, summed, together

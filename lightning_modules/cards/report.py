@@ -16,16 +16,16 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
-from glassarmor.defenses.evaluation.card import markdown
 from glassarmor.defenses.evaluation.examples import FelledExamples
 from glassarmor.defenses.evaluation.robustness import Evaluation, Progress, evaluate_robustness
 from glassarmor.defenses.evaluation.sanity import Check, SanityReport, finite_check, sanity_checks
 from glassarmor.defenses.threat import Linf, Threat
 from glassarmor.defenses.training.terms import Term
+from glassarmor.interpret.storage import write_atomic
 from glassarmor.interpret.views.charts import Bars, Chart, Lines, Table
 from glassarmor.interpret.views.draw.figures import charts_figure, to_array
-from glassarmor.interpret.views.page.page import write_atomic
 from glassarmor.interpret.views.view import Answer, View
+from glassarmor.lightning_modules.cards.markdown import markdown
 from glassarmor.lightning_modules.run.console import console, note, now_and_then, show
 
 STATE: Final = "suite_state.json"
@@ -186,7 +186,7 @@ def card_view(card: Mapping[str, Any], sanity: SanityReport, found: Evaluation, 
             reference_label="clean",
         ),
         replace(attack_table(found), open=True),
-        sanity.table(),
+        sanity_table(sanity),
     ]
     attacks = "1 attack" if len(found.attacks) == 1 else f"{len(found.attacks)} attacks"
     title = (
@@ -207,6 +207,15 @@ def card_view(card: Mapping[str, Any], sanity: SanityReport, found: Evaluation, 
         how_to_read="An image counts as robust only if it withstands every attack of the suite. Trusted: every sanity check "
         "passed; suspicious: one failed; invalid: one failed by so much that the number cannot be used.",
     )
+
+
+def sanity_table(report: SanityReport) -> Table:
+    """The checks and their outcomes, for the page and the console."""
+    rows = [
+        (check.name, "passed" if check.passed else "failed", check.figure, check.expected, check.sentence)
+        for check in report.checks
+    ]
+    return Table(f"Sanity checks: {report.verdict}", ("check", "outcome", "figure", "expected", "found"), rows, open=True)
 
 
 def corruption_table(found: Evaluation) -> Table:

@@ -32,7 +32,7 @@ from glassarmor.lightning_modules.cards.compare import cards_tables, cards_view,
 from glassarmor.lightning_modules.run.console import clear_errors, console, show
 from glassarmor.lightning_modules.run.doors import started
 from glassarmor.lightning_modules.run.log import check_wandb_mode, log_tables
-from glassarmor.lightning_modules.run.saved_config import CONFIGS, read_yaml
+from glassarmor.lightning_modules.run.saved_config import CONFIGS
 from glassarmor.lightning_modules.study.curves import Run, compare, results_table
 from glassarmor.lightning_modules.study.members import Member, members_of
 from glassarmor.lightning_modules.study.race import Race, race, race_table, rounds_of
@@ -52,14 +52,12 @@ def read_run(path: Path) -> Run:
     """
     if not (path / "config.yaml").is_file() or not (path / "metrics.csv").is_file():
         raise ValueError(f"runs: expected a run folder with config.yaml and metrics.csv, found none at {path}")
-    config = OmegaConf.create(read_yaml(path / "config.yaml", "runs"))
     metrics = read_metrics(path)
     if not metrics:
         raise ValueError(f"runs: {path} holds no finished epoch")
     results = path / "results.json"
     return Run(
         path.name,
-        config,
         read_object(path / "run.json", "runs"),
         metrics,
         read_object(results, "runs") if results.is_file() else {},

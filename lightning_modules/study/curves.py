@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from glassarmor.interpret.views.charts import Bars, Chart, Lines, Stored, Table
 from glassarmor.interpret.views.page.page import stored_charts
 from glassarmor.interpret.views.view import View
@@ -32,7 +30,6 @@ class Run:
     """What a run folder says."""
 
     name: str
-    config: DictConfig
     info: dict[str, Any]
     metrics: list[dict[str, float]]
     results: dict[str, Any]

@@ -56,7 +56,7 @@ def members_of(study: Study, compose: Compose, further: Sequence[str] = ()) -> l
                 continue
             grid = entry.get("grid") or {}
             for values in itertools.product(*grid.values()):
-                point = [f"{key}={_word(value)}" for key, value in zip(grid, values, strict=True)]
+                point = [f"{key}={as_override(value)}" for key, value in zip(grid, values, strict=True)]
                 overrides = tuple(canonical([*study.budget, *(entry.get("overrides") or ()), *point, *further]))
                 try:
                     config = compose(overrides, seed)
@@ -76,7 +76,7 @@ def members_of(study: Study, compose: Compose, further: Sequence[str] = ()) -> l
     return list(members.values())
 
 
-def _word(value: Any) -> str:
+def as_override(value: Any) -> str:
     """A YAML value as in an override."""
     return json.dumps(value) if isinstance(value, bool | None) else str(value)
 

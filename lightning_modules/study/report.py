@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from glassarmor.interpret.statistics import Paired, front, mean_std
+from glassarmor.interpret.storage import write_atomic
 from glassarmor.interpret.views.charts import Intervals, Scatter, Table
 from glassarmor.interpret.views.draw.ablation import Front, fronts_figure, intervals_figure, parallel_figure
 from glassarmor.interpret.views.draw.figures import save
 from glassarmor.interpret.views.draw.text import comma_separated, latex, markdown
-from glassarmor.interpret.views.page.page import write_atomic
 from glassarmor.interpret.views.view import View
 from glassarmor.lightning_modules.study.records import RunRecord
 from glassarmor.lightning_modules.study.tables import (

@@ -24,7 +24,7 @@ import numpy as np
 from glassarmor.defenses.evaluation.card import read_card as read_result_card
 from glassarmor.interpret.storage import read_object, write_atomic
 from glassarmor.lightning_modules.run.hardware import decisions
-from glassarmor.lightning_modules.study.members import Member, _word, portable_override
+from glassarmor.lightning_modules.study.members import Member, as_override, portable_override
 from glassarmor.lightning_modules.study.records import (
     ARCHIVE,
     RunRecord,
@@ -128,7 +128,7 @@ def command(member: Member, place: Place, program: Program) -> list[str]:
         return [*program("evaluate"), *where, *place.suites[suite]]
     if place.state == "resumable":
         return [*program("train"), f"resume={place.run}", "trust=true"]  # the study's own
-    fixed = [f"{key}={_word(value)}" for key, value in place.decided(member).items()]
+    fixed = [f"{key}={as_override(value)}" for key, value in place.decided(member).items()]
     return [*program("train"), *member.overrides, *fixed, f"out={place.folder}", "name=run"]
 
 

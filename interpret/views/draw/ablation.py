@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from glassarmor.interpret.views.charts import Intervals
 from glassarmor.interpret.views.draw import raster
-from glassarmor.interpret.views.draw.figures import DPI, INK, MUTED, _plain_axes
+from glassarmor.interpret.views.draw.figures import DPI, INK, MUTED, plain_axes
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # the shape tells methods apart in a grey print
 LINES = ("-", "--", "-.", ":")
@@ -64,7 +64,7 @@ def fronts_figure(fronts: Sequence[Front], attack: str, baseline: str | None = N
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     _name(axes, named, 0.16 / height)
     heavy = f"; heavy: {shorten(baseline, 20, placeholder='…')}" if baseline else ""
-    _plain_axes(axes, f"Clean against robust accuracy, bars ± 1 std over seeds{heavy}")
+    plain_axes(axes, f"Clean against robust accuracy, bars ± 1 std over seeds{heavy}")
     axes.set_xlabel("clean accuracy (%)", fontsize=8, color=MUTED)
     axes.set_ylabel(f"accuracy under {attack} (%)", fontsize=8, color=MUTED)
     return figure
@@ -129,7 +129,7 @@ def intervals_figure(chart: Intervals) -> Figure:
             axes.text(x, i, words, transform=axes.get_yaxis_transform(), ha=align, va="center", fontsize=7, parse_math=False)
     axes.set_xlim(-chart.limit, chart.limit)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    _plain_axes(axes, "")
+    plain_axes(axes, "")
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(chart.x_label, fontsize=8, color=MUTED)

@@ -184,7 +184,7 @@ def _colour_bar(figure: Figure, axes: Axes, columns: Sequence[MapColumn], limit:
 # ---- bars, lines, points, trends ------------------------------------------------------------------------------------
 
 
-def _plain_axes(axes: Axes, title: str) -> None:
+def plain_axes(axes: Axes, title: str) -> None:
     axes.set_title(textwrap.fill(title, 46), fontsize=8.5, loc="left", color=INK, parse_math=False)
     axes.tick_params(labelsize=8, length=2, colors=MUTED)
     axes.spines[["top", "right"]].set_visible(False)
@@ -202,7 +202,7 @@ def _draw_bars(axes: Axes, bars: Bars) -> None:
         unit += f"   (mark: {bars.reference_label})"
     axes.set_yticks(places, [textwrap.shorten(label, 22, placeholder="…") for label in bars.labels], parse_math=False)
     axes.invert_yaxis()
-    _plain_axes(axes, bars.title)
+    plain_axes(axes, bars.title)
     axes.set_xlabel(unit, fontsize=8, color=MUTED)
 
 
@@ -224,7 +224,7 @@ def _draw_lines(axes: Axes, lines: Lines) -> None:
         )
     if lines.limits:
         axes.set_ylim(lines.limits[0] * up, lines.limits[1] * up)
-    _plain_axes(axes, lines.title)
+    plain_axes(axes, lines.title)
     axes.set_xlabel(lines.x_label + (" (%)" if across == 100 else ""), fontsize=8, color=MUTED)
     axes.set_ylabel(lines.unit, fontsize=8, color=MUTED)
     if lines.x_names:
@@ -256,7 +256,7 @@ def _draw_scatter(axes: Axes, scatter: Scatter) -> None:
         )
     if scatter.diagonal:
         axes.axline((0, 0), slope=1, color=MUTED, ls="--", lw=1)
-    _plain_axes(axes, scatter.title)
+    plain_axes(axes, scatter.title)
     axes.set_xlabel(scatter.x_label, fontsize=8, color=MUTED)
     axes.set_ylabel(scatter.y_label, fontsize=8, color=MUTED)
     axes.legend(fontsize=7, frameon=False)
@@ -304,7 +304,7 @@ def trend_figure(trend: Trend, epochs: Sequence[int], history: Sequence[Mapping[
             axes.plot(epochs, values, label=label, color=raster.SERIES[i % len(raster.SERIES)], lw=1.8)
         if trend.limits:
             axes.set_ylim(trend.limits[0] * factor, trend.limits[1] * factor)
-    _plain_axes(axes, trend.title)
+    plain_axes(axes, trend.title)
     axes.set_xlabel("epoch", fontsize=8, color=MUTED)
     axes.set_ylabel("%" if factor == 100 else trend.unit, fontsize=8, color=MUTED)
     axes.legend(fontsize=7.5, frameon=False)

@@ -57,7 +57,7 @@ def dequantise(codes: np.ndarray, step: float) -> np.ndarray:
     return np.where(codes == np.iinfo(codes.dtype).min, np.nan, codes * step)
 
 
-def _base64(array: np.ndarray) -> str:
+def in_base64(array: np.ndarray) -> str:
     array = np.ascontiguousarray(array)
     return base64.b64encode(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")
 
@@ -165,7 +165,7 @@ def _units(units: UnitMaps, blobs: dict[str, str]) -> dict[str, Any]:
         "height": height,
         "width": width,
         "step": step,
-        "data": _base64(codes),
+        "data": in_base64(codes),
         "columns": dict(units.columns),
         "filters": filters,
     }
@@ -218,16 +218,16 @@ def _cell(column: MapColumn, values: np.ndarray, blobs: dict[str, str]) -> dict[
     if column.kind == "image":
         return _image(values, blobs)
     if column.kind == "category":
-        return {"data": _base64(values.astype(np.uint8))}
+        return {"data": in_base64(values.astype(np.uint8))}
     codes, step = quantise(values.astype(np.float64))
-    return {"data": _base64(codes), "step": step, "bits": codes.dtype.itemsize * 8}
+    return {"data": in_base64(codes), "step": step, "bits": codes.dtype.itemsize * 8}
 
 
 def _image(values: np.ndarray, blobs: dict[str, str]) -> dict[str, Any]:
     pixels = colour_image(values)
     if (pixels == pixels[..., :1]).all():
         pixels = pixels[..., :1]
-    data = _base64(pixels)
+    data = in_base64(pixels)
     key = hashlib.blake2b(data.encode(), digest_size=9).hexdigest()
     blobs[key] = data
     return {"blob": key, "channels": pixels.shape[-1]}

@@ -29,7 +29,7 @@ from glassarmor.interpret.storage import plain, to_json, write_atomic
 from glassarmor.interpret.views.charts import Stored, Table, Trend
 from glassarmor.interpret.views.draw import raster
 from glassarmor.interpret.views.page.changes import changes
-from glassarmor.interpret.views.page.encode import _base64, encode
+from glassarmor.interpret.views.page.encode import encode, in_base64
 from glassarmor.interpret.views.view import View
 
 SCHEMA: Final = 1
@@ -277,8 +277,8 @@ def _json_markup(value: Any) -> Markup:
 def colour_tables() -> dict[str, Any]:
     """The colours of :mod:`glassarmor.interpret.views.draw.raster` for the page, so that both draw alike."""
     return {
-        "signed": _base64(raster.DIVERGING),
-        "positive": _base64(raster.SEQUENTIAL),
+        "signed": in_base64(raster.DIVERGING),
+        "positive": in_base64(raster.SEQUENTIAL),
         "noValue": raster.NO_VALUE.tolist(),
         "categories": raster.CATEGORIES,
         "series": raster.SERIES,
