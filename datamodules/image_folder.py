@@ -55,7 +55,7 @@ class ImageFolder(ImageDataModule):
         if not ((root / "train").is_dir() and _folders(root / "train")):
             names = self._classes(root)
             everything = self._read(root, names)
-            self.files["test"] = self.files["training"]
+            self.whole = everything
             train, test = stratified_split(everything.labels, self.test_fraction, _TEST_SEED)
             return everything[train], everything[test], names
         held_out = next((root / part for part in ("test", "val") if (root / part).is_dir()), None)

@@ -178,6 +178,7 @@ class ImageDataModule(pl.LightningDataModule, ABC):
     def __post_init__(self) -> None:
         super().__init__()
         self.files: dict[str, list[SourceFile]] = {}  # by source, training and test; ``load`` fills it where there are any
+        self.whole: Images | None = None  # what ``load`` read and then split by chance into training and test images
         self._position: dict[str, Any] | None = None  # of the next training loader
         require_whole("data.batch_size", self.batch_size, 1)
         require_whole("data.eval_batch_size", self.eval_batch_size, 1)
@@ -216,10 +217,10 @@ class ImageDataModule(pl.LightningDataModule, ABC):
                 )
         if len(names) < 2:
             raise ValueError(f"a classifier needs at least 2 classes, found {len(names)}: {names!r}")
-        self.sources = {
-            name: source_print(images, len(names), self.files.get(name, ()))
-            for name, images in (("training", everything), ("test", test))
-        }
+        # Before any split: which images a split by chance draws changes with the labels.
+        read = {"training": everything, "test": test} if self.whole is None else {"training": self.whole}
+        self.sources = {name: source_print(images, len(names), self.files.get(name, ())) for name, images in read.items()}
+        self.whole = None
         if self.train_limit is not None:
             everything = everything[stratified_subset(everything.labels, self.train_limit, self.seed)]
         if self.test_limit is not None:

@@ -34,6 +34,9 @@ def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a write that fails does not name its file
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -146,7 +149,9 @@ def read_lines(path: Path, key: str = "") -> list[dict[str, Any]]:
     return found
 
 
-def check_links(folder: Path, key: str, into: Sequence[str] = ("checkpoints", "report", "report/data", "cards")) -> None:
+def check_links(
+    folder: Path, key: str, into: Sequence[str] = ("checkpoints", "report", "report/data", "data", "cards")
+) -> None:
     """Refuse a folder in which a file or folder is a link that leads out of it: what is written there would leave it.
 
     Args:
@@ -155,6 +160,8 @@ def check_links(folder: Path, key: str, into: Sequence[str] = ("checkpoints", "r
     Raises:
         ValueError: names the link and where it leads.
     """
+    if folder.is_symlink() and not folder.resolve().is_relative_to(folder.parent.resolve()):
+        raise ValueError(f"{key}: {folder} is a link to {folder.resolve()}, and writing would follow it; name that folder")
     inside = folder.resolve()
     for place in (folder, *(folder / name for name in into)):
         if not place.is_dir():

@@ -23,6 +23,7 @@ from glassarmor.interpret.observation import observe
 from glassarmor.interpret.statistics import bootstrap_interval, holm
 from glassarmor.interpret.views.charts import Intervals, Scatter, Table
 from glassarmor.interpret.views.draw.ablation import Front, fronts_figure, intervals_figure, parallel_figure
+from glassarmor.interpret.views.draw.figures import save
 from glassarmor.interpret.views.draw.text import comma_separated, latex, markdown
 from glassarmor.interpret.views.page.page import ReportPage, read_script
 from glassarmor.interpret.views.panels.profiles import ProfilesPanel
@@ -544,3 +545,18 @@ def test_latex_has_no_further_line_or_command() -> None:
     assert text.splitlines()[0] == r"% a b\textbackslash{}input\{x\}"
     assert r"c \textbackslash{}end\{tabular\} \\" in text
     assert r"d e\% \\" in text
+
+
+def test_no_text_turns_what_is_read_or_commands_a_terminal() -> None:
+    table = Table("a\u202eb", ("c\x1b[2Jd",), [("e\u2066f\x07",)])
+    for text in (markdown(table), latex(table), comma_separated(table)):
+        assert not set(text) & set("\u202e\u2066\x1b\x07")
+
+
+def test_pictures_replace_links(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("theirs")
+    for name in ("a.png", "a.svg"):
+        (tmp_path / name).symlink_to(tmp_path / "theirs")
+        save(intervals_figure(Intervals("t", "x", ("a",), (0.1,), (0.0,), (0.2,), ("0.1",), 0.3)), tmp_path / name)
+        assert not (tmp_path / name).is_symlink()
+    assert (tmp_path / "theirs").read_text() == "theirs"

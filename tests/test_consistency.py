@@ -286,3 +286,61 @@ def test_a_card_brought_from_elsewhere_is_that_of_its_member(tmp_path: Path) -> 
     write_record(replace(card, config="other"), path)
     with pytest.raises(ValueError, match="the card of another run: expected config hash and seed 1, found other and 1"):
         cards_of([member], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("results.json", lambda r: {**r, "threat": "Linf(eps=0.5)"}, "results.json: threat is 'Linf(eps=0.5)'"),
+        ("results.json", lambda r: {**r, "best_epoch": 99}, "best_epoch is 99, which metrics.csv does not have"),
+        ("results.json", lambda r: {**r, "best_epoch": 0}, "best_epoch is 0, selection says 'epoch 1"),
+        (
+            "results.json",
+            lambda r: {**r, "held_out_robust": 0.99},
+            "held_out_robust is 0.99, metrics.csv has 0.5",
+        ),
+        ("cost.json", lambda r: {**r, "seconds": True}, "cost.json: expected numbers >= 0"),
+    ],
+)
+def test_the_files_of_a_run_folder_are_held_against_each_other(tmp_path: Path, file: str, change: Any, said: str) -> None:
+    whole: dict[str, Any] = {
+        "results.json": {
+            "threat": "Linf(eps=0.1)",
+            "not_finite": [],
+            "guessing": [],
+            "best_epoch": 1,
+            "held_out_robust": 0.5,
+            "selection": "epoch 1: highest robust accuracy on 20 held-out images, 50.0 %",
+            "defended, best epoch": {"clean": 0.5},
+        },
+        "cost.json": {"seconds": [1.0, 1.0]},
+        "run.json": {"what": "x"},
+    }
+    (tmp_path / "config.yaml").write_text("seed: 0\nthreat: {_target_: defenses.threat.Linf, eps: 0.1}\n")
+    (tmp_path / "metrics.csv").write_text("epoch,step,val/robust_acc\n0,1,0.25\n1,2,0.5\n")
+    for name, record in whole.items():
+        (tmp_path / name).write_text(json.dumps(record))
+    assert record_of(tmp_path).selected["epoch"] == 1
+    (tmp_path / file).write_text(json.dumps(change(whole[file])))
+    with pytest.raises(ValueError, match=r"^runs: ") as error:
+        record_of(tmp_path)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a [x]\nb: [*a, *a]\n", "aliases"),
+        ("- 1\n", "no config of a run"),
+        ("seed: 1.5\n", "seed: expected a whole number"),
+        ("seed: -1\n", "seed: expected a whole number"),
+        ("trainer: []\n", "no config of a run"),
+        ("changed: [1]\n", "changed: expected entries"),
+    ],
+)
+def test_a_config_that_no_run_wrote_is_one_line_with_its_file(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"^runs: {tmp_path}/config\.yaml.*{said}") as error:
+        record_of(tmp_path)
+    assert "\n" not in str(error.value)

@@ -129,6 +129,16 @@ def test_what_is_other_is_told(tmp_path: Path, change: Callable[[Path], Any], cl
         assert any(line.startswith(images) for line in other_images(before, now))
 
 
+def test_swapped_folders_are_told_where_test_images_are_split_off_by_chance(tmp_path: Path) -> None:
+    """The split changes with the labels, so that what it leaves of a class is not what it left before."""
+    folder = write_folder(tmp_path / "data") / "train"
+    before = folder_print(folder)
+    swap(folder, ("",))
+    assert other_classes(before, folder_print(folder)).startswith(
+        "the training images of class 'bees' are now those of 'ants'"
+    )
+
+
 def test_the_order_of_classes_counts(tmp_path: Path) -> None:
     path = write_arrays(tmp_path / "data")
     one, other = (printed(Arrays(path=str(path), batch_size=4, names=names)) for names in (CLASSES, CLASSES[::-1]))

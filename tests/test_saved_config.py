@@ -104,3 +104,14 @@ def test_a_bomb_is_refused_before_memory_is_gone(tmp_path: Path) -> None:
     path.write_text("- 1")
     with pytest.raises(ValueError, match="expected keys with values, found list"):
         read_config(path, "resume")
+
+
+def test_a_saved_config_fetches_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"data": {"_target_": "datamodules.cifar.CIFAR10", "root": "x", "download": True}}))
+    assert read_config(path, "checkpoint")["data"] == {
+        "_target_": "glassarmor.datamodules.CIFAR10",
+        "root": "x",
+        "download": False,
+    }
+    assert read_config(path, "checkpoint", trusted=True)["data"]["download"]

@@ -64,3 +64,17 @@ def test_what_is_no_file_or_too_large_is_refused_unread(tmp_path: Path, monkeypa
     (tmp_path / "large.json").write_text(json.dumps("a" * (1 << 21)))
     with pytest.raises(ValueError, match="at most 1 MiB, found 2 MiB"):
         read_json(tmp_path / "large.json")
+
+
+def test_a_folder_that_is_a_link_out_of_its_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "analyses").mkdir()
+    (tmp_path / "analyses" / "card").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"^name: .*card is a link to .*elsewhere"):
+        check_links(tmp_path / "analyses" / "card", "name")
+
+
+def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"card\.json") as error:
+        write_atomic(tmp_path / "none" / "card.json", "x")
+    assert error.value.filename == str(tmp_path / "none" / "card.json")

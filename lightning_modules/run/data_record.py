@@ -123,7 +123,9 @@ def other_images(before: Fingerprint, now: Fingerprint) -> list[str]:
     if found:
         return found
     for source, was in before["sources"].items():
-        here = now["sources"][source]
+        if (here := now["sources"].get(source)) is None:
+            found.append(f"{source} images: they lay in a folder of their own before")
+            continue
         if was["by_class"] != here["by_class"]:
             found.append(f"{source} images: others among those that these splits leave out or that were not compared")
         elif was["files"] != here["files"]:

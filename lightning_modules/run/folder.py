@@ -166,12 +166,23 @@ class RunFolder:
                 state = load_checkpoint(path)
                 _require_state(state, module)
                 progress = state["loops"]["fit_loop"]["epoch_progress"]["current"]
-                return ResumePoint(path, int(progress["processed"]), int(state["global_step"]), tuple(unreadable))
+                epoch, step = int(progress["processed"]), int(state["global_step"])
+                self._require_place(epoch, step)
+                return ResumePoint(path, epoch, step, tuple(unreadable))
             except Exception as error:
                 unreadable.append(unreadable_because(path, error))
         if unreadable:
             raise ValueError(f"resume: {'; '.join(unreadable)}; nothing to go on from, start anew")
         return ResumePoint(None, 0, 0, ())
+
+    def _require_place(self, epoch: int, step: int) -> None:
+        """Raises ValueError where ``metrics.csv`` ended epochs at steps that a checkpoint at this place contradicts."""
+        path = self.path / "metrics.csv"
+        for row in read_numbers(path) if path.is_file() else []:
+            if (row["epoch"] < epoch) != (row["step"] <= step) and row["step"] != step:
+                raise ValueError(
+                    f"it says step {step} in epoch {epoch}, but epoch {row['epoch']:.0f} ended at step {row['step']:.0f}"
+                )
 
     @classmethod
     def create(cls, out: str | Path, name: str | None, what: str, config: str, **info: Any) -> RunFolder:

@@ -73,7 +73,9 @@ class Outcome:
 
     def results(self, threat: str, choice: Choice | None, stopped: str) -> dict[str, Any]:
         """What ``results.json`` holds."""
-        selection = {} if choice is None else {"best_epoch": choice.epoch, "selection": choice.text()}
+        selection: dict[str, Any] = {}
+        if choice is not None:
+            selection = {"best_epoch": choice.epoch, "held_out_robust": choice.robust, "selection": choice.text()}
         ended = {"stopped": stopped} if stopped else {}
         broken = {"not_finite": self.not_finite, "guessing": self.guessing}
         return {"threat": threat, **broken, **selection, **ended, **self.records}

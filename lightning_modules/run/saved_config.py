@@ -77,6 +77,8 @@ def read_config(path: Path, key: str, trusted: bool = False) -> dict[str, Any]:
             f"{key}: {path} would run what is not part of this package: {'; '.join(foreign[:5])}{more}. If you trust it, "
             "say so: trust=true"
         )
+    if not trusted and isinstance(values.get("data"), dict) and values["data"].get("download"):
+        values["data"]["download"] = False  # whoever opens it did not ask for the network
     return values
 
 

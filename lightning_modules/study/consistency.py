@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 import numpy as np
 
 from glassarmor.defenses.evaluation.sanity import Verdict
+from glassarmor.defenses.threat import L2, Linf
 
 if TYPE_CHECKING:
     from glassarmor.lightning_modules.study.records import Accuracies, RunRecord
@@ -97,6 +98,28 @@ def _claims(card: RunRecord) -> Iterator[tuple[str, Any, Any]]:
     for suite in () if card.failure else suites:
         yield f"evaluations: {suite}", suite if suite in judged else "missing", suite
         yield f"about/verdicts: {suite}", suite if suite in verdicts else "missing", suite
+
+
+def check_results(results: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], config: Mapping[str, Any]) -> None:
+    """Raises ValueError where ``results.json`` says another threat than the config, or another best epoch than the metrics.
+
+    Results of before said neither how the best epoch was chosen nor its held-out accuracy.
+    """
+    threat = config.get("threat") or {}
+    norm = {"glassarmor.defenses.Linf": Linf, "glassarmor.defenses.L2": L2}.get(str(threat.get("_target_")))
+    said = str(results.get("threat", ""))
+    if norm is not None and re.fullmatch(r"\w+\(eps=.*\)", said) and said != str(norm(threat["eps"])):
+        raise ValueError(f"results.json: threat is {said!r}, config.yaml has {norm(threat['eps'])}")
+    if "best_epoch" not in results or not metrics:
+        return
+    row = next((row for row in metrics if row["epoch"] == results["best_epoch"]), None)
+    if row is None:
+        raise ValueError(f"results.json: best_epoch is {results['best_epoch']!r}, which metrics.csv does not have")
+    if not str(results.get("selection", "")).startswith(f"epoch {row['epoch']:.0f}:"):
+        raise ValueError(f"results.json: best_epoch is {results['best_epoch']}, selection says {results.get('selection')!r}")
+    held, kept = row.get("val/robust_acc"), results.get("held_out_robust")
+    if held is not None and kept is not None and abs(held - float(kept)) > ROUNDED:
+        raise ValueError(f"results.json: held_out_robust is {kept}, metrics.csv has {held} in epoch {row['epoch']:.0f}")
 
 
 def check_metrics(rows: list[dict[str, float]]) -> None:

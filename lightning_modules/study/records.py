@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import yaml
 from torch import Tensor
 
 from glassarmor.interpret.storage import plain, read_lines, read_numbers, read_object, write_atomic
 from glassarmor.lightning_modules.run.changes import CHANGED, changes, flat
 from glassarmor.lightning_modules.run.data_record import data_changes, recorded
+from glassarmor.lightning_modules.run.saved_config import read_yaml
 from glassarmor.lightning_modules.run.targets import canonical
-from glassarmor.lightning_modules.study.consistency import check_evaluations, check_metrics, check_run, unpack
+from glassarmor.lightning_modules.study.consistency import check_evaluations, check_metrics, check_results, check_run, unpack
 
 ARCHIVE: Final = "runs.jsonl"
+CHANGE: Final = {"key", "from", "to", "step", "epoch"}  # what an entry of ``changed`` says
 SAME: Final = {  # key of the config → what it is about; only seeds may differ
     "data": "split",
     "threat": "threat model",
@@ -211,7 +212,7 @@ def record_of(folder: Path, method: str = "", setting: str = "", name: str = "",
     drawn = [row for row in metrics if any(_is_measure(key) and not key.startswith("health/") for key in row)]
     shown = [row for row in drawn if row["epoch"] >= best.get("epoch", 0)][:1] or drawn[-1:] or [{}]
     selected = ("epoch", "val/robust_acc", "val/clean_acc")
-    return RunRecord(
+    record = RunRecord(
         name=name or folder.name,
         method=method or str(info.get("what", folder.name)).removesuffix(f"-s{config.get('seed', 0)}"),
         setting=setting,
@@ -229,6 +230,17 @@ def record_of(folder: Path, method: str = "", setting: str = "", name: str = "",
         },
         failure="" if evaluations else failure or "not finished",
     )
+    try:
+        check_run(record)
+        check_results(_results(folder), metrics, canonical(config))
+    except ValueError as error:
+        raise ValueError(f"runs: {folder} contradicts itself: {error}") from error
+    return record
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """``results.json``; empty for a run that has not finished."""
+    return read_object(folder / "results.json", "runs") if (folder / "results.json").is_file() else {}
 
 
 def training_of(folder: Path) -> dict[str, Any]:
@@ -251,7 +263,7 @@ def best_row(metrics: Sequence[Mapping[str, float]], folder: Path) -> Mapping[st
     As ``results.json`` says; without it, of a run that goes on or is older, the first of the highest held-out robust
     accuracy.  Empty where no epoch was the best.
     """
-    results = read_object(folder / "results.json", "runs") if (folder / "results.json").is_file() else {}
+    results = _results(folder)
     if "guessing" in results:  # says what was chosen, or that nothing was
         return next((row for row in metrics if row["epoch"] == results.get("best_epoch")), {})
     return max(metrics, key=lambda row: row.get("val/robust_acc", -math.inf), default={})
@@ -268,7 +280,7 @@ def read_cost(folder: Path) -> dict[str, float]:
     found = read_object(folder / "cost.json", "runs")
     try:
         cost = {key: sum(value) if isinstance(value, list) else value for key, value in found.items()}
-        wrong = [key for key, value in cost.items() if not value >= 0]
+        wrong = [key for key, value in cost.items() if isinstance(value, bool) or not 0 <= value < math.inf]
     except TypeError as error:
         raise ValueError(f"runs: {folder / 'cost.json'}: expected numbers ({error})") from error
     if wrong:
@@ -397,9 +409,22 @@ def _told_apart(config: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) 
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
-    config: dict[str, Any] = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
-    return config
+    """What a run was trained with.
+
+    Raises:
+        ValueError: no config that runs write; names the file.
+    """
+    path = folder / "config.yaml"
+    found = read_yaml(path, "runs")
+    groups = ("data", "trainer", "threat", "defense", "network")
+    if not isinstance(found, dict) or not all(isinstance(found.get(name, {}), dict) for name in groups):
+        raise ValueError(f"runs: {path} is no config of a run: expected groups of keys such as data, trainer, threat")
+    if type(found.get("seed", 0)) is not int or found.get("seed", 0) < 0:
+        raise ValueError(f"runs: {path}: seed: expected a whole number >= 0, found {found['seed']!r}")
+    changed = found.get(CHANGED) or []
+    if not isinstance(changed, list) or not all(isinstance(e, dict) and e.keys() >= CHANGE for e in changed):
+        raise ValueError(f"runs: {path}: {CHANGED}: expected entries of {', '.join(sorted(CHANGE))}")
+    return found
 
 
 def check_comparable(cards: Sequence[RunRecord], any_effort: bool = False) -> None:

@@ -37,6 +37,8 @@ def to_array(figure: Figure) -> np.ndarray:
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, SVG or PDF, by the path's suffix."""
     FigureCanvasAgg(figure)
+    if Path(path).is_symlink():  # the link is replaced, not what it leads to
+        Path(path).unlink()
     vector = Path(path).suffix in (".svg", ".pdf")
     # Pictures inside a drawing are placed by the pixel, so that a vector file keeps the figure's own resolution.  The same
     # figure is the same file: no date, no names drawn by chance.
@@ -47,6 +49,8 @@ def save(figure: Figure, path: str | Path) -> None:
 
 def write_png(picture: np.ndarray, path: str | Path) -> None:
     """Write a picture (H, W, 3) uint8 as PNG."""
+    if Path(path).is_symlink():
+        Path(path).unlink()
     imsave(path, picture)
 
 

@@ -28,6 +28,7 @@ _LATEX = {
 
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 # What a spreadsheet takes for a formula, unless it is no more than numbers.
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _FORMULA, _NUMBERS = re.compile(r"[=+\-@\t\r\n]"), re.compile(r"[-+−–±.,%\d\s()\[\]eE]*")
 
 
@@ -45,12 +46,13 @@ def latex_text(text: str) -> str:
 
 def csv_text(text: str) -> str:
     """A cell that no spreadsheet takes for a formula: what begins like one has an apostrophe in front."""
-    return f"'{text}" if _FORMULA.match(text.lstrip(" ")) and not _NUMBERS.fullmatch(text) else text
+    guarded = f"'{text}" if _FORMULA.match(text.lstrip(" ")) and not _NUMBERS.fullmatch(text) else text
+    return _HIDDEN.sub(" ", guarded)
 
 
 def _one_line(text: str) -> str:
-    """Without line ends and other control characters."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text)
+    """Without line ends and other control characters, those that turn the order of what is read among them."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+", " ", text)
 
 
 def _cell(value: str | float | int) -> str:
