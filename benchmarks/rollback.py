@@ -2,14 +2,15 @@
 
     python benchmarks/rollback.py --data FOLDER_OF_NPZ --out FOLDER [--seeds 2 3 4 5 6]
 
-The protocol.  Two classes of CIFAR-10 (airplane, frog), batches of 64, 30 steps an epoch, 3 epochs, and the embedded digits,
-15 steps, 6 epochs; a small CNN of half the width, SGD with cosine, rate 0.1; a reading of 64 images every ``EVERY`` steps and
-every epoch, limits and measures by default.  Planted: FGSM without noise at ε 48/255, and at an ε that climbs to 64/255
-over half the run, as in ``benchmarks/health.py``; FGSM-RS at ε 48/255; a learning rate of ``HOT`` on digits.  Judged on
-``JUDGED`` test images by the net after the last step, whatever is kept beside it: clean accuracy, and under PGD-20 with
-steps of ε/8, which counts nothing for a net that guesses.  Differences are paired by seed, with a 95 % t interval;
-"below" is a mean that lies below 0 by more than half its interval.  Seeds 0, 1 and 10 were looked at while the
-rules of a rollback were made, and plants chosen by whether ``warn`` collapses there; 2 to 6 were not.
+The protocol. Two classes of CIFAR-10 (airplane, frog), batches of 64, 30 steps an epoch, 3 epochs, and the embedded
+digits, 15 steps, 6 epochs; a small CNN of half the width, SGD with cosine, rate 0.1; a reading of 64 images every
+``EVERY`` steps and every epoch, limits and measures by default. Planted: FGSM without noise at ε 48/255, and at an ε
+that climbs to 64/255 over half the run, as in ``benchmarks/health.py``; FGSM-RS at ε 48/255; a learning rate of
+``HOT`` on digits. Judged on ``JUDGED`` test images by the net after the last step, whatever is kept beside it: clean
+accuracy, and under PGD-20 with steps of ε/8, which counts nothing for a net that guesses. Differences are paired by
+seed, with a 95 % t interval; "below" is a mean that lies below 0 by more than half its interval. Seeds 0, 1 and 10
+were looked at while the rules of a rollback were made, and plants chosen by whether ``warn`` collapses there; 2 to 6
+were not.
 
 One JSON a run goes to FOLDER, so that a stopped benchmark goes on where it was.
 """

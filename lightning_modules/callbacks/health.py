@@ -58,7 +58,8 @@ class Health(pl.Callback):
     count go on.  ``healthy.ckpt`` is the latest state without an alarm, or one with an alarm that withstands more.  The
     measure is on trial for a twentieth of the run, ``LEAST_TRIAL`` steps at least; if the alarm is still there then and
     the net withstands no more than when it rang, it is undone.  Where none is left the rollbacks end: a net that guesses
-    or is not finite stops the run, any other is trained on as configured, from the best state there was.  While the
+    or is not finite and never was better stops the run, any other is trained on as configured, from the best state there
+    was.  While the
     attack's ε climbs, the gap is read in the ball that training has reached.  Without an alarm the run ends in the same
     weights as without this callback.
 
@@ -314,7 +315,7 @@ class Health(pl.Callback):
         undone, self.pending, self.before = self._undo(trainer, kinds, stands), kinds, dict(stands)
         if self.rollbacks < self.most and self._next_measure():
             return undone + self._plan(*self._healthy(trainer))
-        times = f"{self.rollbacks} rollback{'' if self.rollbacks == 1 else 's'} did not help"
+        times = f"still so after {self.rollbacks} safety measure{'' if self.rollbacks == 1 else 's'}"
         self.ended = f"{times}, there are no more"
         if self.waits and set(kinds) & set(HOPELESS) and not self.healthy:
             self.pending = []
