@@ -137,7 +137,7 @@ def table(known: Mapping[tuple[str, str, int], Mapping[str, Any]], seeds: Sequen
     """The findings as lines of Markdown."""
     lines = [
         "| plant | clean, warn → rollback | PGD-20, warn → rollback | difference, 95 % interval | guess, of "
-        f"{len(seeds)} | rollbacks, by seed | below |",
+        f"{len(seeds)} | measures, by seed | below |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in PLANTS:
