@@ -1,12 +1,16 @@
 """Does rolling back help?  Planted collapses, each trained with ``rollback`` and, from the same seed, with ``warn``.
 
-    python benchmarks/rollback.py --data FOLDER_OF_NPZ --out FOLDER [--seeds 0 1 2 3 4]
+    python benchmarks/rollback.py --data FOLDER_OF_NPZ --out FOLDER [--seeds 2 3 4 5 6]
 
-Two classes of CIFAR-10 (airplane, frog) and the embedded digits, a small CNN, batches of 64, a reading every ``EVERY``
-steps.  Planted: FGSM without noise at ε 48/255, and at an ε that climbs to 64/255, as in ``benchmarks/health.py``; FGSM at
-ε 0.2 on digits; a learning rate of ``HOT`` on digits.  Judged on test images by the net after the last step: clean
-accuracy, and under PGD-20, which counts nothing for a net that guesses.  Differences are paired by seed, with a 95 % t
-interval.
+The protocol. Two classes of CIFAR-10 (airplane, frog), batches of 64, 30 steps an epoch, 3 epochs, and the embedded
+digits, 15 steps, 6 epochs; a small CNN of half the width, SGD with cosine, rate 0.1; a reading of 64 images every
+``EVERY`` steps and every epoch, limits and measures by default. Planted: FGSM without noise at ε 48/255, and at an ε
+that climbs to 64/255 over half the run, as in ``benchmarks/health.py``; FGSM-RS at ε 48/255; a learning rate of
+``HOT`` on digits. Judged on ``JUDGED`` test images by the net after the last step, whatever is kept beside it: clean
+accuracy, and under PGD-20 with steps of ε/8, which counts nothing for a net that guesses. Differences are paired by
+seed, with a 95 % t interval; "below" is a mean that lies below 0 by more than half its interval. Seeds 0, 1 and 10
+were looked at while the rules of a rollback were made, and plants chosen by whether ``warn`` collapses there; 2 to 6
+were not.
 
 One JSON a run goes to FOLDER, so that a stopped benchmark goes on where it was.
 """
@@ -36,7 +40,7 @@ from benchmarks.health import Case, of_classes
 from glassarmor.datamodules.arrays import Arrays
 from glassarmor.datamodules.digits import Digits
 from glassarmor.datamodules.images import ImageDataModule, Images
-from glassarmor.defenses.attacks.pgd import FGSM, PGD
+from glassarmor.defenses.attacks.pgd import FGSM, FGSMRS, PGD
 from glassarmor.defenses.monitoring.alarms import KINDS, Limits, guesses
 from glassarmor.defenses.monitoring.readings import guessing
 from glassarmor.defenses.threat import Linf
@@ -70,7 +74,7 @@ class Plant:
 PLANTS = {
     "FGSM, ε 48/255": Plant(Case(FGSM, 48)),
     "FGSM, ε climbs to 64/255": Plant(Case(FGSM, 64, climbs=True)),
-    "digits: FGSM, ε 0.2": Plant(Case(FGSM, 51), digits=True, steps=15, epochs=6),
+    "FGSM-RS, ε 48/255": Plant(Case(FGSMRS, 48)),
     f"digits: PGD-3, ε 0.06, learning rate {HOT:g}": Plant(
         Case(lambda threat: PGD(threat, 3), 15), digits=True, rate=HOT, steps=15, epochs=6
     ),
@@ -133,7 +137,7 @@ def table(known: Mapping[tuple[str, str, int], Mapping[str, Any]], seeds: Sequen
     """The findings as lines of Markdown."""
     lines = [
         "| plant | clean, warn → rollback | PGD-20, warn → rollback | difference, 95 % interval | guess, of "
-        f"{len(seeds)} | rollbacks, by seed | below |",
+        f"{len(seeds)} | measures, by seed | below |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in PLANTS:
@@ -160,7 +164,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with train*.npz and test.npz")
     parser.add_argument("--out", type=Path, required=True, help="where the runs' JSON files go")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4, 5, 6])
     asked = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)

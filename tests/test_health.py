@@ -362,6 +362,22 @@ def test_a_suspicious_gap_is_looked_into() -> None:
     assert "longer" not in measure(net, images, BALL, LAYERS, steps=1, thorough=False, suspect=plain["gap"] + 0.01)
 
 
+@pytest.mark.parametrize("thorough", [False, True])
+def test_while_eps_climbs_the_gap_is_that_of_the_ball_that_training_has_reached(thorough: bool) -> None:
+    net, layers, ball = conv_bn(seed=1), LAYERS, Linf(0.2)
+    images = of(net, n=16)
+    options = {"steps": 2, "thorough": thorough}
+    full = measure(net, images, ball, layers, **options)
+    half = measure(net, images, ball, layers, eps_share=0.5, **options)
+    there = measure(net, images, Linf(0.1), layers, **options)
+    assert half["eps_share"] == 0.5
+    assert "eps_share" not in full
+    assert half["gap"] >= there["fgsm"] - there["pgd"]
+    assert half["gap"] == pytest.approx(there["fgsm"] - min(there[n] for n in ("pgd", "longer") if n in there))
+    assert {k: v for k, v in half.items() if k not in ("gap", "eps_share")} == {k: v for k, v in full.items() if k != "gap"}
+    assert measure(net, images, ball, layers, eps_share=0.0, **options)["gap"] == 0, "the image alone"
+
+
 # ---- rules ------------------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +425,17 @@ def test_a_fall_is_that_of_an_attack_against_itself() -> None:
     assert found({**HONEST, "pgd": 0.5}, {**HONEST, "longer": 0.25}) == set(), "more steps than before are no fall"
 
 
+@pytest.mark.parametrize("climbs", [(1,), (0,), (0, 1)])
+def test_while_eps_climbs_a_fall_in_the_full_ball_is_no_news_and_a_gap_says_where_it_is(climbs: tuple[int, ...]) -> None:
+    rows = [HONEST, {**HONEST, "pgd": 0.05}]
+    assert found(*rows) == {"catastrophic"}
+    assert found(*({**row, "eps_share": 0.5} if i in climbs else row for i, row in enumerate(rows))) == set()
+    (alarm,) = judge(history({**HONEST, "gap": 0.3, "eps_share": 0.5}), Limits())
+    assert "30 points at 50 % of ε above" in alarm.text
+    view = health_view({"gap": 0.3, "eps_share": 0.5}, {"gap": 0.2})
+    assert ", at 50.0 % of ε" in view.table.rows[0][0]
+
+
 def test_what_a_net_withstands_and_which_withstands_more() -> None:
     limits = Limits()
     assert withstands({"pgd": 0.5, "longer": 0.3, "clean": 0.9, "guess": 0.4}, limits) == {"pgd": 0.5, "longer": 0.3}
@@ -420,6 +447,10 @@ def test_what_a_net_withstands_and_which_withstands_more() -> None:
     assert better({"pgd": 0.4, "longer": 0.1}, {"pgd": 0.3}), "by the attacks that both were read with"
     assert not better({"pgd": 0.6, "longer": 0.1}, {"pgd": 0.3, "longer": 0.2}), "by the strongest of them"
     assert not better({"pgd": 0.3}, {"pgd": 0.3})
+    assert better({"pgd": 0.5}, {"pgd": 0.45})
+    assert not better({"pgd": 0.5}, {"pgd": 0.45}, images=64), "luck"
+    assert better({"pgd": 0.5}, {"pgd": 0.45}, images=10_000)
+    assert better({"pgd": 0.5}, {}, images=4), "a net that guesses is no matter of luck"
 
 
 LOST = {**HONEST, "guess": 1.3, "one_class": 1.0}
@@ -527,8 +558,8 @@ def test_safer_attacks() -> None:
         assert isinstance(twice, PGD)
         assert twice.threat.eps == pytest.approx(8 / 255)
         assert (twice.steps, twice.step_size) == (2, pytest.approx(4 / 255))
-    shorter = safer(PGD(L2(0.5), steps=4, step_size=0.2), "smaller_step")
-    assert shorter.step_size == pytest.approx(0.1)
+    shorter = safer(PGD(L2(0.5), steps=4, step_size=0.3), "smaller_step")
+    assert shorter.step_size == pytest.approx(0.15)
     assert shorter.threat.eps == 0.5
     assert isinstance(safer(PGD(BALL, 1, 0.03, "bernoulli", objective=NuclearCE()), "two_steps").objective, NuclearCE)
 
@@ -538,6 +569,8 @@ def test_measures_that_are_not_about_an_attack() -> None:
     assert safer(PGD(BALL, 10), "noise") is None
     assert safer(PGD(BALL, 10), "two_steps") is None
     assert safer(FGSM(BALL), "lower_rate") is None
+    for short in (FGSM(BALL), NFGSM(BALL), PGD(BALL, 2, BALL.eps / 2), PGD(L2(0.5), steps=4, step_size=0.2)):
+        assert safer(short, "smaller_step") is None, "it would no longer reach the edge: another, weaker threat"
     for name in ("noise", "two_steps", "smaller_step"):
         assert safer(None, name) is None
         assert safer(Free(BALL), name) is None

@@ -72,12 +72,14 @@ class Fit:
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             self.thorough: list[bool] = []  # of each scripted reading
+            self.shares: list[float] = []  # of ε
             patch.setattr(module_under_test, "LEAST_TRIAL", trial)
             if script is not None:
                 left = iter(script)
 
-                def scripted(*_: Any, thorough: bool, **__: Any) -> dict[str, float]:
+                def scripted(*_: Any, thorough: bool, eps_share: float, **__: Any) -> dict[str, float]:
                     self.thorough.append(thorough)
+                    self.shares.append(eps_share)
                     return dict(next(left))
 
                 patch.setattr(module_under_test, "measure", scripted)
@@ -363,7 +365,7 @@ def test_an_untrained_net_is_a_place_to_go_back_to_for_one_that_withstands_nothi
     assert told[1].startswith("rolled back to step 0; from here on: one-step")
     run = Fit(tmp_path / "more", "trainer.max_epochs=2", script=[start, ILL, WELL], trial=1)
     (event,) = run.events("alarm")
-    assert event["action"].startswith("stays where it is, for step 0 withstood no more; from here on: one-step")
+    assert event["action"].startswith("stays where it is, for step 0 did not clearly withstand more; from here on: one-step")
     assert healthy_step(run) == 8
 
 
@@ -400,10 +402,10 @@ def test_where_no_measure_helps_the_run_goes_on_as_configured_from_its_best_stat
     told = [event["action"] for event in run.events("alarm")]
     assert told[1].endswith("did not help and is undone; rolled back to step 4; from here on: half the learning rate")
     assert told[2] == (
-        "half the learning rate did not help and is undone; 2 rollbacks did not help, there are no more; "
+        "half the learning rate did not help and is undone; still so after 2 safety measures, there are no more; "
         "rolled back to step 4; from here on: no further measure"
     )
-    assert told[3:] == ["warned: 2 rollbacks did not help, there are no more"]
+    assert told[3:] == ["warned: still so after 2 safety measures, there are no more"]
     (health,) = run.health
     assert (health.measures, health.failed, health.stopped) == ([], ["noise", "lower_rate"], "")
     assert type(run.module.defense.attack).__name__ == "FGSMRS"
@@ -418,8 +420,8 @@ def test_a_net_that_only_guesses_is_stopped_where_rollbacks_cannot_help(tmp_path
     assert run.trainer.global_step == 36
     assert health.measures == ["lower_rate"] * 2
     assert health.stopped.startswith("no better than guessing: ")
-    assert health.stopped.endswith("2 rollbacks did not help")
-    assert run.events("alarm")[-1]["action"] == "stopped: 2 rollbacks did not help"
+    assert health.stopped.endswith("still so after 2 safety measures")
+    assert run.events("alarm")[-1]["action"] == "stopped: still so after 2 safety measures"
 
 
 def test_the_last_reading_goes_back_to_nothing_worse(tmp_path: Path) -> None:
@@ -433,6 +435,22 @@ def test_the_last_reading_goes_back_to_nothing_worse(tmp_path: Path) -> None:
         net = {key: value for key, value in last["state_dict"].items() if key.startswith("net.")}
         assert same({f"net.{k}": v for k, v in run.module.net.state_dict().items()}, net)
         assert run.events("alarm")[-1]["action"].startswith("stays where it is"), name
+
+
+def test_steps_back_are_not_taken_for_luck(tmp_path: Path) -> None:
+    """Of 8 images the state kept withstands four and the present net three: no reason to lose what was learned since."""
+    run = Fit(tmp_path / "run", "trainer.max_epochs=4", script=[WELL, WELL, {**ILL, "pgd": 0.375}, WELL, WELL])
+    (event,) = run.events("alarm")
+    assert event["action"].startswith("stays where it is, for step 4 did not clearly withstand more; from here on: one-step")
+    assert run.health[0].measures == ["noise"]
+
+
+def test_a_reading_knows_how_far_eps_has_climbed(tmp_path: Path) -> None:
+    climbing = "defense.eps_share={_target_:glassarmor.defenses.training.terms.Ramp,start:0,end:1,epochs:1.5}"
+    run = Fit(tmp_path / "run", climbing, script=[WELL] * 4)
+    assert run.shares[0] == 0
+    assert 0.4 < run.shares[1] < 0.7
+    assert run.shares[2:] == [1, 1]
 
 
 @pytest.mark.long

@@ -633,10 +633,10 @@ def test_a_net_that_guesses_is_marked_wherever_it_appears_and_no_epoch_of_it_is_
 
 def test_a_run_that_an_alarm_stopped_says_so_by_its_exit_code(monkeypatch, capsys) -> None:
     def stopped() -> None:
-        raise Stopped("no better than guessing: 2 rollbacks did not help")
+        raise Stopped("no better than guessing: still so after 2 safety measures")
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as ended:
         run_command(stopped, train.CONFIGS, "train", "")
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "stopped: no better than guessing: 2 rollbacks did not help\n"
+    assert capsys.readouterr().err == "stopped: no better than guessing: still so after 2 safety measures\n"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Final, Literal
 
-from glassarmor.defenses.attacks.pgd import NFGSM, PGD, Attack, Scalable
+from glassarmor.defenses.attacks.pgd import NFGSM, PGD, Attack
 from glassarmor.defenses.monitoring.readings import MULTI_STEP, Reading
 
 
@@ -114,6 +115,8 @@ def indicators(history: Sequence[Reading], grace: int | None = 0) -> dict[str, f
     reading was clearly better (:data:`KNOWS`), or if the last :data:`PATIENCE` readings found nothing better, after
     ``grace`` steps; of a ``grace`` of None, which is for a run's last reading, nothing is waited for.
 
+    ``fall`` is left out while the attack's ε climbs: what a net does in a ball it is not yet trained in comes and goes.
+
     ``behind``: best − latest held-out robust accuracy (``robust``), but at most by how much training robust accuracy
     (``train_robust``) is above the latest: a run in which both fall is not overfitting.
     """
@@ -122,7 +125,12 @@ def indicators(history: Sequence[Reading], grace: int | None = 0) -> dict[str, f
     last = history[-1].values
     held = {name: reading.values[name] for reading in history for name in SELDOM if name in reading.values}
     found = held | {name: value for name, value in last.items() if name not in GUESSING} | _guessing(history, grace)
-    if len(history) > 1 and (both := [name for name in MULTI_STEP if name in last and name in history[-2].values]):
+    climbs = any("eps_share" in reading.values for reading in history[-2:])
+    if (
+        not climbs
+        and len(history) > 1
+        and (both := [name for name in MULTI_STEP if name in last and name in history[-2].values])
+    ):
         found["fall"] = max(history[-2].values[name] - last[name] for name in both)  # each attack against itself
     if "robust" in last and "train_robust" in last:
         best = max(reading.values["robust"] for reading in history if "robust" in reading.values)
@@ -153,12 +161,21 @@ def withstands(values: Mapping[str, float], limits: Limits) -> dict[str, float]:
     return {} if guesses(values, limits) else {name: values[name] for name in MULTI_STEP if name in values}
 
 
-def better(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
-    """Does the first of two readings (:func:`withstands`) withstand more, by the strongest attack that both hold?"""
+def better(one: Mapping[str, float], other: Mapping[str, float], images: int = 0) -> bool:
+    """Does the first of two readings (:func:`withstands`) withstand more, by the strongest attack that both hold?
+
+    Args:
+        images: of how many both are; then by more than a standard error of the difference of two such shares.  0: by
+            anything.
+    """
     if not other:
         return bool(one) and min(one.values()) > 0
     both = one.keys() & other.keys()
-    return bool(both) and min(one[name] for name in both) > min(other[name] for name in both)
+    if not both:
+        return False
+    high, low = (min(reading[name] for name in both) for reading in (one, other))
+    luck = math.sqrt((high * (1 - high) + low * (1 - low)) / images) if images else 0.0
+    return high - low > luck
 
 
 def judge(
@@ -193,7 +210,8 @@ def _shown(check: Check, found: Mapping[str, float]) -> str:
     value = found[check.name]
     if check.unit == "count":
         return next((f"{value:,.0f} of {found[of]:,.0f} {of}" for of in ("weights", "logits") if of in found), "the loss")
-    return f"{value:.2f}" if check.unit == "number" else f"{100 * value:.0f} {check.unit}"
+    here = f" at {100 * found['eps_share']:.0f} % of ε" if check.name == "gap" and "eps_share" in found else ""
+    return f"{value:.2f}" if check.unit == "number" else f"{100 * value:.0f} {check.unit}{here}"
 
 
 def remedy(kind: str, regularizers: Sequence[str], rate: float) -> tuple[str, str]:
@@ -225,8 +243,9 @@ def safer(attack: Attack | None, measure: str) -> Attack | None:
     """The training attack after a safety measure; None where the measure is not about this attack.
 
     ``noise``: a one-step attack starts from noise of 2ε and is not projected (N-FGSM, de Jorge et al. 2022);
-    ``two_steps``: two steps of ε/2 from a uniform start instead of one; ``smaller_step``: half the step;
-    ``lower_rate``: is about the optimiser.
+    ``two_steps``: two steps of ε/2 from a uniform start instead of one; ``smaller_step``: half the step, where the steps
+    still reach from the middle of the ball to its edge, else it would be another threat; ``lower_rate``: is about the
+    optimiser.
 
     Raises:
         ValueError: an unknown measure.
@@ -244,6 +263,6 @@ def safer(attack: Attack | None, measure: str) -> Attack | None:
             else attack.noise_ball.scaled(attack.step_size / attack.noise_ball.eps)
         )
         return PGD(ball, steps=2, step_size=ball.eps / 2, objective=attack.objective, seed=attack.seed)
-    if measure == "smaller_step" and isinstance(attack, Scalable):
+    if measure == "smaller_step" and isinstance(attack, PGD) and attack.steps * attack.step_size / 2 >= attack.threat.eps:
         return attack.scaled(1.0, 0.5)
     return None

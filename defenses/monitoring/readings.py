@@ -64,6 +64,7 @@ def measure(
     steps: int = 5,
     thorough: bool = True,
     suspect: float | None = None,
+    eps_share: float = 1.0,
     seed: int = 0,
 ) -> dict[str, float]:
     """All measures of the network as it is now, in eval mode and fp32; the net is left as it was.
@@ -74,7 +75,9 @@ def measure(
     ``clean fgsm pgd``      accuracies; PGD with ``steps`` steps from a random start
     ``guess one_class``     is it better than guessing (:func:`guessing`)?
     ``gap``                 ``fgsm`` − the lowest of ``pgd margin longer`` that was measured: above 0.2 the net answers
-                            one-step attacks and no others (METHODS: Wong 2020)
+                            one-step attacks and no others (METHODS: Wong 2020).  While ε climbs, the gap in the ball that
+                            training has reached, and ``eps_share``, its share of ε: in a larger one than it was trained
+                            in every net answers one step better than many
     ``misalignment``        mean 1 − cos of the input gradients at x and at noise (Andriushchenko & Flammarion 2020)
     ``zero_gradient``       share of images whose input gradient is exactly zero
     ``dead``                largest share over the layers of units that never change; ``dead/LAYER`` each
@@ -95,6 +98,7 @@ def measure(
     Args:
         layers: observed, in execution order; PSE is read at the last of them, by unit.
         suspect: a gap from which on the look is thorough, asked or not: more steps may show that it is worse.
+        eps_share: the share of the threat's ε that training attacks with by now, in [0, 1].
     """
     broken, weights = count_nonfinite(net)
     if broken:
@@ -122,10 +126,29 @@ def measure(
             **kinds(obs, layers[-1]),
             **turning(net, obs, images.background, layers),
         }
-    if thorough or (suspect is not None and found["fgsm"] - found["pgd"] >= suspect):
+    here = {"fgsm": found["fgsm"], "pgd": found["pgd"]}
+    if eps_share < 1:
+        found["eps_share"], here = eps_share, withstood(net, x, y, threat.scaled(eps_share), steps, seed)
+    if thorough or (suspect is not None and here["fgsm"] - here["pgd"] >= suspect):
         found |= other_attacks(net, x, y, threat, steps, pgd, seed)
-    found["gap"] = found["fgsm"] - min(found[name] for name in MULTI_STEP if name in found)
+        here |= {name: found[name] for name in MULTI_STEP}
+        if eps_share < 1:
+            here = withstood(net, x, y, threat.scaled(eps_share), steps, seed, longer=True)
+    found["gap"] = here["fgsm"] - min(here[name] for name in MULTI_STEP if name in here)
     return found
+
+
+def withstood(
+    net: nn.Module, x: Tensor, y: Tensor, threat: Threat, steps: int, seed: int = 0, longer: bool = False
+) -> dict[str, float]:
+    """Accuracies ``fgsm`` and ``pgd`` in this ball, and ``longer`` if asked; a ball of no size holds the image alone."""
+    attacks: dict[str, PGD] = {}
+    if threat.eps > 0:
+        attacks = {"fgsm": FGSM(threat), "pgd": PGD(threat, steps, seed=seed)}
+        attacks |= {"longer": PGD(threat, LONGER * steps, seed=seed)} if longer else {}
+    attacked = {name: attack(net, x, y) for name, attack in attacks.items()} or {"fgsm": x, "pgd": x}
+    with undisturbed(net), torch.no_grad():
+        return {name: share(net(images).argmax(1) == y) for name, images in attacked.items()}
 
 
 def count_nonfinite(net: nn.Module) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from glassarmor.defenses.monitoring.alarms import (
 )
 from glassarmor.defenses.monitoring.readings import FEW, Images, Reading, measure
 from glassarmor.defenses.threat import Threat
+from glassarmor.defenses.training.terms import at_epoch
 from glassarmor.interpret.observation import feature_layers
 from glassarmor.interpret.views.panels.health import health_view
 from glassarmor.interpret.views.view import View
@@ -52,12 +53,15 @@ class Health(pl.Callback):
 
     A rollback happens where the next step would begin: a safety measure is in force from then on
     (:func:`.safer`), also in a resumed run, and weights, BatchNorm statistics, optimiser, running estimates
-    and the average of the weights become those of ``healthy.ckpt`` again, bit for bit, unless the present ones withstand
-    more on the images read; schedule, data order and step count go on.  ``healthy.ckpt`` is the latest state without an
-    alarm, or one with an alarm that withstands more.  The measure is on trial for a twentieth of the run, ``LEAST_TRIAL``
-    steps at least; if the alarm is still there then and the net withstands no more than when it rang, it is undone.
-    Where none is left the rollbacks end: a net that guesses or is not finite stops the run, any other is trained on as
-    configured, from the best state there was.  Without an alarm the run ends in the same weights as without this callback.
+    and the average of the weights become those of ``healthy.ckpt`` again, bit for bit, where that withstands more on the
+    images read by more than a standard error, or where the present net or that one guesses; schedule, data order and step
+    count go on.  ``healthy.ckpt`` is the latest state without an alarm, or one with an alarm that withstands more.  The
+    measure is on trial for a twentieth of the run, ``LEAST_TRIAL`` steps at least; if the alarm is still there then and
+    the net withstands no more than when it rang, it is undone.  Where none is left the rollbacks end: a net that guesses
+    or is not finite and never was better stops the run, any other is trained on as configured, from the best state there
+    was.  While the
+    attack's ε climbs, the gap is read in the ball that training has reached.  Without an alarm the run ends in the same
+    weights as without this callback.
 
     Put it after an average of the weights and before the dashboard.  In a distributed run the first process reads.
 
@@ -241,17 +245,18 @@ class Health(pl.Callback):
             ringing = {alarm.kind for alarm in self._alarms(self.grace or 0)}
             owed = bool("masked" in ringing - set(self.present) or "catastrophic" in ringing or self.trial)
             thorough = final or owed or self.readings % self.thorough_every == 0
-            values = dict(more) | self.look(pl_module.net, pl_module.device, thorough)
+            share = at_epoch(pl_module.defense.eps_share, pl_module.defense.epoch)
+            values = dict(more) | self.look(pl_module.net, pl_module.device, thorough, share)
         return Reading(int(trainer.current_epoch), int(trainer.global_step), trainer.strategy.broadcast(values))
 
-    def look(self, net: nn.Module, device: torch.device, thorough: bool) -> dict[str, float]:
+    def look(self, net: nn.Module, device: torch.device, thorough: bool, eps_share: float = 1.0) -> dict[str, float]:
         """One reading's values; weights, buffers, gradients, modes and random numbers are as they were."""
         assert self.known is not None, "Health.prepare was never called"
         forked = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False):
             images = self.known.to(device)
             suspect = None if self.limits.gap is None else self.limits.gap / 2
-            more = {"thorough": thorough, "suspect": suspect}
+            more = {"thorough": thorough, "suspect": suspect, "eps_share": eps_share}
             return measure(net, images, self.threat, self.layers, steps=self.steps, **more)  # type: ignore[arg-type]
 
     # ---- alarms --------------------------------------------------------------------------------------------------------
@@ -310,7 +315,7 @@ class Health(pl.Callback):
         undone, self.pending, self.before = self._undo(trainer, kinds, stands), kinds, dict(stands)
         if self.rollbacks < self.most and self._next_measure():
             return undone + self._plan(*self._healthy(trainer))
-        times = f"{self.rollbacks} rollback{'' if self.rollbacks == 1 else 's'} did not help"
+        times = f"still so after {self.rollbacks} safety measure{'' if self.rollbacks == 1 else 's'}"
         self.ended = f"{times}, there are no more"
         if self.waits and set(kinds) & set(HOPELESS) and not self.healthy:
             self.pending = []
@@ -334,9 +339,16 @@ class Health(pl.Callback):
         return f"{_SAYS[name]} did not help and is undone; "
 
     def _goes_back(self) -> bool:
-        """Is the state that was kept worth more than the one that is to be rolled back?"""
-        more = better(self.healthy, self.before) or "nonfinite" in self.pending
-        return more if not self.waits else not better(self.before, self.healthy)
+        """Is the state that was kept worth more than the one that is to be rolled back?
+
+        Steps back are training lost, so luck with the images read is no reason; after the last step nothing is lost.
+        """
+        if "nonfinite" in self.pending:
+            return True
+        if self.waits and not (self.healthy and self.before):  # a net that guesses has nothing to lose
+            return not better(self.before, self.healthy)
+        read = 0 if self.known is None else len(self.known.y)
+        return better(self.healthy, self.before, read if self.waits else 0)
 
     def _plan(self, state: dict[str, Any] | None, why: str) -> str:
         """What the rollback that is pending will do, with what :meth:`_healthy` found."""
@@ -344,7 +356,7 @@ class Health(pl.Callback):
         if state is None:
             where = f"no healthy state to go back to{f' ({why})' if why else ''}"
         elif not self._goes_back():
-            where = f"stays where it is, for step {self.healthy_step} withstood no more"
+            where = f"stays where it is, for step {self.healthy_step} did not clearly withstand more"
         chosen = self._next_measure()
         return f"{where}; from here on: {_SAYS[chosen] if chosen else 'no further measure'}"
 

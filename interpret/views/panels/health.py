@@ -64,8 +64,13 @@ def health_view(
         guesses: the net is no better than guessing, though that may be no alarm yet.
     """
     shown = [name for name in LABELS if name in values]
+    here = f", at {percent(values['eps_share'])} of ε" if "eps_share" in values else ""  # the ball that training has reached
     rows = [
-        (_label(name, held, images), _text(name, values[name]), *_state(name, values[name], limits.get(name)))
+        (
+            _label(name, held, images) + (here if name == "gap" else ""),
+            _text(name, values[name]),
+            *_state(name, values[name], limits.get(name)),
+        )
         for name in shown
     ]
     judged = [(name, limit) for name in shown if (limit := limits.get(name)) is not None]
