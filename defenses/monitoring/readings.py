@@ -75,9 +75,8 @@ def measure(
     ``clean fgsm pgd``      accuracies; PGD with ``steps`` steps from a random start
     ``guess one_class``     is it better than guessing (:func:`guessing`)?
     ``gap``                 ``fgsm`` − the lowest of ``pgd margin longer`` that was measured: above 0.2 the net answers
-                            one-step attacks and no others (METHODS: Wong 2020).  While ε climbs, the gap in the ball that
-                            training has reached, and ``eps_share``, its share of ε: in a larger one than it was trained
-                            in every net answers one step better than many
+                            one-step attacks and no others (Wong 2020); while ε climbs, in the ball that training has
+                            reached, ``eps_share`` of ε: in a larger one every net answers one step better than many
     ``misalignment``        mean 1 − cos of the input gradients at x and at noise (Andriushchenko & Flammarion 2020)
     ``zero_gradient``       share of images whose input gradient is exactly zero
     ``dead``                largest share over the layers of units that never change; ``dead/LAYER`` each

@@ -11,6 +11,7 @@ from glassarmor.lightning_modules.run.doors import enter
 COMMANDS: Final = {
     "train": "train a robust classifier: compose the config, fit, test, report",
     "evaluate": "look into a trained network, or judge it by a suite of attacks",
+    "export": "write a run's network as plain weights",
     "compare": "set runs or result cards beside each other, or train a study",
 }
 USAGE: Final = "\n".join(
@@ -33,6 +34,8 @@ def _runner(command: str) -> Callable[[], None]:
     """Imported when asked for: a usage message needs no torch."""
     if command == "train":
         from glassarmor.lightning_modules.commands.train import run
+    elif command == "export":
+        from glassarmor.lightning_modules.commands.loading import run
     elif command == "evaluate":
         from glassarmor.lightning_modules.commands.evaluate import run
     else:

@@ -158,6 +158,12 @@ class RunLog:
         payload = {"tables/results": wandb.Table(columns=list(table.columns), data=rows)}
         self.wandb_logger.experiment.log(payload)
 
+    def finish(self) -> None:
+        """The page as one self-contained file, and the end of the W&B run."""
+        if self.page is not None:
+            self.keep("write the report", self.page.finish)
+        self.close()
+
     def close(self) -> None:
         """End the W&B run, also after a failure: in a sweep the next run must not go on with it."""
         if self.wandb_logger is not None:
@@ -216,6 +222,23 @@ class _PatientWandbLogger(WandbLogger):
 
     def log_hyperparams(self, params: Any) -> None:
         survive("log the config to W&B", lambda: super(_PatientWandbLogger, self).log_hyperparams(params))
+
+
+def open_log(folder: str | Path, project: str = "glassarmor", mode: WandbMode = "auto") -> RunLog:
+    """A log for a training of one's own: the page, ``metrics.csv`` and W&B in a folder; the same folder goes on.
+
+    Args:
+        folder: made when missing; its name is the run's.
+        mode: of W&B, see :func:`wandb_logger`.
+
+    Example:
+        >>> log = open_log("my-run", mode="disabled")  # doctest: +SKIP
+    """
+    check_wandb_mode(mode)
+    folder = Path(folder)
+    page = ReportPage(folder / "report", folder.resolve().name)
+    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:10]
+    return RunLog(folder, page, wandb_logger(folder, project, mode, run_id, folder.resolve().name, {}))
 
 
 def check_wandb_mode(mode: str) -> None:

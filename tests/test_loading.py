@@ -1,0 +1,45 @@
+"""A net comes out of a run as it was judged: with its normalisation, threat and class names, or as plain weights."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+
+import glassarmor
+from glassarmor.datamodules import Digits
+from glassarmor.defenses import Linf
+from glassarmor.lightning_modules.commands import cli, train
+from tests.faulty import QUICK
+
+
+def test_a_net_comes_out_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("NETRC", os.devnull)
+    monkeypatch.setattr(sys, "argv", ["train.py", *QUICK, f"out={tmp_path}", "name=run", "trainer.max_epochs=1"])
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    train.main()
+    loaded = glassarmor.load(tmp_path / "run", "last")
+    assert loaded.class_names == tuple("0123456789")
+    assert isinstance(loaded.threat, Linf)
+    assert loaded.threat.eps == pytest.approx(0.06)
+    data = Digits()
+    data.setup("fit")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in loaded.net.state_dict().items():
+        assert torch.equal(value, state[f"net.{name}"]), name
+    x = data.test.images[:4].float() / 255
+    assert loaded.net(x).shape == (4, 10)
+    monkeypatch.setattr(
+        sys, "argv", ["glassarmor", "export", str(tmp_path / "run"), str(tmp_path / "net.pt"), "--checkpoint=last"]
+    )
+    cli.main()
+    assert "10 classes, Linf(eps=0.06)" in capsys.readouterr().out
+    plain = torch.load(tmp_path / "net.pt", weights_only=True)
+    assert plain.keys() == loaded.net.state_dict().keys()
+    for run, said in ((tmp_path, "expected a run folder"), (tmp_path / "run" / "checkpoints", "expected a run folder")):
+        with pytest.raises(ValueError, match=said):
+            glassarmor.load(run)
