@@ -18,7 +18,6 @@ LONGEST = {  # to be divided
     "interpret/concepts/dissection.py:dissect": 101,
     "defenses/evaluation/card.py:make_card": 82,
     "lightning_modules/commands/study.py:run": 82,
-    "lightning_modules/commands/train.py:train": 152,
 }
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
