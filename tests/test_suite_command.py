@@ -23,7 +23,7 @@ from glassarmor.defenses.evaluation.card import read_card
 from glassarmor.defenses.evaluation.robustness import Progress
 from glassarmor.defenses.evaluation.sanity import LIMITS
 from glassarmor.interpret.views.page.page import read_script
-from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.lightning_modules.callbacks.look import Look
 from glassarmor.lightning_modules.cards import report as judging
 from glassarmor.lightning_modules.commands import evaluate, judge
 from glassarmor.lightning_modules.commands.errors import refusal
@@ -82,13 +82,13 @@ def test_the_panels_explain_the_images_by_which_the_suite_felled_them(
 ) -> None:
     """The page's own attack is made one that changes nothing: what it shows as fallen can only be the suite's."""
     probes = []
-    original = Dashboard.probe
+    original = Look.probe
 
     def kept(self, *args):
         probes.append(original(self, *args))
         return probes[-1]
 
-    monkeypatch.setattr(Dashboard, "probe", kept)
+    monkeypatch.setattr(Look, "probe", kept)
     asked = ("suite=fast", "images=40", "attack.steps=1", "attack.step_size=1e-9", "attack.start=none")
     command(monkeypatch, evaluate, *NAMED, *asked, f"checkpoint={weights}", f"out={tmp_path / 'out'}")
     found, obs = judged(tmp_path / "out" / "net_fast"), probes[-1].obs

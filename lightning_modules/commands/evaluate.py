@@ -7,10 +7,9 @@ python evaluate.py checkpoint=runs/NAME suite=standard
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,14 @@ from glassarmor.interpret.views.panels.masking import masking_view
 from glassarmor.interpret.views.panels.profiles import ProfilesPanel
 from glassarmor.interpret.views.panels.versus import versus_view
 from glassarmor.interpret.views.view import View
-from glassarmor.lightning_modules.callbacks.dashboard import Dashboard, RehearsalAttack
+from glassarmor.lightning_modules.callbacks.look import Look, RehearsalAttack
 from glassarmor.lightning_modules.cards.page import draw
 from glassarmor.lightning_modules.commands.errors import run_command
 from glassarmor.lightning_modules.commands.judge import judge_by_suite, make_request
 from glassarmor.lightning_modules.commands.masking import choose, require_masking
 from glassarmor.lightning_modules.commands.subject import (
-    dashboard_of,
     located,
+    look_of,
     named,
     new_folder,
     renamed_keys,
@@ -75,15 +74,13 @@ def record(views: list[View], **about: Any) -> dict[str, Any]:
     }
 
 
-def compare_masked(
-    masking: DictConfig, net: nn.Module, dashboard: Dashboard, choosers: ProbeBatch, device: torch.device
-) -> View:
+def compare_masked(masking: DictConfig, net: nn.Module, look: Look, choosers: ProbeBatch, device: torch.device) -> View:
     """The net as it is, with the chosen units masked, and with as many masked at random; each attacked anew."""
     x, y = choosers.x.to(device), choosers.y.to(device)
-    dashboard.attack.reseed(1)
-    x_adv = dashboard.attack(net, x, y)
-    masks = choose(masking, net, x, x_adv, y, dashboard.layers)
-    probes = [dashboard.probe(each, device, {}) for each in (net, *(masked(net, mask).eval() for mask in masks))]
+    look.attack.reseed(1)
+    x_adv = look.attack(net, x, y)
+    masks = choose(masking, net, x, x_adv, y, look.layers)
+    probes = [look.probe(each, device, {}) for each in (net, *(masked(net, mask).eval() for mask in masks))]
     units = {layer: (~keep).nonzero().flatten().tolist() for layer, keep in masks[0].keep.items()}
     return masking_view(probes, units, masking.by)
 
@@ -116,12 +113,11 @@ def against(cfg: DictConfig, data: ImageDataModule) -> Other:
     return Other(named(weights, run), net.eval())
 
 
-def compare_networks(name: str, net: nn.Module, other: Other, dashboard: Dashboard, device: torch.device) -> View:
+def compare_networks(name: str, net: nn.Module, other: Other, look: Look, device: torch.device) -> View:
     """The profiles of both networks on the same images, each attacked anew."""
-    twin = copy.copy(dashboard)
-    twin.layers, twin.run = (), other.name  # it has layers of its own
-    panel = next((p for p in dashboard.panels.values() if isinstance(p, ProfilesPanel)), ProfilesPanel())
-    probes = (dashboard.probe(net, device, {}), twin.probe(other.net.to(device), device, {}))
+    twin = replace(look, layers=(), run=other.name)  # it has layers of its own
+    panel = next((p for p in look.panels.values() if isinstance(p, ProfilesPanel)), ProfilesPanel())
+    probes = (look.probe(net, device, {}), twin.probe(other.net.to(device), device, {}))
     return versus_view((name, other.name), probes, panel)
 
 
@@ -130,34 +126,34 @@ def analyse(cfg: DictConfig, attack_name: str) -> Path:
     with clear_errors(cfg.debug):
         of = subject(cfg)
         cfg, data, net = of.cfg, of.data, of.net
-        dashboard, images = dashboard_of(of, 128 if cfg.images is None else cfg.images)
-        attack = dashboard.attack
-        if not dashboard.panels:
+        look, images = look_of(of, 128 if cfg.images is None else cfg.images)
+        attack = look.attack
+        if not look.panels:
             raise ValueError("panels: expected at least one, found none")
         if cfg.masking.by is not None:
             require_masking(cfg.masking)
             choosers = data.probe(min(cfg.masking.images, len(data.val)), "val", "masking.images")
             few = choosers.x[:2]
             rehearsed = RehearsalAttack(attack.threat)(net, few, choosers.y[:2])
-            choose(cfg.masking, net, few, rehearsed, choosers.y[:2], dashboard.layers)
+            choose(cfg.masking, net, few, rehearsed, choosers.y[:2], look.layers)
         other = None if cfg.against is None else against(cfg, data)
         folder = new_folder(cfg, f"{of.name}_{attack_name}", "analysis.json", "analysis")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = net.to(device)
     with steps(folder.name) as tell:
-        views = dashboard.look(net, device, {}, tell)
+        views = look.views(net, device, {}, tell)
         if cfg.masking.by is not None:
             tell("masking")
-            views.append(compare_masked(cfg.masking, net, dashboard, choosers, device))
+            views.append(compare_masked(cfg.masking, net, look, choosers, device))
         if other is not None:
             tell(other.name)
-            views.insert(0, compare_networks(of.name, net, other, dashboard, device))
+            views.insert(0, compare_networks(of.name, net, other, look, device))
     meta = {
         "checkpoint": str(of.weights),
         "attack": f"{attack_name}, {attack.threat}",
         "images": f"{len(images.ids)} of the {cfg.split} split, hash {images.hash}",
-        "observed layers": ", ".join(dashboard.layers),
+        "observed layers": ", ".join(look.layers),
         **({"against": cfg.against} if other is not None else {}),
         **({"data": "; ".join(of.differs)} if of.differs else {}),
         "seed": cfg.seed,

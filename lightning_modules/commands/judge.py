@@ -29,15 +29,15 @@ from glassarmor.interpret.observation import feature_layers
 from glassarmor.interpret.storage import plain
 from glassarmor.interpret.views.view import View
 from glassarmor.lightning_modules.callbacks.checkpointing import how_chosen
-from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.lightning_modules.callbacks.look import Look
 from glassarmor.lightning_modules.cards.page import draw
 from glassarmor.lightning_modules.cards.report import card_view, judge, run_sanity, unset_radius, write_card
 from glassarmor.lightning_modules.commands.masking import choose, require_masking
 from glassarmor.lightning_modules.commands.subject import (
     ANYTHING,
     Subject,
-    dashboard_of,
     located,
+    look_of,
     new_folder,
     renamed_keys,
     say,
@@ -65,7 +65,7 @@ class Request:
     split: str
     threat: Threat
     settings: SuiteSettings
-    dashboard: Dashboard  # the panels, rehearsed
+    look: Look  # rehearsed
     folder: Path
     source: str  # of the weights
     model: Mapping[str, Any]  # what the card says of the network, and of the data
@@ -104,7 +104,7 @@ def make_request(cfg: DictConfig) -> Request:
     say(notes)
     net, through = masked_as_asked(cfg, data, net, threat)
     of = replace(of, cfg=cfg, net=net)
-    dashboard, _ = dashboard_of(of, min(128, cfg.images or len(labels)))
+    look, _ = look_of(of, min(128, cfg.images or len(labels)))
     source = "as the callable returns it" if of.weights is None else str(of.weights)
     if through:
         source += f", units masked by {cfg.masking.by}"
@@ -115,7 +115,7 @@ def make_request(cfg: DictConfig) -> Request:
         split=cfg.split,
         threat=threat,
         settings=SuiteSettings(cfg.suite, cfg.images, cfg.batch, cfg.seed, terms, twin, cfg.corruptions),
-        dashboard=dashboard,
+        look=look,
         folder=new_folder(cfg, f"{of.name}_{cfg.suite}{through}", "card.json", "evaluation"),
         source=source,
         model={"name": of.name, "source": source, "parameters": sum(p.numel() for p in net.parameters()), **trained(of)},
@@ -223,12 +223,12 @@ class Explained:
 def judge_by_suite(asked: Request) -> Path:
     """Robust accuracy by a suite, whether to trust it, and why images fell; returns the folder of ``card.json``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net, twin, dashboard = asked.net.to(device), asked.settings.twin, asked.dashboard
+    net, twin, look = asked.net.to(device), asked.settings.twin, asked.look
     settings = replace(asked.settings, twin=None if twin is None else twin.to(device))
-    felled = FelledExamples(len(dashboard.ids), asked.folder / "fallen.npz")
+    felled = FelledExamples(len(look.probe_set.ids), asked.folder / "fallen.npz")
     found = judge(net, asked.images, asked.labels, asked.threat, settings, asked.folder, felled)
     found = replace(found, notes=(*found.notes, *asked.notes))
-    console.print(f"attacks done; next sanity checks, accuracy against ε, {len(dashboard.panels)} panels")
+    console.print(f"attacks done; next sanity checks, accuracy against ε, {len(look.panels)} panels")
     why = explain(asked, net, settings, found, felled, device)
     card = make_card(
         found,
@@ -270,22 +270,23 @@ def explain(
     device: torch.device,
 ) -> Explained:
     """Sanity checks, accuracy against ε, and the panels on images that fell or stood."""
-    dashboard, images, labels, threat, seed = asked.dashboard, asked.images, asked.labels, asked.threat, settings.seed
+    images, labels, threat, seed = asked.images, asked.labels, asked.threat, settings.seed
     with steps(asked.folder.name) as tell:
         few = stratified_rows(found.labels, min(SANITY_IMAGES, found.n), seed)
         x, y = images[found.rows[few]].to(device), labels[found.rows[few]].to(device)
         held = found.standing[few]
         sanity = run_sanity(net, x, y, held, threat, settings.twin, seed, found, lambda step: tell(f"sanity, {step}"))
-        explained = choose_explained(found, felled.places, len(dashboard.ids))
-        dashboard.x, dashboard.y = images[found.rows[explained]], labels[found.rows[explained]]
-        dashboard.ids = tuple(image_name(asked.split, found, place) for place in explained.tolist())
-        dashboard.attack = replay = Replay(felled, explained, dashboard.attack)
+        explained = choose_explained(found, felled.places, len(asked.look.probe_set.ids))
+        x_shown, y_shown = images[found.rows[explained]], labels[found.rows[explained]]
+        ids = tuple(image_name(asked.split, found, place) for place in explained.tolist())
+        replay = Replay(felled, explained, asked.look.attack)
+        look = replace(asked.look, probe_set=replace(asked.look.probe_set, x=x_shown, y=y_shown, ids=ids), attack=replay)
         tell("accuracy against ε")
         curve = accuracy_curve(net, x, y, threat, attack=margin_pgd if found.gradient else few_queries)
         views: list[View] = []
-        if dashboard.panels:
+        if look.panels:
             with full_precision(device):  # some attacks stop just over the boundary
-                views = [without_accuracies(view) for view in dashboard.look(net, device, {}, tell, strict=False)]
+                views = [without_accuracies(view) for view in look.views(net, device, {}, tell, strict=False)]
     shown = NO_PANELS if NO_PANELS in asked.notes else "none"
     if views:
         shown = panel_images(found, explained, replay)

@@ -16,7 +16,7 @@ from torch import nn
 from glassarmor.datamodules.fingerprint import fingerprint
 from glassarmor.datamodules.images import ImageDataModule, ProbeBatch
 from glassarmor.interpret.storage import check_links, check_name, file_name, read_object
-from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.lightning_modules.callbacks.look import Look, ProbeSet
 from glassarmor.lightning_modules.networks.build import load_weights, make_network
 from glassarmor.lightning_modules.run.console import console, note, require_whole
 from glassarmor.lightning_modules.run.data_record import Fingerprint, compared, places_of
@@ -182,27 +182,19 @@ def subject(cfg: DictConfig) -> Subject:
     return Subject(cfg, data, net.eval(), weights, run, about, differs)
 
 
-def dashboard_of(of: Subject, images: int) -> tuple[Dashboard, ProbeBatch]:
+def look_of(of: Subject, images: int) -> tuple[Look, ProbeBatch]:
     """The panels of the config, rehearsed, and the images that they will show."""
     cfg, data = of.cfg, of.data
     probe = data.probe(images, cfg.split, "images")
     attack = instantiate(cfg.attack, _convert_="all")
     attack.threat.check(data.image_shape)
-    dashboard = Dashboard(
-        instantiate(cfg.panels, _convert_="all"),
-        probe.x,
-        probe.y,
-        probe.ids,
-        attack,
-        data.class_names,
-        layers=list(cfg.layers),
-        training=data.sample_training(cfg.training),
-    )
-    dashboard.run, dashboard.command = cfg.checkpoint, command_of(of.run)
-    if dashboard.panels:
-        dashboard.prepare(of.net)
-        dashboard.rehearse(of.net)
-    return dashboard, probe
+    panels = instantiate(cfg.panels, _convert_="all")
+    shown = ProbeSet(probe.x, probe.y, tuple(probe.ids), tuple(data.class_names), data.sample_training(cfg.training))
+    look = Look(panels, shown, attack, tuple(cfg.layers), run=cfg.checkpoint, command=command_of(of.run))
+    if panels:
+        look = look.prepared(of.net)
+        look.rehearse(of.net)
+    return look, probe
 
 
 def new_folder(cfg: DictConfig, default: str, whole: str, what: str) -> Path:

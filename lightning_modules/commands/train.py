@@ -11,7 +11,7 @@ import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,8 +30,9 @@ from glassarmor.interpret.views.page.page import ReportPage
 from glassarmor.lightning_modules.callbacks.averaging import Averaging, averaging
 from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
 from glassarmor.lightning_modules.callbacks.cost import Cost
-from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.lightning_modules.callbacks.dashboard import Dashboard, check_every, net_inside
 from glassarmor.lightning_modules.callbacks.health import Health, watch
+from glassarmor.lightning_modules.callbacks.look import Look, ProbeSet
 from glassarmor.lightning_modules.callbacks.preemption import Preemption, Unkept
 from glassarmor.lightning_modules.callbacks.progress import ProgressBar
 from glassarmor.lightning_modules.classifier import Diverged, RobustClassifier
@@ -111,7 +112,7 @@ class Plan:
     parts: Parts
     attacks: Mapping[str, Any]  # of the final table
     probe: ProbeBatch
-    dashboard: Dashboard
+    look: Look  # rehearsed
     health: Sequence[Health]
     average: Sequence[Averaging]
     select: Select
@@ -141,11 +142,9 @@ def prepare(cfg: DictConfig, what: str, command: str) -> Plan:
     differs = [] if folder is None else compared(folder.path, about, "resume", own)
     probe = data.probe(cfg.probe.size)
     attacks = instantiate(cfg.test_attacks, _convert_="all")
-    dashboard = dashboard_of(cfg, parts, probe)
+    look = look_of(cfg, parts, probe)
     health = watch(instantiate(cfg.get("health"), _convert_="all"), module, data)
     average = averaging(cfg.ema)
-    for callback in average:
-        dashboard.net_of = callback.net_of
     step = check_trainer(cfg, parts, attacks)
     if folder is not None:
         check_same_step(folder.info, *step)
@@ -165,7 +164,7 @@ def prepare(cfg: DictConfig, what: str, command: str) -> Plan:
         for sentence in [*note_changes(folder, cfg, point), *differs]:
             note(sentence)
         note_data(folder, about, point)
-    return Plan(cfg, parts, attacks, probe, dashboard, health, average, select, folder, hold, point, leads)
+    return Plan(cfg, parts, attacks, probe, look, health, average, select, folder, hold, point, leads)
 
 
 def checked_words(cfg: DictConfig) -> Select:
@@ -180,22 +179,15 @@ def checked_words(cfg: DictConfig) -> Select:
     return select
 
 
-def dashboard_of(cfg: DictConfig, parts: Parts, probe: ProbeBatch) -> Dashboard:
+def look_of(cfg: DictConfig, parts: Parts, probe: ProbeBatch) -> Look:
     """The panels of the config, rehearsed."""
-    dashboard = Dashboard(
-        parts.panels,
-        probe.x,
-        probe.y,
-        probe.ids,
-        instantiate(cfg.probe.attack, _convert_="all"),
-        parts.data.class_names,
-        layers=list(cfg.probe.layers),
-        every_n_epochs=cfg.probe.every_n_epochs,
-        training=parts.data.sample_training(cfg.probe.training),
-    )
-    dashboard.prepare(parts.module.net)
-    dashboard.rehearse(parts.module.net)
-    return dashboard
+    attack = instantiate(cfg.probe.attack, _convert_="all")
+    training = parts.data.sample_training(cfg.probe.training)
+    check_every(cfg.probe.every_n_epochs)
+    shown = ProbeSet(probe.x, probe.y, tuple(probe.ids), tuple(parts.data.class_names), training)
+    look = Look(parts.panels, shown, attack, tuple(cfg.probe.layers)).prepared(parts.module.net)
+    look.rehearse(parts.module.net)
+    return look
 
 
 def check_trainer(cfg: DictConfig, parts: Parts, attacks: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -225,9 +217,10 @@ def check_trainer(cfg: DictConfig, parts: Parts, attacks: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True)
 class Records:
-    """Where a run is written."""
+    """Where a run is written, and by whom each epoch."""
 
     log: RunLog
+    dashboard: Dashboard
     kept: Checkpoints
     logger: Any  # W&B's, or None
     threat: str
@@ -235,18 +228,18 @@ class Records:
 
 def records_of(plan: Plan) -> Records:
     """Open the report, the log and W&B's run, and tell them to the callbacks."""
-    cfg, folder, dashboard, data = plan.cfg, plan.folder, plan.dashboard, plan.parts.data
+    cfg, folder, data = plan.cfg, plan.folder, plan.parts.data
     info = folder.info
-    dashboard.command = info.get("command", dashboard.command)
+    look = replace(plan.look, command=info.get("command", plan.look.command))
     meta = {
         "what": info["what"],
-        "threat": str(dashboard.attack.threat),
+        "threat": str(look.attack.threat),
         "data": f"{len(data.train.images)} training, {len(data.val.images)} validation, {len(data.test.images)} test images",
         "probe": f"{len(plan.probe.ids)} validation images, hash {plan.probe.hash}",
         "seed": cfg.seed,
         "commit": info["commit"],
         "started": info["started"],
-        "command": dashboard.command,
+        "command": look.command,
     }
     logger = wandb_logger(
         folder.path,
@@ -257,14 +250,17 @@ def records_of(plan: Plan) -> Records:
         OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         list(cfg.wandb.tags),
     )
-    dashboard.log_to = log = RunLog(folder.path, ReportPage(folder.report, folder.path.name, meta), logger)
+    log = RunLog(folder.path, ReportPage(folder.report, folder.path.name, meta), logger)
     for monitor in plan.health:
-        monitor.log_to, monitor.command, dashboard.lead = log, dashboard.command, monitor.views
+        monitor.log_to, monitor.command = log, look.command
+    lead = plan.health[-1].views if plan.health else tuple
+    net_of = plan.average[-1].net_of if plan.average else net_inside
+    dashboard = Dashboard.of(look, cfg.probe.every_n_epochs, log, net_of, lead)
     kept = Checkpoints(folder.checkpoints, cfg.get("checkpoint_every"), plan.select)
     if plan.point is not None:
         console.print(f"resume      {plan.point}")
         log.resume_from(plan.point.epoch)
-    return Records(log, kept, logger, meta["threat"])
+    return Records(log, dashboard, kept, logger, meta["threat"])
 
 
 def fit(plan: Plan, records: Records, preemption: Preemption) -> pl.Trainer:
@@ -273,7 +269,7 @@ def fit(plan: Plan, records: Records, preemption: Preemption) -> pl.Trainer:
     console.print(
         f"run folder  {folder.path}\ndashboard   {folder.report / 'index.html'} (open it now: it grows while we train)"
     )
-    watchers = [*plan.average, *plan.health, plan.dashboard]
+    watchers = [*plan.average, *plan.health, records.dashboard]
     trainer: pl.Trainer = instantiate(
         plan.cfg.trainer,
         logger=records.logger or False,
