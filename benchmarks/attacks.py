@@ -40,7 +40,7 @@ from glassarmor.defenses.attacks.pgd import PGD
 from glassarmor.defenses.evaluation.inputs import fooled
 from glassarmor.defenses.evaluation.sampling import stratified_rows
 from glassarmor.defenses.threat import L2, Linf, Threat, norms
-from glassarmor.lightning_modules.commands.evaluate import located
+from glassarmor.lightning_modules.commands.subject import located
 from glassarmor.lightning_modules.networks.build import load_weights, make_network
 
 Made = Callable[[Tensor, Tensor], Tensor]  # images, labels → adversarial images

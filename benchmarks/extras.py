@@ -15,6 +15,8 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,15 +220,14 @@ def epoch(bench: Bench, attack_steps: int, rounds: int, images: int = 50_000) ->
                 if view.figure is not None:
                     write_png(view.figure, Path(folder) / f"{view.name}.png")
 
-        panels_of = dashboard.panels
-        for name in panels_of:
-            dashboard.panels = {name: panels_of[name]}
-            found[name] = seconds(lambda: dashboard.look(net, device, {}))
-        dashboard.panels = {}
-        found["attack and observation"] = seconds(lambda: dashboard.look(net, device, {}))
-        for name in panels_of:
+        shown = dashboard.shown.prepared(net)
+        for name, panel in shown.panels.items():
+            alone = replace(shown, panels={name: panel})
+            found[name] = seconds(partial(alone.views, net, device, {}))
+        none = replace(shown, panels={})
+        found["attack and observation"] = seconds(lambda: none.views(net, device, {}))
+        for name in shown.panels:
             found[name] -= found["attack and observation"]
-        dashboard.panels = panels_of
         everything = seconds(draw)
         found["page and pictures"] = seconds(write)
         everything += found["page and pictures"]

@@ -20,19 +20,20 @@ from benchmarks.composing import composed, help_if_asked
 from benchmarks.throughput import Unfolded
 from benchmarks.timing import machine
 from glassarmor.defenses.attacks.pgd import PGD
-from glassarmor.lightning_modules.commands import evaluate
+from glassarmor.lightning_modules.commands.subject import completed, located
 from glassarmor.lightning_modules.networks.build import load_weights, make_network
 from glassarmor.lightning_modules.run.console import clear_errors, require_whole
+from glassarmor.lightning_modules.run.saved_config import CONFIGS
 
 
 def main() -> None:
     help_if_asked(__doc__)
     with clear_errors(debug="debug=true" in sys.argv):
-        cfg, given = composed(evaluate.CONFIGS, "evaluate", {"count": 2000, "batch": 250, "steps": 20})
+        cfg, given = composed(CONFIGS, "evaluate", {"count": 2000, "batch": 250, "steps": 20})
         require_whole(given, dict.fromkeys(given, 1))
         count, batch, steps = given.values()
-        weights, run = evaluate.located(cfg.checkpoint)
-        cfg = evaluate.completed(cfg, run)
+        weights, run = located(cfg.checkpoint)
+        cfg = completed(cfg, run)
         data = instantiate(cfg.data, _convert_="all")
         data.setup("fit")
         net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")))

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from glassarmor.defenses.evaluation.robustness import Evaluation, evaluate_robustness
 from glassarmor.defenses.evaluation.sampling import stratified_rows
-from glassarmor.lightning_modules.commands.evaluate import located
+from glassarmor.lightning_modules.commands.subject import located
 from glassarmor.lightning_modules.networks.build import load_weights, make_network
 
 

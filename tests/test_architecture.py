@@ -13,15 +13,6 @@ from glassarmor.lightning_modules.run.saved_config import named_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("interpret", "defenses", "datamodules", "lightning_modules")
-LONGEST = {  # to be divided
-    "interpret/views/panels/profiles.py:chart": 88,
-    "interpret/concepts/dissection.py:dissect": 101,
-    "defenses/evaluation/robustness.py:evaluate_robustness": 113,
-    "defenses/evaluation/card.py:make_card": 82,
-    "lightning_modules/commands/study.py:run": 82,
-    "lightning_modules/commands/evaluate.py:judge_by_suite": 122,
-    "lightning_modules/commands/train.py:train": 152,
-}
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 
@@ -129,9 +120,8 @@ def test_functions_are_short_and_doors_thin() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
-                assert lines <= LONGEST.get(f"{where(path)}:{node.name}", 80), (
-                    f"{where(path)}: {node.name} has {lines} lines"
-                )
+                allowed = 60 if "/commands/" in where(path) else 80
+                assert lines <= allowed, f"{where(path)}: {node.name} has {lines} lines"
     for door in ("train.py", "evaluate.py", "compare.py"):
         assert len((ROOT / door).read_text(encoding="utf-8").splitlines()) <= 80
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from glassarmor.interpret.views.charts import Table
-from glassarmor.lightning_modules.commands import evaluate, train
+from glassarmor.lightning_modules.commands import evaluate, subject, train
 from glassarmor.lightning_modules.run.console import console, note, printable, show, steps
 from tests.composing import SMALL, config
 
@@ -69,7 +69,7 @@ def test_every_door_refuses_foreign_code(
     if "checkpoint=MINE" in words:
         net = torch.nn.Module()
         foreign_run(mine, canary, "name", "mine")  # type: ignore[arg-type]
-        monkeypatch.setattr(evaluate, "load_weights", lambda *_: net)
+        monkeypatch.setattr(subject, "load_weights", lambda *_: net)
     said = [word.replace("RUN", str(run)).replace("MINE", str(mine)) for word in words]
     monkeypatch.setattr(sys, "argv", [script, *said])
     hydra.core.global_hydra.GlobalHydra.instance().clear()

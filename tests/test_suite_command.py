@@ -12,6 +12,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from rich.console import Console
 from torch import nn
 
@@ -20,9 +23,9 @@ from glassarmor.defenses.evaluation.card import read_card
 from glassarmor.defenses.evaluation.robustness import Progress
 from glassarmor.defenses.evaluation.sanity import LIMITS
 from glassarmor.interpret.views.page.page import read_script
-from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.lightning_modules.callbacks.look import Look
 from glassarmor.lightning_modules.cards import report as judging
-from glassarmor.lightning_modules.commands import evaluate
+from glassarmor.lightning_modules.commands import evaluate, judge
 from glassarmor.lightning_modules.commands.errors import refusal
 from glassarmor.lightning_modules.networks.build import load_weights
 from glassarmor.lightning_modules.networks.normalize import normalised
@@ -62,13 +65,13 @@ def test_weights_are_judged_and_everything_is_written(
     assert len(accuracy["by_corruption"]["JPEG"]) == 5
     assert found["data"]["selection"].startswith("unknown")
     assert found["versions"]["pyautoattack"] == version("pyautoattack")
-    assert evaluate.ONLY_CHECKS in found["notes"]
+    assert judge.ONLY_CHECKS in found["notes"]
     assert found["interpretation"]["outcome/clean_acc"] >= 0
     assert found["config"]["threat"]["eps"] == 0.06
     said = " ".join(capsys.readouterr().out.split())
     assert "Robust accuracy" in said
     assert said.index("attacks done; next sanity checks, accuracy against ε, 2 panels") < said.index("Robust accuracy")
-    assert evaluate.ONLY_CHECKS in said
+    assert judge.ONLY_CHECKS in said
     with pytest.raises(SystemExit):  # nothing is overwritten
         command(monkeypatch, evaluate, *NAMED, *asked, f"checkpoint={weights}", f"out={tmp_path / 'out'}")
     assert "holds an evaluation already" in capsys.readouterr().err
@@ -79,13 +82,13 @@ def test_the_panels_explain_the_images_by_which_the_suite_felled_them(
 ) -> None:
     """The page's own attack is made one that changes nothing: what it shows as fallen can only be the suite's."""
     probes = []
-    original = Dashboard.probe
+    original = Look.probe
 
     def kept(self, *args):
         probes.append(original(self, *args))
         return probes[-1]
 
-    monkeypatch.setattr(Dashboard, "probe", kept)
+    monkeypatch.setattr(Look, "probe", kept)
     asked = ("suite=fast", "images=40", "attack.steps=1", "attack.step_size=1e-9", "attack.start=none")
     command(monkeypatch, evaluate, *NAMED, *asked, f"checkpoint={weights}", f"out={tmp_path / 'out'}")
     found, obs = judged(tmp_path / "out" / "net_fast"), probes[-1].obs
@@ -211,7 +214,7 @@ def test_a_stopped_command_goes_on(weights: Path, tmp_path: Path, monkeypatch: p
     asked = ("suite=probe", "images=120", "batch=3", f"checkpoint={weights}", f"out={tmp_path / 'out'}", "split=val")
     command(monkeypatch, evaluate, *NAMED, *asked, "name=whole")
     attacked = []
-    original = judging.evaluate_robustness
+    original = judging.run_suite
 
     def stopping(*args, progress, **options):
         def told(now):
@@ -222,7 +225,7 @@ def test_a_stopped_command_goes_on(weights: Path, tmp_path: Path, monkeypatch: p
 
         return original(*args, progress=told, **options)
 
-    monkeypatch.setattr(judging, "evaluate_robustness", stopping)
+    monkeypatch.setattr(judging, "run_suite", stopping)
     with pytest.raises(KeyboardInterrupt):
         command(monkeypatch, evaluate, *NAMED, *asked, "name=stopped")
     assert not (tmp_path / "out" / "stopped" / "card.json").exists()
@@ -232,6 +235,25 @@ def test_a_stopped_command_goes_on(weights: Path, tmp_path: Path, monkeypatch: p
     for key in ("examples", "accuracy", "data", "sanity"):
         assert stopped[key] == whole[key]
     assert stopped["suite"]["forwards"] == whole["suite"]["forwards"]
+
+
+def test_a_request_leaves_its_config_alone_and_holds_none(weights: Path, tmp_path: Path) -> None:
+    """Below it nothing can read a key that was never checked."""
+    GlobalHydra.instance().clear()
+    words = [*NAMED, "suite=adaptive", "images=20", f"checkpoint={weights}", f"twin={weights}", f"out={tmp_path}"]
+    with initialize_config_dir(str(evaluate.CONFIGS), version_base="1.3"):
+        cfg = compose("evaluate", [*words, "masking.by=random"])
+    before = OmegaConf.to_yaml(cfg)
+    asked = judge.make_request(cfg)
+    assert OmegaConf.to_yaml(cfg) == before
+    assert not [name for name, value in vars(asked).items() if OmegaConf.is_config(value)]
+    assert (asked.settings.suite, asked.settings.subset, asked.source) == (
+        "adaptive",
+        20,
+        f"{weights}, units masked by random",
+    )
+    with pytest.raises(AttributeError):
+        asked.settings.batch_size = 7  # type: ignore[misc]
 
 
 def test_anyones_classifier_on_an_image_folder_and_on_npz(
@@ -302,9 +324,9 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
     assert cut["accuracy"]["by_eps"][-1]["robust"] <= cut["accuracy"]["clean"]
     assert "no gradient reaches the images, so that Square" in capsys.readouterr().out
     assert cut["interpretation"] == {}
-    assert evaluate.NO_PANELS in cut["notes"]
+    assert judge.NO_PANELS in cut["notes"]
     for file in ("card.md", "index.html"):
-        assert evaluate.NO_PANELS in (tmp_path / "out" / "hidden" / file).read_text()
+        assert judge.NO_PANELS in (tmp_path / "out" / "hidden" / file).read_text()
     for change, message in (
         ("model=their_models:hidden weights=null masking.by=margin", "masking: units are chosen by gradients"),
         ("model=their_models:wrong", "model: it must return logits, one floating-point tensor (N, num_classes) = (2, 2)"),

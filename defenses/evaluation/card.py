@@ -115,13 +115,7 @@ def make_card(
     Raises:
         ValueError: the card would not follow the schema, or contradict itself.
     """
-    correct = found.felled != -2
     names = [*class_names, *(str(label) for label in range(len(class_names), int(found.labels.max()) + 1))]
-    classes = []
-    for label in found.labels.unique().tolist():
-        mine = found.labels == label
-        shares = (float(kept[mine].float().mean()) for kept in (correct, found.standing))
-        classes.append({"class": names[label], "n": int(mine.sum())} | dict(zip(("clean", "robust"), shares, strict=True)))
     card = {
         "schema": VERSION,
         "model": {**model, "weights": found.fingerprint["weights"]},
@@ -139,7 +133,7 @@ def make_card(
             "clean": found.clean_accuracy,
             "robust": found.accuracy,
             "interval95": list(found.interval),
-            "by_class": classes,
+            "by_class": _by_class(found, names),
             "by_eps": [{"eps": eps, "robust": accuracy} for eps, accuracy in curve],
             "by_corruption": {name: list(values) for name, values in found.corruptions.items()},
         },
@@ -154,7 +148,7 @@ def make_card(
         "examples": {
             "rows": found.rows.tolist(),
             "labels": found.labels.tolist(),
-            "correct": correct.tolist(),
+            "correct": (found.felled != -2).tolist(),
             "standing": found.standing.tolist(),
             "felled_by": list(found.felled_by),
         },
@@ -166,6 +160,16 @@ def make_card(
     }
     check_card(card)
     return card
+
+
+def _by_class(found: Evaluation, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Accuracy without attack and with, by class that was judged."""
+    classes = []
+    for label in found.labels.unique().tolist():
+        mine = found.labels == label
+        shares = (float(kept[mine].float().mean()) for kept in (found.felled != -2, found.standing))
+        classes.append({"class": names[label], "n": int(mine.sum())} | dict(zip(("clean", "robust"), shares, strict=True)))
+    return classes
 
 
 def check_card(card: object) -> None:

@@ -29,7 +29,7 @@ from glassarmor.defenses.evaluation.fingerprint import described, net_hash, sett
 from glassarmor.defenses.evaluation.gradient import Reachable, has_gradient
 from glassarmor.defenses.evaluation.inputs import answered, check_images, counted, device_of, fooled, full_precision, predict
 from glassarmor.defenses.evaluation.sampling import stratified_rows, wilson
-from glassarmor.defenses.evaluation.suite import Suite, SuiteName, make_suite, without_gradient
+from glassarmor.defenses.evaluation.suite import Suite, SuiteName, SuiteSettings, without_gradient
 from glassarmor.defenses.threat import Threat
 from glassarmor.defenses.training.terms import Term
 from glassarmor.interpret.inputs import checked
@@ -219,59 +219,65 @@ def evaluate_robustness(
     Raises:
         ValueError: see :func:`check_images`; also a subset or a batch size out of range, or an unknown suite.
     """
+    settings = SuiteSettings(suite, subset, batch_size, seed, terms, twin, corruptions)
+    return run_suite(net, images, labels, threat, settings, state=state, progress=progress, fallen=fallen)
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """One net before one suite: what is attacked, on ``device``, and how."""
+
+    net: nn.Module
+    images: Tensor
+    labels: Tensor
+    threat: Threat
+    suite: Suite
+    batch_size: int
+    device: torch.device
+    progress: Callable[[Progress], None] | None
+    fallen: FelledExamples | None
+
+
+def run_suite(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    settings: SuiteSettings,
+    *,
+    state: str | Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    fallen: FelledExamples | None = None,
+) -> Evaluation:
+    """:func:`evaluate_robustness` with its settings in one."""
     classes = check_images(net, images, labels, threat)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: expected a whole number >= 1, found {batch_size!r}")
-    if twin is not None and check_images(twin, images, labels, threat) != classes:
+    if settings.twin is not None and check_images(settings.twin, images, labels, threat) != classes:
         raise ValueError(f"twin: expected {classes} logits, as the net returns, found another number")
-    chosen = suite if isinstance(suite, Suite) else make_suite(suite, threat, classes, seed, terms, twin)
+    own, chosen = isinstance(settings.suite, Suite), settings.attacks(threat, classes)
     images, labels, _ = checked(net, images, labels)
+    subset = settings.subset
     if subset is None:
         subset = min(len(images), chosen.subset or len(images))
-    rows = stratified_rows(labels, subset, seed)
+    rows = stratified_rows(labels, subset, settings.seed)
     images, labels = images[rows.to(images.device)], labels[rows.to(labels.device)].cpu()
     device = device_of(net)
     weights, gradient = net_hash(net), has_gradient(net, images[:ASKED].to(device))
     if not gradient:
         net = Reachable(net)
-        chosen = without_gradient(chosen, threat, seed) if not isinstance(suite, Suite) else chosen
-    settings = [{"name": step.name, **described(step.attack)} for step in chosen.steps]
+        chosen = chosen if own else without_gradient(chosen, threat, settings.seed)
+    case = _Case(net, images, labels, threat, chosen, settings.batch_size, device, progress, fallen)
+    attacks = [{"name": step.name, **described(step.attack)} for step in chosen.steps]
     fingerprint = {
         "weights": weights,
         "images": tensors_hash(images, labels),
-        "settings": settings_hash(settings, repr(threat), threat.eps, batch_size),
+        "settings": settings_hash(attacks, repr(threat), threat.eps, settings.batch_size),
     }
     path = None if state is None else Path(state)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    now = _State.resumed(path, fingerprint) if path is not None else None
-    if fallen is not None:
-        fallen.begin(len(rows), fingerprint, resumed=now is not None)
     with full_precision(device):
-        if now is None:
-            parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-            logits = [(predict(net, x.to(device)).cpu(), y) for x, y in parts]
-            felled = torch.cat([torch.where(answered(z, y), STANDS, WRONG) for z, y in logits])
-            unanswered = torch.cat([~z.isfinite().all(1) for z, _ in logits]).nonzero().flatten()
-            counts = [[0.0, 0.0, 0.0] for _ in chosen.steps]
-            now = _State(fingerprint, felled.tolist(), 0, 0, counts, unanswered.tolist())
-        for reached in _attacked(net, device, images, labels, threat, chosen, batch_size, now, progress, fallen):
-            now = reached
-            if path is not None:
-                now.save(path)
-        if corruptions and progress is not None:
-            stand, done = now.felled.count(STANDS), len(chosen.steps)
-            progress(Progress("corruptions", done, done, 0, 1, stand, len(rows), sum(c[2] for c in now.counts), None))
-        corrupted = corrupted_accuracy(net, images, labels, batch_size, seed) if corruptions else {}
+        now = _reached(case, fingerprint, path)
+        corrupted = _corrupted(case, settings.seed, now) if settings.corruptions else {}
     felled = torch.tensor(now.felled)
-    right, standing = felled != WRONG, felled == STANDS
-    notes, size = list(chosen.notes), (images.shape[2], images.shape[3])
-    if not gradient and isinstance(suite, Suite):
-        notes.append("no gradient reaches the images: attacks of this suite that follow one find next to nothing")
-    if any(isinstance(step.attack, AutoAttackPart) and step.attack.replaced(size) for step in chosen.steps):
-        notes.append(f"AutoAttack's package cannot run its Square in L2 on {size[0]}×{size[1]} images: ours took its place")
-    if classes < 4 and gradient:
-        notes.append(f"with {classes} classes there is no targeted DLR loss: APGD-T goes by the margin")
+    standing = felled == STANDS
     return Evaluation(
         suite=chosen.name,
         threat=repr(threat),
@@ -279,37 +285,67 @@ def evaluate_robustness(
         labels=labels,
         standing=standing,
         felled=felled,
-        attacks=_records(chosen, felled, now.counts, settings),
-        clean_accuracy=int(right.sum()) / len(felled),
+        attacks=_records(chosen, felled, now.counts, attacks),
+        clean_accuracy=int((felled != WRONG).sum()) / len(felled),
         accuracy=int(standing.sum()) / len(felled),
         interval=wilson(int(standing.sum()), len(felled)),
         seconds=sum(count[2] for count in now.counts),
         fingerprint=fingerprint,
-        notes=tuple(notes),
+        notes=_notes(case, classes, gradient, own),
         corruptions=corrupted,
         gradient=gradient,
         unanswered=tuple(sorted(now.unanswered)),
     )
 
 
-def _attacked(
-    net: nn.Module,
-    device: torch.device,
-    images: Tensor,
-    labels: Tensor,
-    threat: Threat,
-    suite: Suite,
-    batch_size: int,
-    now: _State,
-    progress: Callable[[Progress], None] | None,
-    fallen: FelledExamples | None,
-) -> Iterator[_State]:
+def _reached(case: _Case, fingerprint: dict[str, str], path: Path | None) -> _State:
+    """The state when all attacks are done; goes on where the file at ``path`` left off, and writes it after each batch."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    now = _State.resumed(path, fingerprint) if path is not None else None
+    if case.fallen is not None:
+        case.fallen.begin(len(case.labels), fingerprint, resumed=now is not None)
+    if now is None:
+        parts = zip(case.images.split(case.batch_size), case.labels.split(case.batch_size), strict=True)
+        logits = [(predict(case.net, x.to(case.device)).cpu(), y) for x, y in parts]
+        felled = torch.cat([torch.where(answered(z, y), STANDS, WRONG) for z, y in logits])
+        unanswered = torch.cat([~z.isfinite().all(1) for z, _ in logits]).nonzero().flatten()
+        counts = [[0.0, 0.0, 0.0] for _ in case.suite.steps]
+        now = _State(fingerprint, felled.tolist(), 0, 0, counts, unanswered.tolist())
+    for reached in _attacked(case, now):
+        now = reached
+        if path is not None:
+            now.save(path)
+    return now
+
+
+def _corrupted(case: _Case, seed: int, now: _State) -> Mapping[str, tuple[float, ...]]:
+    if case.progress is not None:
+        stand, done, seconds = now.felled.count(STANDS), len(case.suite.steps), sum(c[2] for c in now.counts)
+        case.progress(Progress("corruptions", done, done, 0, 1, stand, len(case.labels), seconds, None))
+    return corrupted_accuracy(case.net, case.images, case.labels, case.batch_size, seed)
+
+
+def _notes(case: _Case, classes: int, gradient: bool, own: bool) -> tuple[str, ...]:
+    """What a reader must know beside the numbers; ``own``: the suite is the caller's."""
+    notes, size = list(case.suite.notes), (case.images.shape[2], case.images.shape[3])
+    if not gradient and own:
+        notes.append("no gradient reaches the images: attacks of this suite that follow one find next to nothing")
+    if any(isinstance(step.attack, AutoAttackPart) and step.attack.replaced(size) for step in case.suite.steps):
+        notes.append(f"AutoAttack's package cannot run its Square in L2 on {size[0]}×{size[1]} images: ours took its place")
+    if classes < 4 and gradient:
+        notes.append(f"with {classes} classes there is no targeted DLR loss: APGD-T goes by the margin")
+    return tuple(notes)
+
+
+def _attacked(case: _Case, now: _State) -> Iterator[_State]:
     """The state after each batch, from where it stands on; once at least."""
+    net, images, labels, device, suite = case.net, case.images, case.labels, case.device, case.suite
     felled = torch.tensor(now.felled)
     while now.place < len(suite.steps):
         step = suite.steps[now.place]
         # Whom this attack felled stood before it: so that a resumed attack has the batches it began with.
-        batches = ((felled == STANDS) | (felled == now.place)).nonzero().flatten().split(batch_size)
+        batches = ((felled == STANDS) | (felled == now.place)).nonzero().flatten().split(case.batch_size)
         while now.batch < len(batches) and len(batches[0]):
             rows = batches[now.batch]
             x, y = images[rows.to(images.device)].to(device), labels[rows].to(device)
@@ -317,17 +353,18 @@ def _attacked(
             begin = time.perf_counter()
             with counted(net) as passes:
                 x_adv = step.attack(net, x, y)
-            fell, void = (found.cpu() for found in fooled(net, threat, x, x_adv, y))
+            fell, void = (found.cpu() for found in fooled(net, case.threat, x, x_adv, y))
             spent = (passes.forwards, passes.backwards, time.perf_counter() - begin)
             felled[rows[fell]] = now.place
-            if fallen is not None:
-                fallen.add(now.place, rows[fell], x_adv[fell.to(device)])
+            if case.fallen is not None:
+                case.fallen.add(now.place, rows[fell], x_adv[fell.to(device)])
             unanswered = [*now.unanswered, *rows[void].tolist()]
             counts = [list(count) for count in now.counts]
             counts[now.place] = [old + new for old, new in zip(counts[now.place], spent, strict=True)]
             now = replace(now, felled=felled.tolist(), batch=now.batch + 1, counts=counts, unanswered=unanswered)
-            if progress is not None:
-                progress(_progress(suite, felled, now, len(batches), sum(len(rest) for rest in batches[now.batch :])))
+            if case.progress is not None:
+                waiting = sum(len(rest) for rest in batches[now.batch :])
+                case.progress(_progress(suite, felled, now, len(batches), waiting))
             yield now
         now = replace(now, place=now.place + 1, batch=0)
     yield now

@@ -61,6 +61,33 @@ class Suite:
             raise ValueError(f"suite: expected one attack or more, each with a name of its own; found {names}")
 
 
+@dataclass(frozen=True, eq=False)
+class SuiteSettings:
+    """How a suite is run; see :func:`.evaluate_robustness` for each.
+
+    Raises:
+        ValueError: a batch size that is no whole number >= 1.
+    """
+
+    suite: SuiteName | str | Suite = "fast"
+    subset: int | None = None
+    batch_size: int = 256
+    seed: int = 0
+    terms: Mapping[str, Term] | None = None
+    twin: nn.Module | None = None
+    corruptions: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise ValueError(f"batch_size: expected a whole number >= 1, found {self.batch_size!r}")
+
+    def attacks(self, threat: Threat, classes: int) -> Suite:
+        """The suite itself, which is made of its name where it has one."""
+        if isinstance(self.suite, Suite):
+            return self.suite
+        return make_suite(self.suite, threat, classes, self.seed, self.terms, self.twin)
+
+
 class Transfer:
     """An attack on another net, the twin: what a defense that hides its gradients cannot hide.
 

@@ -175,19 +175,7 @@ def dissect(
         ValueError: options out of range; data that can be iterated only once, is empty, or names concepts it has not;
             layers that aren't there or have another shape; activations that are not finite; a budget too small.
     """
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile: expected a number in (0, 1), found {quantile}")
-    if union not in get_args(Union):
-        raise ValueError(f"union: expected one of {', '.join(get_args(Union))}, found {union!r}")
-    if not layers:
-        raise ValueError("layers: expected at least one name")
-    if isinstance(data, Iterator):
-        raise ValueError("concepts: the data must yield its batches twice, found an iterator, which ends")
-    if len(data) == 0 or len(data.concepts) == 0 or len(data.concepts) != len(data.categories):
-        raise ValueError(
-            "concepts: expected images, and a category for each concept, found"
-            f" {len(data)} images, {len(data.concepts)} concepts, {len(data.categories)} categories"
-        )
+    _check(data, layers, quantile, union)
     first: dict[str, _Extremes] = {}
     tails: dict[str, TailThreshold] = {}
     kept: list[_Batch] | None = []
@@ -204,42 +192,71 @@ def dissect(
         kept = [*kept, batch] if kept is not None and room >= 0 else None
     if images != len(data):
         raise ValueError(f"concepts: the data announced {len(data)} images and yielded {images}")
-    thresholds = {name: tail.threshold() for name, tail in tails.items()}
-    errors = {name: tail.relative_error for name, tail in tails.items()}
+    thresholds = {name: (tail.threshold(), tail.relative_error) for name, tail in tails.items()}
     tails.clear()  # their half of the budget is the masks' now
     counts: dict[str, _Counts] = {}
     concepts = _Concepts(data)
     for batch in kept if kept is not None else _batches(net, data, layers):
         concepts.add(batch.labels)
         for name, act in batch.acts.items():
-            counts.setdefault(name, _Counts(act.shape[1], concepts)).add(act, thresholds[name], batch.labels, memory // 2)
-    found = {}
-    for name, layer in first.items():
-        count = counts[name]
-        constant = layer.lowest == layer.highest
-        state = (count.unit == 0).to(torch.int8)
-        state[constant] = STATES.index("constant")
-        state[constant & (layer.highest == 0)] = STATES.index("zero")
-        found[name] = Dissection(
-            concepts=tuple(data.concepts),
-            categories=tuple(data.categories),
-            union=union,
-            detection=detection,
-            pixels=concepts.pixels,
-            thresholds=thresholds[name],
-            relative_error=errors[name],
-            state=state,
-            intersection=count.intersection[:, :-1],
-            unit=count.unit,
-            concept=concepts.count,
-            unit_carried=count.carried,
-            unit_met=count.met[:, :-1],
-            top_images=layer.images,
-            top_positions=torch.stack([layer.positions // layer.size[1], layer.positions % layer.size[1]], -1),
-            top_values=layer.values,
-            map_size=layer.size,
+            count = counts.setdefault(name, _Counts(act.shape[1], concepts))
+            count.add(act, thresholds[name][0], batch.labels, memory // 2)
+    return {
+        name: _dissection(data, union, detection, concepts, thresholds[name], layer, counts[name])
+        for name, layer in first.items()
+    }
+
+
+def _check(data: ConceptData, layers: Sequence[str], quantile: float, union: Union) -> None:
+    """Raises ValueError for options out of range, and for data that can't be what is needed."""
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile: expected a number in (0, 1), found {quantile}")
+    if union not in get_args(Union):
+        raise ValueError(f"union: expected one of {', '.join(get_args(Union))}, found {union!r}")
+    if not layers:
+        raise ValueError("layers: expected at least one name")
+    if isinstance(data, Iterator):
+        raise ValueError("concepts: the data must yield its batches twice, found an iterator, which ends")
+    if len(data) == 0 or len(data.concepts) == 0 or len(data.concepts) != len(data.categories):
+        raise ValueError(
+            "concepts: expected images, and a category for each concept, found"
+            f" {len(data)} images, {len(data.concepts)} concepts, {len(data.categories)} categories"
         )
-    return found
+
+
+def _dissection(
+    data: ConceptData,
+    union: Union,
+    detection: float,
+    concepts: _Concepts,
+    threshold: tuple[Tensor, float],
+    layer: _Extremes,
+    count: _Counts,
+) -> Dissection:
+    """One layer, from what both passes counted; ``threshold`` with its relative error."""
+    constant = layer.lowest == layer.highest
+    state = (count.unit == 0).to(torch.int8)
+    state[constant] = STATES.index("constant")
+    state[constant & (layer.highest == 0)] = STATES.index("zero")
+    return Dissection(
+        concepts=tuple(data.concepts),
+        categories=tuple(data.categories),
+        union=union,
+        detection=detection,
+        pixels=concepts.pixels,
+        thresholds=threshold[0],
+        relative_error=threshold[1],
+        state=state,
+        intersection=count.intersection[:, :-1],
+        unit=count.unit,
+        concept=concepts.count,
+        unit_carried=count.carried,
+        unit_met=count.met[:, :-1],
+        top_images=layer.images,
+        top_positions=torch.stack([layer.positions // layer.size[1], layer.positions % layer.size[1]], -1),
+        top_values=layer.values,
+        map_size=layer.size,
+    )
 
 
 @dataclass(frozen=True)

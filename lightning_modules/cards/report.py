@@ -17,10 +17,10 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from glassarmor.defenses.evaluation.examples import FelledExamples
-from glassarmor.defenses.evaluation.robustness import Evaluation, Progress, evaluate_robustness
+from glassarmor.defenses.evaluation.robustness import Evaluation, Progress, run_suite
 from glassarmor.defenses.evaluation.sanity import Check, SanityReport, finite_check, sanity_checks
+from glassarmor.defenses.evaluation.suite import SuiteSettings
 from glassarmor.defenses.threat import Linf, Threat
-from glassarmor.defenses.training.terms import Term
 from glassarmor.interpret.storage import write_atomic
 from glassarmor.interpret.views.charts import Bars, Chart, Lines, Table
 from glassarmor.interpret.views.draw.figures import charts_figure, to_array
@@ -82,16 +82,9 @@ def judge(
     images: Tensor,
     labels: Tensor,
     threat: Threat,
-    suite: str,
+    settings: SuiteSettings,
     folder: Path,
-    *,
-    subset: int | None = None,
-    batch_size: int = 250,
-    seed: int = 0,
-    terms: Mapping[str, Term] | None = None,
-    twin: nn.Module | None = None,
-    corruptions: bool = False,
-    fallen: FelledExamples | None = None,
+    felled: FelledExamples | None = None,
 ) -> Evaluation:
     """Run a suite and show what it found.
 
@@ -100,22 +93,7 @@ def judge(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(record=True) as told, suite_bar() as bar:
-        found = evaluate_robustness(
-            net,
-            images,
-            labels,
-            threat,
-            suite,
-            subset=subset,
-            batch_size=batch_size,
-            seed=seed,
-            terms=terms,
-            twin=twin,
-            state=folder / STATE,
-            progress=bar,
-            corruptions=corruptions,
-            fallen=fallen,
-        )
+        found = run_suite(net, images, labels, threat, settings, state=folder / STATE, progress=bar, fallen=felled)
     for words in dict.fromkeys([*(str(each.message) for each in told), *found.notes]):
         note(words)
     show(attack_table(found))

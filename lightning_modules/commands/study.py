@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from glassarmor.interpret.storage import file_name, read_object
 from glassarmor.interpret.views.charts import Lines, Table
 from glassarmor.interpret.views.draw.figures import charts_figure, save
 from glassarmor.interpret.views.page.page import ReportPage
+from glassarmor.interpret.views.view import View
 from glassarmor.lightning_modules.cards.compare import cards_tables, cards_view, is_result_card, read_result_cards
 from glassarmor.lightning_modules.run.console import clear_errors, console, show
 from glassarmor.lightning_modules.run.doors import started
@@ -175,8 +176,8 @@ def compare_result_cards(paths: list[Path], out: Path | None, debug: bool) -> No
     console.print(f"page  {page.index}")
 
 
-def run() -> None:
-    """``python compare.py``, ``glassarmor compare``."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="run folders or cards; with --study, overrides of members")
     parser.add_argument("--out", type=Path, default=None)
@@ -190,7 +191,75 @@ def run() -> None:
     parser.add_argument("--any-effort", action="store_true", help="compare runs of other epochs and steps, too")
     parser.add_argument("--wandb", default="disabled", help="log the tables: online, offline, auto")
     parser.add_argument("--debug", action="store_true", help="stack traces of errors")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Methods set beside each other over seeds, as runs and cards tell them."""
+
+    view: View
+    tables: dict[str, Table]
+    lines: list[str]
+    brief: Table  # of accuracies, for the console
+    about: tuple[str, str, str]  # baseline, attack, network
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, study: Study | None, cards: Sequence[RunRecord]) -> Ablation | None:
+        """None where no run has finished.
+
+        Raises:
+            ValueError: a baseline, an attack or a network that no run has.
+        """
+        known = [card for card in cards if card.evaluations]
+        if not known:
+            return None
+        network = args.network or (study.network if study is not None else SELECTED)
+        wanted = args.attack or (study.attack if study is not None else None)
+        attack = attack_compared(settings_of(cards), wanted, network)
+        baseline = args.baseline or (study.baseline if study is not None else known[0].method)
+        caveat = "Runs of unequal training effort are compared." if args.any_effort else ""
+        bases = study.bases if study is not None and baseline == study.baseline else {}  # --baseline is for all
+        view, tables, lines = ablation_view(cards, baseline, attack, network, caveat, bases)
+        brief = accuracy_table(settings_of(cards), network, baseline, attack, brief=True)
+        return cls(view, tables, lines, brief, (baseline, attack, network))
+
+
+def about_runs(cards: Sequence[RunRecord]) -> dict[str, str]:
+    """What the page says of its runs: each by itself where they are few."""
+    if len(cards) <= 12:
+        return {card.name: f"{card.method} {card.setting}, commit {card.about.get('commit', 'unknown')}" for card in cards}
+    commits = dict.fromkeys(str(card.about.get("commit", "unknown")) for card in cards)
+    return {  # a line a run would push the finding off the page; the table of runs.csv has them all
+        "runs": f"{len(cards)} of {len({card.method for card in cards})} methods",
+        "seeds": ", ".join(map(str, sorted({card.seed for card in cards}))),
+        "commits": ", ".join(commits),
+    }
+
+
+def compared_records(folders: Sequence[Path], any_effort: bool) -> list[RunRecord]:
+    """The records of these folders.
+
+    Raises:
+        ValueError: fewer than two, or of unequal effort.
+    """
+    records = read_records(folders)
+    if len(records) < 2:
+        raise ValueError(f"runs: expected at least two run folders, found {len(records)}")
+    check_comparable(records, any_effort)
+    return records
+
+
+def write_curves(out: Path, view: View) -> None:
+    """The curves of several runs as pictures."""
+    drawing = charts_figure([c for c in view.charts if isinstance(c, Lines)], view.headline, columns=2)
+    for suffix in ("png", "svg"):
+        save(drawing, out / f"comparison.{suffix}")
+
+
+def run() -> None:
+    """``python compare.py``, ``glassarmor compare``."""
+    args = arguments()
     study, folders = None, [Path(path) for path in args.runs if args.study is None]
     if folders and all(is_result_card(path) for path in folders):
         compare_result_cards(folders, args.out, args.debug)
@@ -202,57 +271,32 @@ def run() -> None:
         study, cards, races = train_study(args)
     with clear_errors(args.debug, "--debug"):
         if study is None:
-            cards = read_records(folders)
-            if len(cards) < 2:
-                raise ValueError(f"runs: expected at least two run folders, found {len(cards)}")
-            check_comparable(cards, args.any_effort)
+            cards = compared_records(folders, args.any_effort)
         runs = [read_run(path) for path in folders if (path / "config.yaml").is_file()]
         name = file_name("_".join((path.parent if path.name == "cards" else path).stem for path in folders))
         out = args.out / "comparison" if study is not None else args.out or Path("comparisons") / name
         if study is None and (out / "index.html").exists():
             raise ValueError(f"--out: {out} holds a comparison already; choose another folder")
         views = [compare(runs)] if len(runs) > 1 else []
-        tables: dict[str, Table] = {}
-        lines: list[str] = []
-        known = [card for card in cards if card.evaluations]
-        network = args.network or (study.network if study is not None else SELECTED)
-        if known:
-            attack = attack_compared(
-                settings_of(cards), args.attack or (study.attack if study is not None else None), network
-            )
-            baseline = args.baseline or (study.baseline if study is not None else known[0].method)
-            caveat = "Runs of unequal training effort are compared." if args.any_effort else ""
-            bases = study.bases if study is not None and baseline == study.baseline else {}  # --baseline is for all
-            view, tables, lines = ablation_view(cards, baseline, attack, network, caveat, bases)
-            brief = accuracy_table(settings_of(cards), network, baseline, attack, brief=True)
-            views.insert(0, replace(view, charts=(*view.charts, *races)))
+        found = Ablation.of(args, study, cards)
+        if found is not None:
+            views.insert(0, replace(found.view, charts=(*found.view.charts, *races)))
         if not views:
             raise ValueError("runs: none has finished, and cards have no curves; nothing can be compared yet")
-    said = {card.name: f"{card.method} {card.setting}, commit {card.about.get('commit', 'unknown')}" for card in cards}
-    commits = dict.fromkeys(str(card.about.get("commit", "unknown")) for card in cards)
-    many = {  # a line a run would push the finding off the page; the table of runs.csv has them all
-        "runs": f"{len(cards)} of {len({card.method for card in cards})} methods",
-        "seeds": ", ".join(map(str, sorted({card.seed for card in cards}))),
-        "commits": ", ".join(commits),
-    }
-    meta = said if len(cards) <= 12 else many
-    page = ReportPage(out, study.name if study is not None else name, meta, key_figures=(), overview=None)
+    page = ReportPage(out, study.name if study is not None else name, about_runs(cards), key_figures=(), overview=None)
     page.write_epoch(0, 0, {}, views)
     page.finish()
     if len(runs) > 1:
-        curves_view = views[-1]
-        drawing = charts_figure([c for c in curves_view.charts if isinstance(c, Lines)], curves_view.headline, columns=2)
-        for suffix in ("png", "svg"):
-            save(drawing, out / f"comparison.{suffix}")
-    show(brief if tables else results_table(runs))
-    for line in lines:
-        console.print(line, highlight=False)
-    if tables:
-        for path in write_ablation(out, cards, view, [*tables.values(), *races], baseline, attack, network):
+        write_curves(out, views[-1])
+    show(found.brief if found is not None else results_table(runs))
+    if found is not None:
+        for line in found.lines:
+            console.print(line, highlight=False)
+        for path in write_ablation(out, cards, found.view, [*found.tables.values(), *races], *found.about):
             console.print(path)
-    if tables and args.wandb != "disabled":
-        named = {**tables, **dict(zip(("race",), races, strict=False)), "runs": runs_table(cards)}
-        log_tables(out, "glassarmor", args.wandb, named, page.one_epoch(0))
+        if args.wandb != "disabled":
+            named = {**found.tables, **dict(zip(("race",), races, strict=False)), "runs": runs_table(cards)}
+            log_tables(out, "glassarmor", args.wandb, named, page.one_epoch(0))
     console.print(f"page  {page.index}")
     if study is not None and (failed := [card for card in cards if card.failure]):
         console.print(f"{len(failed)} of {len(cards)} runs have not finished, e.g. {failed[0].name}: {failed[0].failure}")

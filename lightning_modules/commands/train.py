@@ -9,10 +9,11 @@ import logging
 import math
 import shlex
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 import pytorch_lightning as pl
@@ -23,14 +24,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from glassarmor.datamodules.fingerprint import fingerprint
-from glassarmor.datamodules.images import ImageDataModule
+from glassarmor.datamodules.images import ImageDataModule, ProbeBatch
 from glassarmor.defenses.monitoring.alarms import Limits
 from glassarmor.interpret.views.page.page import ReportPage
-from glassarmor.lightning_modules.callbacks.averaging import averaging
+from glassarmor.lightning_modules.callbacks.averaging import Averaging, averaging
 from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
 from glassarmor.lightning_modules.callbacks.cost import Cost
-from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
+from glassarmor.lightning_modules.callbacks.dashboard import Dashboard, check_every, net_inside
 from glassarmor.lightning_modules.callbacks.health import Health, watch
+from glassarmor.lightning_modules.callbacks.look import Look, ProbeSet
 from glassarmor.lightning_modules.callbacks.preemption import Preemption, Unkept
 from glassarmor.lightning_modules.callbacks.progress import ProgressBar
 from glassarmor.lightning_modules.classifier import Diverged, RobustClassifier
@@ -40,7 +42,7 @@ from glassarmor.lightning_modules.networks.build import make_network
 from glassarmor.lightning_modules.run.console import clear_errors, console, note, require_whole, show
 from glassarmor.lightning_modules.run.data_record import compared, note_data
 from glassarmor.lightning_modules.run.doors import as_given, make_importable, spelled
-from glassarmor.lightning_modules.run.folder import RunFolder
+from glassarmor.lightning_modules.run.folder import ResumePoint, RunFolder
 from glassarmor.lightning_modules.run.hardware import resolve_auto, wandb_sweep
 from glassarmor.lightning_modules.run.log import NotKept, RunLog, check_wandb_mode, wandb_logger
 from glassarmor.lightning_modules.run.outcome import UNDEFENDED, Outcome
@@ -102,157 +104,244 @@ def undefended(cfg: DictConfig) -> DictConfig:
     return twin
 
 
-def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float:
-    """Train, test, report; returns the best held-out robust accuracy, for sweeps: the test set selects nothing."""
-    with clear_errors(cfg.debug):
-        folder = RunFolder.existing(cfg.resume) if cfg.resume is not None else None
-        require_class(cfg, "health", Health)
-        require_class(cfg, "health.limits", Limits)
-        chosen_by = None if cfg.get("select") is None else OmegaConf.to_container(cfg.select)
-        select = Select.of(chosen_by, attacks=bool(cfg.defense.attack))  # type: ignore[arg-type]
-        for key in ("enable_progress_bar", "enable_checkpointing"):
-            if cfg.trainer.get(key, True) is not True:
-                raise ValueError(f"trainer.{key}: expected true, for train.py brings its own; found {cfg.trainer[key]!r}")
-        parts = build(cfg)
-        data, module = parts.data, parts.module
-        about = fingerprint(data, cfg.get("hash_images", False))
-        own = folder is not None and cfg.data == OmegaConf.load(folder.config).data
-        differs = [] if folder is None else compared(folder.path, about, "resume", own)
-        probe = data.probe(cfg.probe.size)
-        attacks = instantiate(cfg.test_attacks, _convert_="all")
-        dashboard = Dashboard(
-            parts.panels,
-            probe.x,
-            probe.y,
-            probe.ids,
-            instantiate(cfg.probe.attack, _convert_="all"),
-            data.class_names,
-            layers=list(cfg.probe.layers),
-            every_n_epochs=cfg.probe.every_n_epochs,
-            training=data.sample_training(cfg.probe.training),
-        )
-        dashboard.prepare(module.net)
-        dashboard.rehearse(module.net)
-        health = watch(instantiate(cfg.get("health"), _convert_="all"), module, data)
-        average = averaging(cfg.ema)
-        for callback in average:
-            dashboard.net_of = callback.net_of
-        check_wandb_mode(cfg.wandb.mode)
-        for key in ("max_epochs", "limit_train_batches", "limit_val_batches"):
-            if not isinstance(cfg.trainer[key], int | float) or not cfg.trainer[key] > 0:
-                raise ValueError(f"trainer.{key}: expected a number above 0, found {cfg.trainer[key]!r}")
-        if not attacks:
-            raise ValueError("test_attacks: expected at least one attack for the final table, found none")
-        # refuses bad values
-        checked = instantiate(cfg.trainer, logger=False, callbacks=[ProgressBar(), Checkpoints(Path())])
-        if checked.gradient_clip_val and "mixed" in str(cfg.trainer.precision) and cfg.optimizer.get("fused"):
-            raise ValueError("optimizer.fused: Lightning cannot clip gradients of it in mixed precision; expected false")
-        if launches(checked) and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise ValueError(
-                f"trainer.devices: a sweep cannot start the {checked.world_size} processes of a member itself; expected "
-                "devices=1, or a launcher that starts each member by itself, e.g. hydra/launcher=submitit_slurm"
-            )
-        few = data.probe(2)
-        check_processes(checked, module.net, module.defense, few.x, few.y, len(data.train) // data.batch_size)
-        if module.defense.replays > 1 and checked.accumulate_grad_batches > 1:
-            raise ValueError("trainer.accumulate_grad_batches: each replay of Free-AT is an optimiser step; expected 1")
-        step = checked.world_size, data.batch_size, checked.accumulate_grad_batches
-        many = {"processes": step[0], "images_a_step": math.prod(step)}
-        if folder is not None:
-            check_same_step(folder.info, *step)
-        point = folder.resume_point(module) if folder is not None else None
-        require_whole({"checkpoint_every": cfg.get("checkpoint_every")}, {"checkpoint_every": 1})
-        if not is_leader():  # one folder a run: what another process would write or say goes nowhere
-            console.quiet, cfg.wandb.mode = True, "disabled"
-            folder = RunFolder.scratch(what)
-        elif folder is None:
-            composed = OmegaConf.to_yaml(cfg, resolve=True)
-            known = {"probe": probe.hash, "command": command, "data": about, **many}
-            folder = RunFolder.create(cfg.out, cfg.name, what, composed, **known)
-        hold = folder.hold()
-        folder.note(**many)
-        if point is not None and is_leader():
-            for sentence in [*note_changes(folder, cfg, point), *differs]:
-                note(sentence)
-            note_data(folder, about, point)
+@dataclass(frozen=True)
+class Plan:
+    """A run that passed every check; its folder is there, and held, and nothing was trained yet."""
 
+    cfg: DictConfig
+    parts: Parts
+    attacks: Mapping[str, Any]  # of the final table
+    probe: ProbeBatch
+    look: Look  # rehearsed
+    health: Sequence[Health]
+    average: Sequence[Averaging]
+    select: Select
+    folder: RunFolder
+    hold: TextIO
+    point: ResumePoint | None
+    leads: bool  # what another process would write or say goes nowhere
+
+    @property
+    def stopped(self) -> str:
+        """Why an alarm ended the run; empty if none did."""
+        return "; ".join(monitor.stopped for monitor in self.health if monitor.stopped)
+
+
+def prepare(cfg: DictConfig, what: str, command: str) -> Plan:
+    """Everything that can be refused is refused here, before anything is trained.
+
+    Raises:
+        ValueError: names the key of the config.
+    """
+    folder = RunFolder.existing(cfg.resume) if cfg.resume is not None else None
+    select = checked_words(cfg)
+    parts = build(cfg)
+    data, module = parts.data, parts.module
+    about = fingerprint(data, cfg.get("hash_images", False))
+    own = folder is not None and cfg.data == OmegaConf.load(folder.config).data
+    differs = [] if folder is None else compared(folder.path, about, "resume", own)
+    probe = data.probe(cfg.probe.size)
+    attacks = instantiate(cfg.test_attacks, _convert_="all")
+    look = look_of(cfg, parts, probe)
+    health = watch(instantiate(cfg.get("health"), _convert_="all"), module, data)
+    average = averaging(cfg.ema)
+    step = check_trainer(cfg, parts, attacks)
+    if folder is not None:
+        check_same_step(folder.info, *step)
+    point = folder.resume_point(module) if folder is not None else None
+    require_whole({"checkpoint_every": cfg.get("checkpoint_every")}, {"checkpoint_every": 1})
+    many, leads = {"processes": step[0], "images_a_step": math.prod(step)}, is_leader()
+    if not leads:
+        console.quiet = True
+        folder = RunFolder.scratch(what)
+    elif folder is None:
+        composed = OmegaConf.to_yaml(cfg, resolve=True)
+        known = {"probe": probe.hash, "command": command, "data": about, **many}
+        folder = RunFolder.create(cfg.out, cfg.name, what, composed, **known)
+    hold = folder.hold()
+    folder.note(**many)
+    if point is not None and leads:
+        for sentence in [*note_changes(folder, cfg, point), *differs]:
+            note(sentence)
+        note_data(folder, about, point)
+    return Plan(cfg, parts, attacks, probe, look, health, average, select, folder, hold, point, leads)
+
+
+def checked_words(cfg: DictConfig) -> Select:
+    """What chooses the best epoch; refuses what needs no data to be refused."""
+    require_class(cfg, "health", Health)
+    require_class(cfg, "health.limits", Limits)
+    chosen_by = None if cfg.get("select") is None else OmegaConf.to_container(cfg.select)
+    select = Select.of(chosen_by, attacks=bool(cfg.defense.attack))  # type: ignore[arg-type]
+    for key in ("enable_progress_bar", "enable_checkpointing"):
+        if cfg.trainer.get(key, True) is not True:
+            raise ValueError(f"trainer.{key}: expected true, for train.py brings its own; found {cfg.trainer[key]!r}")
+    return select
+
+
+def look_of(cfg: DictConfig, parts: Parts, probe: ProbeBatch) -> Look:
+    """The panels of the config, rehearsed."""
+    attack = instantiate(cfg.probe.attack, _convert_="all")
+    training = parts.data.sample_training(cfg.probe.training)
+    check_every(cfg.probe.every_n_epochs)
+    shown = ProbeSet(probe.x, probe.y, tuple(probe.ids), tuple(parts.data.class_names), training)
+    look = Look(parts.panels, shown, attack, tuple(cfg.probe.layers)).prepared(parts.module.net)
+    look.rehearse(parts.module.net)
+    return look
+
+
+def check_trainer(cfg: DictConfig, parts: Parts, attacks: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Processes, images a process, and batches, that one optimiser step has; what the Trainer can't do is refused."""
+    check_wandb_mode(cfg.wandb.mode)
+    for key in ("max_epochs", "limit_train_batches", "limit_val_batches"):
+        if not isinstance(cfg.trainer[key], int | float) or not cfg.trainer[key] > 0:
+            raise ValueError(f"trainer.{key}: expected a number above 0, found {cfg.trainer[key]!r}")
+    if not attacks:
+        raise ValueError("test_attacks: expected at least one attack for the final table, found none")
+    # refuses bad values
+    checked = instantiate(cfg.trainer, logger=False, callbacks=[ProgressBar(), Checkpoints(Path())])
+    if checked.gradient_clip_val and "mixed" in str(cfg.trainer.precision) and cfg.optimizer.get("fused"):
+        raise ValueError("optimizer.fused: Lightning cannot clip gradients of it in mixed precision; expected false")
+    if launches(checked) and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError(
+            f"trainer.devices: a sweep cannot start the {checked.world_size} processes of a member itself; expected "
+            "devices=1, or a launcher that starts each member by itself, e.g. hydra/launcher=submitit_slurm"
+        )
+    data, module = parts.data, parts.module
+    few = data.probe(2)
+    check_processes(checked, module.net, module.defense, few.x, few.y, len(data.train) // data.batch_size)
+    if module.defense.replays > 1 and checked.accumulate_grad_batches > 1:
+        raise ValueError("trainer.accumulate_grad_batches: each replay of Free-AT is an optimiser step; expected 1")
+    return checked.world_size, data.batch_size, checked.accumulate_grad_batches
+
+
+@dataclass(frozen=True)
+class Records:
+    """Where a run is written, and by whom each epoch."""
+
+    log: RunLog
+    dashboard: Dashboard
+    kept: Checkpoints
+    logger: Any  # W&B's, or None
+    threat: str
+
+
+def records_of(plan: Plan) -> Records:
+    """Open the report, the log and W&B's run, and tell them to the callbacks."""
+    cfg, folder, data = plan.cfg, plan.folder, plan.parts.data
     info = folder.info
-    dashboard.command = info.get("command", dashboard.command)
+    look = replace(plan.look, command=info.get("command", plan.look.command))
     meta = {
         "what": info["what"],
-        "threat": str(dashboard.attack.threat),
+        "threat": str(look.attack.threat),
         "data": f"{len(data.train.images)} training, {len(data.val.images)} validation, {len(data.test.images)} test images",
-        "probe": f"{len(probe.ids)} validation images, hash {probe.hash}",
+        "probe": f"{len(plan.probe.ids)} validation images, hash {plan.probe.hash}",
         "seed": cfg.seed,
         "commit": info["commit"],
         "started": info["started"],
-        "command": dashboard.command,
+        "command": look.command,
     }
     logger = wandb_logger(
         folder.path,
         cfg.wandb.project,
-        cfg.wandb.mode,
+        cfg.wandb.mode if plan.leads else "disabled",
         info["wandb_id"],
         folder.path.name,
         OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         list(cfg.wandb.tags),
     )
-    dashboard.log_to = log = RunLog(folder.path, ReportPage(folder.report, folder.path.name, meta), logger)
-    for monitor in health:
-        monitor.log_to, monitor.command, dashboard.lead = log, dashboard.command, monitor.views
-    kept = Checkpoints(folder.checkpoints, cfg.get("checkpoint_every"), select)
-    if point is not None:
-        console.print(f"resume      {point}")
-        log.resume_from(point.epoch)
-    with closing(hold), closing(log), Preemption(kept, folder.path) as preemption:
-        console.print(
-            f"run folder  {folder.path}\ndashboard   {folder.report / 'index.html'} (open it now: it grows while we train)"
-        )
-        trainer: pl.Trainer = instantiate(
-            cfg.trainer,
-            logger=logger or False,
-            callbacks=[*average, *health, dashboard, ProgressBar(), Cost(folder.path), kept, preemption],
-            default_root_dir=str(folder.path),
-        )
-        be_patient(trainer)
-        start = None if point is None or point.path is None else str(point.path)
-        try:
-            trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
-        except Diverged as error:
-            advice = "Try a lower optimizer.lr or trainer.gradient_clip_val=1"
-            raise Diverged(f"{error}; {kept.holding(trainer.global_step)}. {advice}") from None
+    log = RunLog(folder.path, ReportPage(folder.report, folder.path.name, meta), logger)
+    for monitor in plan.health:
+        monitor.log_to, monitor.command = log, look.command
+    lead = plan.health[-1].views if plan.health else tuple
+    net_of = plan.average[-1].net_of if plan.average else net_inside
+    dashboard = Dashboard.of(look, cfg.probe.every_n_epochs, log, net_of, lead)
+    kept = Checkpoints(folder.checkpoints, cfg.get("checkpoint_every"), plan.select)
+    if plan.point is not None:
+        console.print(f"resume      {plan.point}")
+        log.resume_from(plan.point.epoch)
+    return Records(log, dashboard, kept, logger, meta["threat"])
 
-        found = Outcome(data, attacks, trainer.strategy.root_device)
-        for name, state in kept.final_states(module).items():
-            module.load_state_dict(state)
-            found.judge(f"defended, {name}", module.net)
-        if cfg.compare_undefended:
-            console.print("training the same network without defense, for comparison")
-            plain = build(undefended(cfg))
-            callbacks = [*averaging(cfg.ema), ProgressBar(), Unkept(preemption)]
-            quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
-            try:
-                instantiate(cfg.trainer, callbacks=callbacks, **quiet).fit(plain.module, datamodule=plain.data)
-                found.judge(UNDEFENDED, plain.module.net)
-            except Diverged as error:  # what is compared with it is not lost
-                console.print(f"the network without defense is left out of the table: {error}")
-        if not is_leader():
-            return kept.best_score or 0.0
-        log.keep("write correct.json", lambda: write_correct(folder.path, found.correct))
-        stopped = "; ".join(monitor.stopped for monitor in health if monitor.stopped)
-        table = found.table(meta["threat"], kept.choice)
-        log.results(table, found.results(meta["threat"], kept.choice, stopped))
-    show(table)
-    for words in found.notes(stopped):
+
+def fit(plan: Plan, records: Records, preemption: Preemption) -> pl.Trainer:
+    """Train; returns the Trainer, which knows the device and the processes."""
+    folder, point, kept = plan.folder, plan.point, records.kept
+    console.print(
+        f"run folder  {folder.path}\ndashboard   {folder.report / 'index.html'} (open it now: it grows while we train)"
+    )
+    watchers = [*plan.average, *plan.health, records.dashboard]
+    trainer: pl.Trainer = instantiate(
+        plan.cfg.trainer,
+        logger=records.logger or False,
+        callbacks=[*watchers, ProgressBar(), Cost(folder.path), kept, preemption],
+        default_root_dir=str(folder.path),
+    )
+    be_patient(trainer)
+    start = None if point is None or point.path is None else str(point.path)
+    try:
+        trainer.fit(plan.parts.module, datamodule=plan.parts.data, ckpt_path=start, weights_only=True)
+    except Diverged as error:
+        advice = "Try a lower optimizer.lr or trainer.gradient_clip_val=1"
+        raise Diverged(f"{error}; {kept.holding(trainer.global_step)}. {advice}") from None
+    return trainer
+
+
+def test(plan: Plan, records: Records, trainer: pl.Trainer, preemption: Preemption) -> Outcome:
+    """Judge what was trained on the test images, and the same network trained without defense where that is asked for."""
+    cfg, module = plan.cfg, plan.parts.module
+    found = Outcome(plan.parts.data, plan.attacks, trainer.strategy.root_device)
+    for name, state in records.kept.final_states(module).items():
+        module.load_state_dict(state)
+        found.judge(f"defended, {name}", module.net)
+    if cfg.compare_undefended:
+        console.print("training the same network without defense, for comparison")
+        plain = build(undefended(cfg))
+        callbacks = [*averaging(cfg.ema), ProgressBar(), Unkept(preemption)]
+        quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+        try:
+            instantiate(cfg.trainer, callbacks=callbacks, **quiet).fit(plain.module, datamodule=plain.data)
+            found.judge(UNDEFENDED, plain.module.net)
+        except Diverged as error:  # what is compared with it is not lost
+            console.print(f"the network without defense is left out of the table: {error}")
+    return found
+
+
+def report(plan: Plan, records: Records, found: Outcome) -> None:
+    """Say what came out and where it lies.
+
+    Raises:
+        NotKept: something could not be written.
+        Stopped: an alarm ended the run before its time.
+    """
+    folder, kept = plan.folder, records.kept
+    show(found.table(records.threat, kept.choice))
+    for words in found.notes(plan.stopped):
         console.print(words)
     for what, path in folder.files().items():
         console.print(f"{what:<11}  {path}")
-    if logger is not None:
+    if records.logger is not None:
         console.print(f"W&B          {folder.path / 'wandb'} (an offline run is sent with: wandb sync DIRECTORY)")
-    if lost := log.lost | kept.lost:
+    if lost := records.log.lost | kept.lost:
         raise NotKept(lost, folder.path)
-    if stopped and HydraConfig.get().mode != RunMode.MULTIRUN:  # a sweep goes on with its next member
-        raise Stopped(stopped)
+    if plan.stopped and HydraConfig.get().mode != RunMode.MULTIRUN:  # a sweep goes on with its next member
+        raise Stopped(plan.stopped)
+
+
+def train(cfg: DictConfig, what: str, command: str = "python train.py") -> float:
+    """Train, test, report; returns the best held-out robust accuracy, for sweeps: the test set selects nothing."""
+    with clear_errors(cfg.debug):
+        plan = prepare(cfg, what, command)
+    records = records_of(plan)
+    log, kept = records.log, records.kept
+    with closing(plan.hold), closing(log), Preemption(kept, plan.folder.path) as preemption:
+        trainer = fit(plan, records, preemption)
+        found = test(plan, records, trainer, preemption)
+        if plan.leads:
+            log.keep("write correct.json", lambda: write_correct(plan.folder.path, found.correct))
+            threat, choice = records.threat, kept.choice
+            log.results(found.table(threat, choice), found.results(threat, choice, plan.stopped))
+    if plan.leads:
+        report(plan, records, found)
     return kept.best_score or 0.0
 
 

@@ -182,39 +182,7 @@ class ProfilesPanel:
         warnings: tuple[str, ...],
     ) -> Profiles:
         layers, n = found.layers, min(self.examples, len(probe.ids))
-
-        def by_layer(values: Mapping[str, float]) -> tuple[float, ...]:
-            return tuple(values.get(layer, float("nan")) for layer in layers)
-
-        units: dict[str, UnitMaps] = {}
-        strongest: dict[str, tuple[float, float, float]] = {}  # a tenth of the units: margin's share, promotion, suppression
-        for layer in effects:
-            promotion, suppression = numpy(effects[layer].promotion.mean(0)), numpy(effects[layer].suppression.mean(0))
-            margin, beyond = promotion + suppression, numpy(controls[layer].attack - controls[layer].noise)
-            gained = margin.clip(min=0)
-            tenth = max(1, len(gained) // 10)
-            strongest[layer] = (
-                float(np.sort(gained)[-tenth:].sum() / max(gained.sum(), 1e-12)),
-                float(np.sort(promotion)[-tenth:].sum()),
-                float(np.sort(suppression)[-tenth:].sum()),
-            )
-            chosen = _both(np.abs(margin), beyond, self.units)
-            columns: dict[str, tuple[float | str, ...]] = {
-                "margin (logits)": tuple(margin[chosen].tolist()),
-                "promotion (logits)": tuple(promotion[chosen].tolist()),
-                "suppression (logits)": tuple(suppression[chosen].tolist()),
-                "sensitivity (σ)": tuple(numpy(controls[layer].attack)[chosen].tolist()),
-                "above noise (σ)": tuple(beyond[chosen].tolist()),
-            }
-            if layer in probe.concepts:
-                columns["concept"] = tuple(probe.concepts[layer][k] for k in chosen)
-            units[layer] = UnitMaps(
-                units=tuple(int(k) for k in chosen),
-                of=len(promotion),
-                values=np.stack([_small(obs.side(side).acts[layer][:n, chosen.tolist()]) for side in ("clean", "adv")], 1),
-                columns=columns,
-                filters=filters(probe.net, layer, chosen),
-            )
+        units = {layer: self.unit_maps(probe, obs, layer, controls[layer], effects[layer], n) for layer in effects}
         places = layout(drawing)
         return Profiles(
             "Activation Profiles",
@@ -232,17 +200,7 @@ class ProfilesPanel:
             ),
             edges=drawing.edges,
             layers=layers,
-            colours={
-                "divergence ‖ΔA‖ / ‖A‖": tuple(numpy(found.divergence.mean(1)).tolist()),
-                "share of examples that turn here": tuple(numpy(found.turning_shares[:-1]).tolist()),
-                "sensitivity (σ)": by_layer({layer: float(c.attack.mean()) for layer, c in controls.items()}),
-                "sensitivity above noise (σ)": by_layer(
-                    {layer: float((c.attack - c.noise).mean()) for layer, c in controls.items()}
-                ),
-                "promotion by the strongest tenth of units (logits)": by_layer({k: v[1] for k, v in strongest.items()}),
-                "suppression by the strongest tenth of units (logits)": by_layer({k: v[2] for k, v in strongest.items()}),
-                "share of the margin that a tenth of units carries": by_layer({k: v[0] for k, v in strongest.items()}),
-            },
+            colours=colours(found, controls, effects),
             examples=row_titles(probe, n),
             images=np.stack([images(obs.clean.x[:n]), images(obs.adv.x[:n])]),
             classes=tuple(
@@ -258,6 +216,72 @@ class ProfilesPanel:
             units=tuple(units.get(layer) for layer in layers),
             warnings=warnings,
         )
+
+    def unit_maps(
+        self,
+        probe: Probe,
+        obs: Observation,
+        layer: str,
+        control: SensitivityControl,
+        effect: PromotionSuppression,
+        n: int,
+    ) -> UnitMaps:
+        """The units of a layer that carry most of the margin, or move most, on the first ``n`` images."""
+        promotion, suppression = numpy(effect.promotion.mean(0)), numpy(effect.suppression.mean(0))
+        margin, beyond = promotion + suppression, numpy(control.attack - control.noise)
+        chosen = _both(np.abs(margin), beyond, self.units)
+        columns: dict[str, tuple[float | str, ...]] = {
+            "margin (logits)": tuple(margin[chosen].tolist()),
+            "promotion (logits)": tuple(promotion[chosen].tolist()),
+            "suppression (logits)": tuple(suppression[chosen].tolist()),
+            "sensitivity (σ)": tuple(numpy(control.attack)[chosen].tolist()),
+            "above noise (σ)": tuple(beyond[chosen].tolist()),
+        }
+        if layer in probe.concepts:
+            columns["concept"] = tuple(probe.concepts[layer][k] for k in chosen)
+        return UnitMaps(
+            units=tuple(int(k) for k in chosen),
+            of=len(promotion),
+            values=np.stack([_small(obs.side(side).acts[layer][:n, chosen.tolist()]) for side in ("clean", "adv")], 1),
+            columns=columns,
+            filters=filters(probe.net, layer, chosen),
+        )
+
+
+def colours(
+    found: ActivationProfiles,
+    controls: Mapping[str, SensitivityControl],
+    effects: Mapping[str, PromotionSuppression],
+) -> dict[str, tuple[float, ...]]:
+    """By which a box of the Architecture View can be coloured: a number a layer, NaN where there is none."""
+
+    def by_layer(values: Mapping[str, float]) -> tuple[float, ...]:
+        return tuple(values.get(layer, float("nan")) for layer in found.layers)
+
+    strongest = {layer: strongest_tenth(effect) for layer, effect in effects.items()}
+    return {
+        "divergence ‖ΔA‖ / ‖A‖": tuple(numpy(found.divergence.mean(1)).tolist()),
+        "share of examples that turn here": tuple(numpy(found.turning_shares[:-1]).tolist()),
+        "sensitivity (σ)": by_layer({k: float(c.attack.mean()) for k, c in controls.items()}),
+        "sensitivity above noise (σ)": by_layer(
+            {layer: float((c.attack - c.noise).mean()) for layer, c in controls.items()}
+        ),
+        "promotion by the strongest tenth of units (logits)": by_layer({k: v[1] for k, v in strongest.items()}),
+        "suppression by the strongest tenth of units (logits)": by_layer({k: v[2] for k, v in strongest.items()}),
+        "share of the margin that a tenth of units carries": by_layer({k: v[0] for k, v in strongest.items()}),
+    }
+
+
+def strongest_tenth(effect: PromotionSuppression) -> tuple[float, float, float]:
+    """What a tenth of a layer's units carries: its share of the margin gained, promotion, suppression."""
+    promotion, suppression = numpy(effect.promotion.mean(0)), numpy(effect.suppression.mean(0))
+    gained = (promotion + suppression).clip(min=0)
+    tenth = max(1, len(gained) // 10)
+    return (
+        float(np.sort(gained)[-tenth:].sum() / max(gained.sum(), 1e-12)),
+        float(np.sort(promotion)[-tenth:].sum()),
+        float(np.sort(suppression)[-tenth:].sum()),
+    )
 
 
 def default_layers(drawing: Structure, channels: int) -> tuple[str, ...]:
