@@ -58,11 +58,16 @@ def run_command(command: Callable[[], Any], configs: Path, name: str, again: str
         print(f"stopped: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if error.errno not in FULL:
-            raise
-        _end(f"{error.filename or 'a file'} could not be written ({error.strerror}); {again}", 1)
+        end_by_disk(error, again)
     except KeyboardInterrupt:
         _end(f"stopped; {again}", INTERRUPTED)
+
+
+def end_by_disk(error: OSError, again: str) -> None:
+    """End with exit code 1 and one line where the disk is full; any other error goes on."""
+    if error.errno not in FULL:
+        raise error
+    _end(f"{error.filename or 'a file'} could not be written ({error.strerror}); {again}", 1)
 
 
 def require_class(config: DictConfig, key: str, expected: type) -> None:

@@ -24,12 +24,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from glassarmor.defenses.evaluation.suite import SUITES
-from glassarmor.interpret.storage import file_name, read_object
+from glassarmor.interpret.storage import check_links, file_name, read_object
 from glassarmor.interpret.views.charts import Lines, Table
 from glassarmor.interpret.views.draw.figures import charts_figure, save
 from glassarmor.interpret.views.page.page import ReportPage
 from glassarmor.interpret.views.view import View
 from glassarmor.lightning_modules.cards.compare import cards_tables, cards_view, is_result_card, read_result_cards
+from glassarmor.lightning_modules.commands.errors import end_by_disk
 from glassarmor.lightning_modules.run.console import clear_errors, console, show
 from glassarmor.lightning_modules.run.doors import started
 from glassarmor.lightning_modules.run.log import check_wandb_mode, log_tables
@@ -162,6 +163,7 @@ def compare_result_cards(paths: list[Path], out: Path | None, debug: bool) -> No
         out = out or Path("comparisons") / file_name("_".join(cards))
         if (out / "index.html").exists():
             raise ValueError(f"--out: {out} holds a comparison already; choose another folder")
+        check_links(out, "--out")
     view = cards_view(cards)
     about = {
         name: f"weights {card['model']['weights']}, commit {card['commit']}; selection: {card['data']['selection']}"
@@ -259,7 +261,13 @@ def write_curves(out: Path, view: View) -> None:
 
 def run() -> None:
     """``python compare.py``, ``glassarmor compare``."""
-    args = arguments()
+    try:
+        _run(arguments())
+    except OSError as error:
+        end_by_disk(error, "the same command, when there is room, writes all of it")
+
+
+def _run(args: argparse.Namespace) -> None:
     study, folders = None, [Path(path) for path in args.runs if args.study is None]
     if folders and all(is_result_card(path) for path in folders):
         compare_result_cards(folders, args.out, args.debug)
@@ -277,6 +285,7 @@ def run() -> None:
         out = args.out / "comparison" if study is not None else args.out or Path("comparisons") / name
         if study is None and (out / "index.html").exists():
             raise ValueError(f"--out: {out} holds a comparison already; choose another folder")
+        check_links(out, "--out")
         views = [compare(runs)] if len(runs) > 1 else []
         found = Ablation.of(args, study, cards)
         if found is not None:
