@@ -33,7 +33,7 @@ from glassarmor.defenses.evaluation.card import accuracy_curve, make_card, margi
 from glassarmor.defenses.evaluation.examples import FelledExamples, Replay
 from glassarmor.defenses.evaluation.gradient import has_gradient
 from glassarmor.defenses.evaluation.inputs import check_images, full_precision
-from glassarmor.defenses.evaluation.robustness import ASKED, Evaluation
+from glassarmor.defenses.evaluation.robustness import Evaluation
 from glassarmor.defenses.evaluation.sampling import stratified_rows
 from glassarmor.defenses.evaluation.suite import SUITES
 from glassarmor.defenses.masking import UnitMask, choose_units, mask_of, masked
@@ -463,7 +463,7 @@ def judge_by_suite(cfg: DictConfig) -> Path:
             raise ValueError(f"eps: expected a radius above 0, found {threat.eps}")
         terms = instantiate(cfg.regularizers or {}, _convert_="all")
         left_out = (*((ONLY_CHECKS,) if twin is not None and cfg.suite != "adaptive" else ()), *twin_differs)
-        if not has_gradient(net, images[:ASKED]):
+        if not has_gradient(net, images):
             if cfg.masking.by is not None:
                 raise ValueError("masking: units are chosen by gradients, and none reaches the images of this net")
             cfg.panels = {}
