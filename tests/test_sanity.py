@@ -513,7 +513,7 @@ def test_it_runs_under_inference_mode():
         ({"x": torch.rand(8, 3, 8, 8), "y": torch.zeros(8).long()}, "at least 16 images"),
         ({"y": torch.zeros(20).long()}, r"labels: expected int64 \(24,\), one an image; found torch.int64 \(20,\)"),
         ({"x": torch.rand(24, 3, 8, 8) * 255}, r"images: expected values in \[0,1\], found"),
-        ({"y": torch.full((24,), 7)}, "K > 7, the largest label"),
+        ({"y": torch.full((24,), 7)}, "labels: expected 0..4, for the net returns 5 logits"),
         ({"threat": Linf(0)}, "threat.eps: expected a ball with a radius"),
         ({"threat": L2(100)}, "threat.eps: images live in"),
     ],
