@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from glassarmor.interpret.modes import undisturbed
 
+# What a net raises that was made for other images.
+FOREIGN: Final = (RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 TOLERANCE: Final = 1e-4  # beyond 0 and 1, a fortieth of a grey level: what resizing and half floats leave by rounding
 
 
@@ -67,18 +69,65 @@ def borrowed(net: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Ten
     """
     with undisturbed(net):
         x, y, labels = checked(net, x, y, numbers=False)
-        handle = net.register_forward_hook(lambda _net, inputs, logits: require_logits(logits, inputs[0], labels))
+        ran: list[bool] = []
+
+        def begin(_net: nn.Module, _inputs: object) -> None:
+            ran[:] = ran or [False]
+
+        def end(_net: nn.Module, inputs: tuple[Tensor, ...], logits: object) -> None:
+            ran[:] = [True]
+            require_logits(logits, inputs[0], labels)
+
+        handles = net.register_forward_pre_hook(begin), net.register_forward_hook(end)
         try:
             # Copies: tensors made under inference mode refuse autograd.
             yield x.detach().clone(), y.clone()
+        except Exception as error:
+            if ran == [False]:
+                raise _failed(net, x, error) from error
+            raise
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+
+def answer(net: nn.Module, x: Tensor, labels: range) -> Tensor:
+    """Logits (N, K) of a net in the mode it is in, which is given a copy of the images (N, C, H, W).
+
+    Raises:
+        ValueError: the net cannot run on them, or as :func:`require_logits`.
+    """
+    try:
+        logits: Tensor = net(x.clone())
+    except Exception as error:
+        raise _failed(net, x, error) from error
+    require_logits(logits, x, labels)
+    return logits
+
+
+def _failed(net: nn.Module, x: Tensor, error: Exception) -> Exception:
+    """What to say of a net that raised this: a sentence, or the error itself where that is one or is not the net's."""
+    if isinstance(error, ValueError | torch.OutOfMemoryError) or not isinstance(error, FOREIGN):
+        return error
+    shape, mode = ", ".join(map(str, x.shape[1:])), "training" if net.training else "eval"
+    said = " ".join(str(error).split())[:200]
+    return ValueError(
+        f"net: expected one that runs in {mode} mode on images (N, {shape}), found {type(error).__name__}: {said}"
+    )
 
 
 def require_logits(logits: object, x: Tensor, labels: range) -> None:
     """Raises ValueError unless these can be the logits (N, K) of images x with these labels; reads no value."""
     if not isinstance(logits, Tensor):
-        raise ValueError(f"net: expected logits (N, classes), found a {type(logits).__name__}; return the logits alone")
+        raise ValueError(
+            f"net: expected logits (N, classes), found a {type(logits).__name__}; wrap the net so that it returns "
+            "the logits alone"
+        )
+    if logits.dim() == 1 and not logits.is_floating_point():
+        raise ValueError(
+            "net: expected logits (N, classes), found class numbers (N,), which tell no attack anything: return a score a "
+            "class"
+        )
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         one = "; for two classes return two logits, e.g. (0, z)" if logits.dim() < 2 or logits.shape[1:] == (1,) else ""
         raise ValueError(f"net: expected logits ({len(x)}, classes), two classes at least; found {tuple(logits.shape)}{one}")

@@ -11,14 +11,25 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def lend(_net: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
+    """A hook before the forward: the net gets a copy of the images, so that one that works in place changes nobody's."""
+    return tuple(each.clone() if isinstance(each, Tensor) else each for each in inputs)
+
+
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode inside; each submodule gets back its own mode (a net may mix both, e.g. frozen BatchNorm)."""
+    """Eval mode inside; each submodule gets back its own mode (a net may mix both, e.g. frozen BatchNorm).
+
+    The net sees copies (:func:`lend`).
+    """
     modes = [(module, module.training) for module in net.modules()]
+    lent = None if lend in net._forward_pre_hooks.values() else net.register_forward_pre_hook(lend)
     net.eval()
     try:
         yield net
     finally:
+        if lent is not None:
+            lent.remove()
         for module, training in modes:
             module.training = training
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd
 
-from glassarmor.interpret.inputs import typed
+from glassarmor.interpret.inputs import answer, checked, typed
 from glassarmor.interpret.modes import batch_statistics, evaluating, normalised_by, replaying, rng_state
 
 Side = Literal["adv", "clean"]
@@ -241,14 +241,14 @@ def observe(
     clean_pass: Forward | None = None
     both: Forward | None = None
     same = x_adv is x
-    x, y = typed(net, x, y)
+    x, y, labels = checked(net, x, y, numbers=False)
     x_adv = x if same else typed(net, x_adv, y)[0]
     if same:
-        adv = clean_pass = _run(net, x, layers)
+        adv = clean_pass = _run(net, x, layers, labels)
     elif not clean:
-        adv = _run(net, x_adv, layers)
+        adv = _run(net, x_adv, layers, labels)
     elif joined:
-        both = _run(net, torch.cat([x, x_adv]), layers)
+        both = _run(net, torch.cat([x, x_adv]), layers, labels)
         # The backward of a slice fills a map of zeros, in another memory layout, for each half; that of a split joins them.
         halves = {name: act.split(len(x)) for name, act in both.acts.items()}
         clean_pass, adv = (
@@ -256,23 +256,23 @@ def observe(
             for i, images in enumerate((x, x_adv))
         )
     elif separate:
-        clean_pass = _run(net, x, layers)
-        adv = _run(net, x_adv, layers)
+        clean_pass = _run(net, x, layers, labels)
+        adv = _run(net, x_adv, layers, labels)
     else:
         masks = rng_state(x.device)
         statistics: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         with batch_statistics(net, statistics):
-            adv = _run(net, x_adv, layers)
+            adv = _run(net, x_adv, layers, labels)
         with replaying(masks, x.device), normalised_by(statistics):
-            clean_pass = _run(net, x, layers)
+            clean_pass = _run(net, x, layers, labels)
     if target is None:
         target = strongest_wrong(adv.logits, y)
     return Observation(y, target, adv, clean_pass, create_graph, both, net=net, x=x)
 
 
-def _run(net: nn.Module, x: Tensor, layers: Sequence[str]) -> Forward:
+def _run(net: nn.Module, x: Tensor, layers: Sequence[str], labels: range) -> Forward:
     with record(net, layers) as acts:
-        logits = net(x)
+        logits = answer(net, x, labels)
     return Forward(x, logits.float(), acts)
 
 

@@ -29,7 +29,7 @@ SUITES = sorted(STUDY.glob("*/suites/*.json"))
 # What nothing else in a card says, so that no reader can know better.
 FREE = (
     *("model", "data/selection", "data/images", "data/fingerprint", "versions", "commit", "notes", "interpretation"),
-    *("sanity/checks/0", "sanity/checks/1/name", "sanity/checks/1/expected", "sanity/checks/1/sentence", "schema"),
+    *("sanity/checks/0", "sanity/checks/1/name", "sanity/checks/1/sentence", "schema"),
     *("config/checkpoint", "examples/rows/5", "accuracy/by_eps/1", "accuracy/by_eps/3"),
     *("data/classes/2", "sanity/places"),  # no image of that class; other images checked
 )
@@ -186,6 +186,42 @@ def test_a_contradiction_is_refused_by_name(
         read_card(path)
     assert said in str(error.value)
     assert str(path) in str(error.value)
+
+
+def edited(name: str, **entries: object) -> Callable[[dict[str, Any]], None]:
+    def edit(card: dict[str, Any]) -> None:
+        (check,) = [check for check in card["sanity"]["checks"] if check["name"] == name]
+        check.update(entries)
+
+    return edit
+
+
+CHECKED = {
+    "an easier limit": (
+        edited("nothing withstands a large ε", figure=0.6, expected="≤ 95 %, lower 99 % limit", sentence="60 of 100 images"),
+        "nothing withstands a large ε/expected is ≤ 95 %",
+    ),
+    "a figure that fails": (edited("deterministic", figure=0.5), "deterministic/sentence is 0, but"),
+    "a figure and its sentence": (
+        edited("deterministic", figure=0.5, sentence="two passes differ by 0.5 standard deviations"),
+        "deterministic/passed is True, but",
+    ),
+    "a sentence alone": (
+        edited("independent of the batch", sentence="they differ by 0.5 standard deviations"),
+        "independent of the batch/sentence is 0.5",
+    ),
+    "half floats": (edited("full precision inside", figure=0.004), "full precision inside/passed is True"),
+    "calls": (edited("no autograd inside forward", figure=1.0), "no autograd inside forward/passed is True"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), CHECKED.values(), ids=CHECKED)
+def test_a_check_that_failed_cannot_be_made_to_pass(change: Callable[[dict[str, Any]], None], said: str) -> None:
+    card = json.loads(SUITES[2].read_text(encoding="utf-8"))
+    change(card)
+    with pytest.raises(ValueError, match="card: it contradicts itself") as error:
+        check_card(card)
+    assert said in str(error.value)
 
 
 def test_json_that_readers_read_in_two_ways_is_refused(card: dict[str, Any], tmp_path: Path) -> None:

@@ -250,3 +250,99 @@ def test_observing_takes_labels_of_any_whole_numbers_and_images_of_any_floats() 
     assert torch.equal(plain.logit("target"), other.logit("target"))
     with pytest.raises(ValueError, match="labels: expected int64"):
         observe(net, x, x, y.float())
+
+
+class Changed(nn.Module):
+    """A net behind something that is done to its images or to its answer."""
+
+    def __init__(self, net: nn.Module, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.act1, self.before, self.after = net, before, after
+
+    def forward(self, x: Tensor) -> object:
+        return self.after(self.act1(self.before(x)))
+
+
+def itself(x: Tensor) -> Tensor:
+    return x
+
+
+def observed(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return observe(net, x, x.clone() if isinstance(x, Tensor) else x, y, layers=["act1"]).logit("target")
+
+
+IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "sub_": (lambda x: x.sub_(0.5), lambda x: x - 0.5),
+    "clamp_": (lambda x: x.clamp_(0.4, 0.6), lambda x: x.clamp(0.4, 0.6)),
+    "data": (lambda x: x.data.mul_(2) * 0 + x, lambda x: x * 2),
+}
+ALL = {**DOORS, "observe": observed}
+
+
+@pytest.mark.parametrize("door", ALL)
+def test_a_net_that_changes_its_images_in_place_changes_nobody_elses(door: str) -> None:
+    net, x, _ = sample()
+    before = x.clone()
+    for way, (there, apart) in IN_PLACE.items():
+        if way == "data" and door in ("sanity_checks", "dashboard"):
+            continue
+        y = Changed(net, apart, itself)(x).argmax(1)  # type: ignore[attr-defined]
+        found, expected = (ALL[door](Changed(net, each, itself).eval(), x, y) for each in (there, apart))
+        assert torch.equal(x, before), way
+        if isinstance(expected, Tensor):
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+        elif door not in ("sanity_checks", "dashboard"):
+            assert str(found) == str(expected), way
+
+
+BAD_NETS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], object], str]] = {
+    "a tuple": (itself, lambda z: (z, z), r"net: expected logits \(N, classes\), found a tuple"),
+    "a dict": (itself, lambda z: {"logits": z}, r"net: expected logits \(N, classes\), found a dict"),
+    "one number an image": (itself, lambda z: z[:, 0], r"net: expected logits \(\d+, classes\), two classes at least"),
+    "class numbers": (itself, lambda z: z.argmax(1), r"net: expected logits \(N, classes\), found class numbers"),
+    "other channels": (
+        lambda x: x[:, :1],
+        itself,
+        r"net: expected one that runs in \w+ mode on images \(N, 3, 8, 8\), found RuntimeError",
+    ),
+}
+LOOKING = [door for door in ALL if door not in ("free", "dashboard")]  # the others run no net
+
+
+@pytest.mark.parametrize("door", LOOKING)
+def test_a_net_that_returns_no_logits_is_refused_at_every_door(door: str) -> None:
+    net, x, y = sample()
+    for before, after, message in BAD_NETS.values():
+        with pytest.raises(ValueError, match=message):
+            ALL[door](Changed(net, before, after).eval(), x, y)
+    with pytest.raises(ValueError, match=UNKNOWN_CLASS):
+        ALL[door](net, x, torch.full_like(y, 7))
+    with pytest.raises(ValueError, match="labels: expected classes from 0 on, found -"):
+        ALL[door](net, x, y - 5)
+    if door not in ("accuracy_under", "corrupted_accuracy"):
+        with pytest.raises(ValueError, match=r"images: expected floats .*found list"):
+            ALL[door](net, x.tolist(), y)  # type: ignore[arg-type]
+
+
+def test_observing_refuses_what_are_no_images() -> None:
+    net, x, y = sample()
+    for wrong in ("normalised", "0..255", "uint8"):
+        change, message = WRONG[wrong]
+        with pytest.raises(ValueError, match=message):
+            observed(net, *change(x, y))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["images that ask for gradients", "centred over the batch", "no number for the first"])
+def test_whether_a_gradient_reaches_the_images_is_a_matter_of_the_net(kind: str) -> None:
+    net, x, y = sample(48)
+    if kind == "images that ask for gradients":
+        x = x.requires_grad_()
+    elif kind == "centred over the batch":
+        net = Changed(net, itself, lambda z: z - z.mean(0)).eval()  # type: ignore[attr-defined]
+    else:
+        x[:20] *= 0.1
+        own = net
+        net = Changed(nn.Identity(), itself, lambda x: own(x) / (x.mean((1, 2, 3)) > 0.3)[:, None]).eval()  # type: ignore[attr-defined]
+    found = evaluate_robustness(net, x, y, BALL, "probe")
+    assert found.gradient
+    assert [attack.name for attack in found.attacks] == ["PGD-20"]

@@ -70,7 +70,7 @@ def test_hooks_are_removed_when_the_forward_fails():
         net(torch.rand(2, 7, 8, 8))
     assert hooks(net) == 0
     x, x_adv, y = batch()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="net: expected one that runs in training mode"):
         observe(net, x[:, :2], x_adv, y, layers=["act1"])  # the clean pass fails
     assert hooks(net) == 0
     assert not any("forward" in m.__dict__ for m in net.modules())

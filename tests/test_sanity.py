@@ -19,10 +19,12 @@ from glassarmor.defenses.evaluation.gradient import (
     watched,
     zero_gradients,
 )
+from glassarmor.defenses.evaluation.sampling import luck
 from glassarmor.defenses.evaluation.sanity import (
     LIMITS,
     Check,
     SanityReport,
+    guess_check,
     lower_limit,
     sanity_checks,
     share_check,
@@ -511,7 +513,7 @@ def test_it_runs_under_inference_mode():
         ({"x": torch.rand(8, 3, 8, 8), "y": torch.zeros(8).long()}, "at least 16 images"),
         ({"y": torch.zeros(20).long()}, r"labels: expected int64 \(24,\), one an image; found torch.int64 \(20,\)"),
         ({"x": torch.rand(24, 3, 8, 8) * 255}, r"images: expected values in \[0,1\], found"),
-        ({"y": torch.full((24,), 7)}, "K > 7, the largest label"),
+        ({"y": torch.full((24,), 7)}, "labels: expected 0..4, for the net returns 5 logits"),
         ({"threat": Linf(0)}, "threat.eps: expected a ball with a radius"),
         ({"threat": L2(100)}, "threat.eps: images live in"),
     ],
@@ -522,11 +524,44 @@ def test_bad_input_is_refused(change, message):
         sanity_checks(conv_bn().eval(), **good | change)
 
 
-def test_a_net_that_is_always_wrong_is_refused():
+def test_a_net_that_is_always_wrong_is_invalid():
     net = trained()
     x, _ = images(32, seed=3)
-    with pytest.raises(ValueError, match="classified rightly, found none"):
-        sanity_checks(net, x, (net(x).argmax(1) + 1) % 5, Linf(EPS))
+    report = sanity_checks(net, x, (net(x).argmax(1) + 1) % 5, Linf(EPS))
+    assert (report.verdict, report.accuracy) == ("invalid", {"clean": 0})
+    assert "0 of 32 images are classified rightly, no better than guessing: 1e+02 % of guessers reach that" in report.reasons
+
+
+def test_luck_is_the_exact_tail():
+    """Of 10 answers of which the first class gets 6 and has 5 images, the second 4 and 5: a guesser is right by ½."""
+    y, answers = torch.tensor([0] * 5 + [1] * 5), torch.tensor([0] * 5 + [1] * 4 + [0])
+    assert luck(answers, y, 2) == pytest.approx(sum(comb(10, k) for k in range(9, 11)) / 2**10)
+    assert luck(answers, y, 1000) == luck(answers, y, 2), "the labels that exist decide, not how many logits there are"
+    assert luck(torch.zeros(100, dtype=torch.long), torch.tensor([0] * 90 + [1] * 10), 2) > 0.5, "the best constant answer"
+
+
+class Biased(Planted):
+    """Its own logits, and so much of the first class that it answers nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + torch.tensor([100.0, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_a_net_of_one_answer_withstands_everything_and_is_invalid(classes):
+    x, _ = images(64, seed=50)
+    report = sanity_checks(Biased(trained()), x, torch.arange(64) % classes, Linf(EPS), steps=2, queries=3)
+    assert report.verdict == "invalid"
+    assert outcome(report, "better than guessing").sentence.endswith("guessing: all images get one and the same answer")
+
+
+def test_random_weights_are_invalid_and_few_right_answers_suspicious():
+    x, y = images(64, seed=50)
+    report = sanity_checks(conv_bn(seed=4).eval(), x, y, Linf(EPS), steps=2, queries=3)
+    assert outcome(report, "better than guessing").grave, report.accuracy
+    assert "no better than guessing" in report.reasons[0]
+    assert [guess_check(chance, 9, 16, 2).grave for chance in (0.009, 0.04, 0.06)] == [False, False, True]
+    assert [guess_check(chance, 9, 16, 2).passed for chance in (0.009, 0.04, 0.06)] == [True, False, False]
 
 
 def test_a_suite_that_is_weaker_than_the_checks_is_not_trusted():
@@ -625,7 +660,7 @@ def test_logits_that_are_no_numbers_are_counted():
 @pytest.mark.parametrize("family", ["conv, BN, ReLU, max-pool", "max-pool on the image", "perceptron"])
 def test_an_honest_net_on_black_images_is_trusted(family):
     """A handful of what ``benchmarks/verdicts.py`` judges."""
-    net = honest(family, "black", steps=20, robust=False)
+    net = honest(family, "black", steps=80, robust=False)
     x, y = IMAGES["black"](32, 7)
     report = sanity_checks(net, x, y, Linf(0.03), steps=5, queries=20)
     assert report.verdict == "trusted", report.reasons

@@ -127,9 +127,9 @@ class APGD:
             x: images in [0,1], (N, C, H, W).
             y: true labels (N,).
         """
-        generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
-        self.calls += 1
         with borrowed(net, x, y) as (x, y):
+            generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
+            self.calls += 1
             with torch.no_grad():
                 clean = net(x).float()
             found, lead = x.clone(), clean.new_full((len(x),), -torch.inf)

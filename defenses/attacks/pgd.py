@@ -117,10 +117,10 @@ class PGD:
             x: images in [0,1], (N, C, H, W).
             y: true labels (N,).
         """
-        # One generator a call: its seed names the call, so nothing has to be saved to repeat it.
-        generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
-        self.calls += 1
         with borrowed(net, x, y) as (x, y), self._lightened(net, x):
+            # One generator a call: its seed names the call, so nothing has to be saved to repeat it.
+            generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
+            self.calls += 1
             value = self._value(net, x, y)
             best = self._ascend(x, value, generator)
             if self.restarts > 1:

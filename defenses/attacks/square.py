@@ -62,9 +62,9 @@ class Square:
             x: images in [0,1], (N, C, H, W).
             y: true labels (N,).
         """
-        generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
-        self.calls += 1
         with borrowed(net, x, y) as (x, y), torch.no_grad():
+            generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
+            self.calls += 1
             best = x.clone()
             score = margin(net(x), y)
             spent = torch.ones_like(y)

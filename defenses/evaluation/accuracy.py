@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from glassarmor.defenses.attacks.pgd import Attack
+from glassarmor.defenses.evaluation.inputs import predict
 from glassarmor.interpret.inputs import checked
-from glassarmor.interpret.modes import undisturbed
 
 
 def accuracy_under(
@@ -46,13 +46,12 @@ def correct_under(
     for index, (x, y) in enumerate(batches):
         if index % processes != rank:
             continue
-        x, y, _ = checked(net, x.to(device), y.to(device))
+        x, y, labels = checked(net, x.to(device), y.to(device))
         images = {"clean": x}
         for name, attack in attacks.items():
             attack.reseed(index)
             images[name] = attack(net, x, y)
-        with undisturbed(net), torch.no_grad():
-            correct[index] = {name: (net(attacked).argmax(1) == y).cpu() for name, attacked in images.items()}
+        correct[index] = {name: (predict(net, given, labels).argmax(1) == y).cpu() for name, given in images.items()}
     if _grouped():
         parts: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(processes)]
         dist.all_gather_object(parts, correct)
@@ -70,8 +69,7 @@ def answers_to(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device:
     """
     answers, labels = [], []
     for x, y in batches:
-        with undisturbed(net), torch.no_grad():
-            answers.append(net(x.to(device)).argmax(1).cpu())
+        answers.append(predict(net, x.to(device)).argmax(1).cpu())
         labels.append(y.cpu())
     if not answers:
         raise ValueError("evaluation: expected at least one batch, found none")

@@ -68,8 +68,9 @@ def accuracy_curve(
     """
     if not scales or scales[0] <= 0 or any(b <= a for a, b in pairwise(scales)):
         raise ValueError(f"scales: expected increasing numbers above 0, found {tuple(scales)}")
-    x, y, _ = checked(net, x, y)
+    x, y, labels = checked(net, x, y)
     device = device_of(net)
+    predict(net, x[:2].to(device), labels)
     standing = torch.cat(
         [answered(predict(net, a.to(device)).cpu(), b.cpu()) for a, b in zip(x.split(batch), y.split(batch), strict=True)]
     )

@@ -14,7 +14,17 @@ from typing import Any, Final, NamedTuple
 
 from glassarmor.defenses.evaluation.fingerprint import settings_hash
 from glassarmor.defenses.evaluation.sampling import wilson
-from glassarmor.defenses.evaluation.sanity import Check, SanityReport, lower_limit
+from glassarmor.defenses.evaluation.sanity import (
+    LIMITS,
+    SAME,
+    Check,
+    SanityReport,
+    finite_check,
+    share_check,
+)
+from glassarmor.defenses.evaluation.sanity import (
+    ROUNDED as ROUNDINGS,
+)
 from glassarmor.defenses.threat import L2, Linf, Threat, parse_eps
 
 THREATS: Final[Mapping[str, type[Threat]]] = {"Linf": Linf, "L2": L2}
@@ -198,20 +208,48 @@ def _sanity(card: Mapping[str, Any]) -> Iterator[Claim]:
     if "places" in of:
         yield Claim("sanity/images", of["images"], len(of["places"]), "sanity/places")
         yield Claim("sanity/places", of["places"], sorted({p for p in of["places"] if p < n}), "places of the judged images")
+    unit = sum(check["figure"] for check in of["checks"] if check["name"] == "full precision inside")
     for check in of["checks"]:
         yield from _counted(check)
+        yield from _measured(check, unit)
 
 
 def _counted(check: Mapping[str, Any]) -> Iterator[Claim]:
-    """Of a check that counts images, its sentence says how many; figure and outcome follow."""
+    """Of a check that counts images, its sentence says how many; figure and outcome follow, by the limits of that check."""
+    place = f"sanity/checks/{check['name']}"
     count = re.match(r"(\d+) of (\d+) images", check["sentence"])
-    limit = re.fullmatch(r"≤ ([\d.]+) %, lower 99 % limit", check["expected"])
-    if count is None or limit is None or not 0 < int(count[2]) >= int(count[1]):
+    if check["name"] not in LIMITS or count is None or not 0 < int(count[2]) >= int(count[1]):
         return
     some, n = int(count[1]), int(count[2])
-    yield Claim(f"sanity/checks/{check['name']}/figure", check["figure"], some / n, "its sentence")
-    passed = lower_limit(some, n) <= float(limit[1]) / 100
-    yield Claim(f"sanity/checks/{check['name']}/passed", check["passed"], passed, "its sentence")
+    follows = share_check(check["name"], some, n, "")
+    yield Claim(f"{place}/figure", check["figure"], follows.figure, "its sentence")
+    yield Claim(f"{place}/expected", check["expected"], follows.expected, "the limit of that check")
+    yield Claim(f"{place}/passed", check["passed"], follows.passed, "its sentence")
+    # Of a slope that is missed, those that are missed by much make it grave, and are not told.
+    if check["name"] != "gradient is the slope" or not follows.grave:
+        yield Claim(f"{place}/grave", check["grave"], follows.grave, "its sentence")
+
+
+def _measured(check: Mapping[str, Any], unit: float) -> Iterator[Claim]:
+    """Of a check that compares passes or counts calls, its sentence tells the figure, and the outcome follows.
+
+    unit: the rounding inside the net, which the checks of passes allow for.
+    """
+    place, figure, said = f"sanity/checks/{check['name']}", check["figure"], check["sentence"]
+    if check["name"] in ("deterministic", "independent of the batch"):
+        told = re.search(r"differ by (\S+) standard deviations", said)
+        yield Claim(f"{place}/sentence", told[1] if told else said, f"{figure:.2g}", f"{place}/figure")
+        passed = figure <= SAME + ROUNDINGS * unit
+        yield Claim(f"{place}/passed", check["passed"], passed, f"{place}/figure")
+        yield Claim(f"{place}/grave", check["grave"], not passed, f"{place}/figure")
+    elif check["name"] in ("full precision inside", "no autograd inside forward"):
+        yield Claim(f"{place}/passed", check["passed"], figure == 0, f"{place}/figure")
+        words = "none" if "rounds to no half" in said or "calls nothing" in said else "some"
+        yield Claim(f"{place}/sentence", words, "some" if figure else "none", f"{place}/figure")
+    elif check["name"] == "logits are finite":
+        follows = finite_check(round(figure), int(of[1]) if (of := re.search(r" of (\d+) images", said)) else 1)
+        for key in ("passed", "sentence", "grave"):
+            yield Claim(f"{place}/{key}", check[key], getattr(follows, key), f"{place}/figure")
 
 
 def _asked(card: Mapping[str, Any]) -> Iterator[Claim]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
-from glassarmor.interpret.inputs import checked
+from glassarmor.interpret.inputs import answer, checked
 from glassarmor.interpret.modes import undisturbed
 
 Corruption = Callable[[Tensor, int, torch.Generator], Tensor]  # images in [0,1], severity 0..4, generator → images
@@ -93,7 +93,7 @@ def corrupted_accuracy(
     Raises:
         ValueError: no image, or another number of channels.
     """
-    images, labels, _ = checked(net, images, labels)
+    images, labels, classes = checked(net, images, labels)
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images: expected at least one, grey or RGB; found shape {tuple(images.shape)}")
     device = next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
@@ -104,5 +104,6 @@ def corrupted_accuracy(
             x, y = x.to(device), y.to(device)
             for name, corrupt in CORRUPTIONS.items():
                 for severity in range(5):
-                    right[name][severity] += int((net(corrupt(x, severity, generator)).argmax(1) == y).sum())
+                    found = answer(net, corrupt(x, severity, generator), classes)
+                    right[name][severity] += int((found.argmax(1) == y).sum())
     return {name: tuple(count / len(images) for count in counts) for name, counts in right.items()}

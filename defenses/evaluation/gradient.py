@@ -48,18 +48,25 @@ class Reachable(nn.Module):
         return logits + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
-def has_gradient(net: nn.Module, x: Tensor) -> bool:
-    """Whether a gradient other than zero comes from the logits of any of these images (N, C, H, W) to a pixel of it.
+def has_gradient(net: nn.Module, x: Tensor, chunk: int = 16) -> bool:
+    """Whether a finite gradient other than zero comes from the logits of any of these images (N, C, H, W) to a pixel.
 
-    Of the logits mixed at random, so that a loss that saturates hides nothing.  False for a forward that leaves autograd
-    (no_grad, detach, numpy, whole numbers) and for one of steps alone (sign, argmax, round).
+    Of the logits mixed at random, for each image otherwise, so that neither a loss that saturates nor logits that sum to
+    zero over a batch hide anything.  Images are asked ``chunk`` at a time until one has a gradient.  False for a forward
+    that leaves autograd (no_grad, detach, numpy, whole numbers) and for one of steps alone (sign, argmax, round).
     """
+    device = next((tensor.device for tensor in (*net.parameters(), *net.buffers())), x.device)
+    return any(_moved(net, part.to(device)) for part in x.detach().split(chunk))
+
+
+def _moved(net: nn.Module, x: Tensor) -> bool:
     with undisturbed(net):
-        images = x.detach().clone().requires_grad_()
+        images = x.clone().requires_grad_()
         logits = Reachable(net)(images)
-        mixture = torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits)
-        (gradient,) = torch.autograd.grad((logits @ mixture).sum(), images)
-    return bool((gradient != 0).any())
+        mixture = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+        mixed = (logits * mixture).sum(1)
+        (gradient,) = torch.autograd.grad(torch.where(mixed.isfinite(), mixed, 0).sum(), images)
+    return bool(((gradient != 0) & gradient.isfinite()).any())
 
 
 def zero_gradients(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:

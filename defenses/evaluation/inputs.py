@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from glassarmor.defenses.threat import Threat
-from glassarmor.interpret.inputs import checked, require_logits
+from glassarmor.interpret.inputs import answer, checked
 from glassarmor.interpret.modes import undisturbed
 
 
@@ -29,20 +29,7 @@ def check_images(net: nn.Module, images: Tensor, labels: Tensor, threat: Threat)
         )
     images, labels, classes = checked(net, images, labels)
     threat.check(tuple(images.shape[1:]))
-    try:
-        logits = predict(net, images[:2].to(device_of(net)))
-    except Exception as error:  # whatever a foreign net raises here
-        shape = ", ".join(map(str, images.shape[1:]))
-        raise ValueError(
-            f"net: expected one that runs in eval mode on images (N, {shape}), found {type(error).__name__}: {error}"
-        ) from error
-    expected = "net: expected logits (N, classes)"
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"{expected}, found a {type(logits).__name__}; wrap the net so that it returns the logits alone")
-    if logits.dim() == 1 and not logits.is_floating_point():
-        raise ValueError(f"{expected}, found class numbers (N,), which tell no attack anything: return a score a class")
-    require_logits(logits, images[:2], classes)
-    return logits.shape[1]
+    return predict(net, images[:2].to(device_of(net)), classes).shape[1]
 
 
 def answered(logits: Tensor, y: Tensor) -> Tensor:
@@ -54,11 +41,14 @@ def device_of(net: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
 
 
-def predict(net: nn.Module, x: Tensor) -> Tensor:
-    """Logits (N, K) in eval mode; the net is left as it was."""
+def predict(net: nn.Module, x: Tensor, labels: range = range(1)) -> Tensor:
+    """Logits (N, K) in eval mode, which these labels fit; the net is left as it was.
+
+    Raises:
+        ValueError: see :func:`.answer`.
+    """
     with undisturbed(net), torch.no_grad():
-        logits: Tensor = net(x)
-    return logits
+        return answer(net, x, labels)
 
 
 @dataclass

@@ -36,7 +36,6 @@ from glassarmor.interpret.inputs import checked
 
 STANDS: Final = -1  # in ``felled``: no attack felled it
 WRONG: Final = -2  # misclassified without any attack
-ASKED: Final = 16  # images of which one has to have a gradient
 
 
 @dataclass(frozen=True)
@@ -254,14 +253,14 @@ def run_suite(
     if settings.twin is not None and check_images(settings.twin, images, labels, threat) != classes:
         raise ValueError(f"twin: expected {classes} logits, as the net returns, found another number")
     own, chosen = isinstance(settings.suite, Suite), settings.attacks(threat, classes)
-    images, labels, _ = checked(net, images, labels)
+    images, labels, _ = checked(net, images.detach(), labels)
     subset = settings.subset
     if subset is None:
         subset = min(len(images), chosen.subset or len(images))
     rows = stratified_rows(labels, subset, settings.seed)
     images, labels = images[rows.to(images.device)], labels[rows.to(labels.device)].cpu()
     device = device_of(net)
-    weights, gradient = net_hash(net), has_gradient(net, images[:ASKED].to(device))
+    weights, gradient = net_hash(net), has_gradient(net, images)
     if not gradient:
         net = Reachable(net)
         chosen = chosen if own else without_gradient(chosen, threat, settings.seed)

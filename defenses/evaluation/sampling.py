@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import NormalDist
 
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
 
@@ -26,6 +27,17 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     # Exactly the ends where nothing or everything succeeded: there the formula gives them up to rounding.
     return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half
+
+
+def luck(answers: Tensor, y: Tensor, classes: int) -> float:
+    """Probability that a guesser has as many right as these answers (N,) to images with labels y (N,).
+
+    The guesser does not look at the images: it gives answers as frequent as these, be they one constant answer, or
+    draws one of the ``classes``, whichever is right more often.
+    """
+    labels, given = (torch.bincount(values.cpu(), minlength=classes).double() for values in (y, answers))
+    chance = max(float(labels @ given) / len(y) ** 2, 1 / classes)
+    return float(binom.sf(int((answers == y).sum()) - 1, len(y), chance))
 
 
 def stratified_rows(labels: Tensor, n: int, seed: int = 0) -> Tensor:

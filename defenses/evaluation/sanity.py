@@ -36,8 +36,9 @@ from glassarmor.defenses.evaluation.gradient import (
     watched,
     zero_gradients,
 )
+from glassarmor.defenses.evaluation.sampling import luck
 from glassarmor.defenses.threat import Threat
-from glassarmor.interpret.inputs import borrowed, checked
+from glassarmor.interpret.inputs import answer, borrowed, checked
 from glassarmor.interpret.modes import undisturbed
 from glassarmor.interpret.network.chunks import measuring
 
@@ -59,6 +60,7 @@ LIMITS: Final[dict[str, tuple[float, float]]] = {  # share of images: above it s
     "suite against the checks": (0.01, 0.1),
 }
 CONFIDENCE: Final = 0.99
+LUCK: Final = (0.01, 0.05)  # of guessers as lucky: more are suspicious, more make the number that of a guesser
 LARGE: Final = 16.0
 SAME: Final = 0.01  # difference of two passes, in standard deviations of the logits: TF32 alone makes a thousandth
 SLOPE: Final = (0.01, 0.1)  # of the slope's energy that a gradient may miss; that makes it a wrong gradient
@@ -155,6 +157,21 @@ def _varied(logits: Tensor) -> Check:
     return Check("outputs depend on the image", not constant, spread, "they do", found, grave=constant)
 
 
+def guess_check(chance: float, right: int, n: int, answers: int) -> Check:
+    """Whether the net knows anything: ``right`` of ``n`` images, which a guesser reaches with probability ``chance``.
+
+    answers: how many classes the net answers at all.  A net that answers one is right on images of that class alone, and
+    withstands every attack there.
+    """
+    known, grave = chance <= LUCK[0] and answers > 1, chance > LUCK[1] or answers < 2
+    sentence = f"{right} of {n} images are classified rightly"
+    if answers < 2:
+        sentence += ", no better than guessing: all images get one and the same answer"
+    elif not known:
+        sentence += f", no better than guessing: {100 * chance:.2g} % of guessers reach that"
+    return Check("better than guessing", known, chance, f"≤ {100 * LUCK[0]:g} % of guessers as good", sentence, grave)
+
+
 class ScaledCrossEntropy:
     """−log p_y of the logits over the distance of their two largest, which is held fixed: never saturated (ours)."""
 
@@ -185,9 +202,9 @@ class Noise:
         self.calls = call
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
-        score = torch.full((len(x),), -torch.inf, device=x.device)
         with borrowed(net, x, y) as (x, y), torch.no_grad():
+            generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
+            score = torch.full((len(x),), -torch.inf, device=x.device)
             best = x
             for draw in range(self.draws):
                 change = self.threat.noise(x, generator)
@@ -267,17 +284,18 @@ def sanity_checks(
 
     Raises:
         ValueError: fewer than 16 images, images that are not in [0,1], labels or logits of another shape, a ball without
-            radius, or no image that is classified rightly.
+            radius.
 
-    Logits that are not finite, or are the same for all images, make the net invalid, and nothing more is asked of it.
+    Logits that are not finite, that are the same for all images, or never rightly largest make the net invalid, and nothing
+    more is asked of it.  So does a clean accuracy that a guesser reaches; of that net no attack is asked.
     """
-    x, y = _require(net, x, y, threat, held)
+    x, y, labels = _require(net, x, y, threat, held)
     devices = [] if x.device.type == "cpu" else [x.device]
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices, device_type=x.device.type):
         torch.manual_seed(seed)  # what a random net draws repeats
         x, y = x.detach().clone(), y.clone()  # clones: tensors made under inference mode refuse autograd
         with undisturbed(net), measuring(net) as largest, torch.no_grad():
-            _require_logits(net(x[:2]), y)
+            answer(net, x[:2], labels)
         # A whole sample in one batch where it fits: the net is judged as it is used.
         trial = _Trial(Reachable(net), x, y, largest.chunk(x.device), tell, rounding(net, x[:2]))
         tell("outputs")
@@ -286,8 +304,10 @@ def sanity_checks(
         checks = [finite_check(int((~logits.isfinite().all(1)).sum()), len(x)), _varied(logits)]
         stand = {"clean": right}
         if not any(check.grave for check in checks):
-            if not right.any():
-                raise ValueError(f"sanity: expected some of the {len(x)} images to be classified rightly, found none")
+            answers = logits.argmax(1)
+            chance = luck(answers, y, logits.shape[1])
+            checks.append(guess_check(chance, int(right.sum()), len(x), len(answers.unique())))
+        if right.any() and not any(check.grave for check in checks[:2]):
             checks += [
                 _rounding_check(trial.unit),
                 _logits_check(trial, logits, threat),
@@ -494,8 +514,8 @@ def _alone(trial: _Trial, logits: Tensor) -> Check:
     return _same(name, "an image's logits are its own", what, trial, logits, [single, backwards])
 
 
-def _require(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, held: Tensor | None) -> tuple[Tensor, Tensor]:
-    x, y, _ = checked(net, x, y)
+def _require(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, held: Tensor | None) -> tuple[Tensor, Tensor, range]:
+    x, y, labels = checked(net, x, y)
     if len(x) < 16:
         raise ValueError(f"sanity: expected at least 16 images (N, C, H, W) and their labels (N,), found {len(x)}")
     if held is not None and (held.shape != y.shape or held.dtype != torch.bool):
@@ -503,10 +523,4 @@ def _require(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, held: Tensor 
     if threat.eps <= 0:
         raise ValueError(f"threat.eps: expected a ball with a radius, found {threat!r}")
     threat.check(tuple(x.shape[1:]))
-    return x, y
-
-
-def _require_logits(logits: Tensor, y: Tensor) -> None:
-    least = max(1, int(y.max()))
-    if logits.dim() != 2 or logits.shape[1] <= least:
-        raise ValueError(f"sanity: expected logits (N, K) with K > {least}, the largest label; found {tuple(logits.shape)}")
+    return x, y, labels

@@ -25,7 +25,7 @@ CHECKS: Final = (
     Check("nonfinite", "nonfinite", "{value}", "count"),
     Check("catastrophic", "gap", "FGSM accuracy is {value} above multi-step accuracy: only one step is answered", "points"),
     Check("catastrophic", "fall", "multi-step accuracy fell by {value} since the reading before", "points"),
-    Check("guessing", "guess", "a lucky guesser reaches {value} of its clean accuracy"),
+    Check("guessing", "guess", "its clean accuracy is {value} of what luck alone reaches once in 100"),
     Check("guessing", "one_class", "{value} of the images of other classes get one and the same answer"),
     Check("masked", "zero_gradient", "{value} of the images have an input gradient of exactly zero"),
     Check("masked", "noise_wins", "plain noise turns {value} of the images that PGD leaves right"),
@@ -208,6 +208,8 @@ def judge(
 
 def _shown(check: Check, found: Mapping[str, float]) -> str:
     value = found[check.name]
+    if check.name == "guess":  # measured the other way round, so that large is bad
+        return f"{100 / value:.0f} %"
     if check.unit == "count":
         return next((f"{value:,.0f} of {found[of]:,.0f} {of}" for of in ("weights", "logits") if of in found), "the loss")
     here = f" at {100 * found['eps_share']:.0f} % of ε" if check.name == "gap" and "eps_share" in found else ""

@@ -180,7 +180,7 @@ def _found(net: nn.Module, inside: list[nn.Module], x: Tensor) -> Foldable:
     finally:
         for handle in handles:
             handle.remove()
-    if values.any:
+    if values.any or not isinstance(logits, Tensor):
         return Foldable()
     readers, free = _readers(logits), {module for module in inside if type(module) in _LOOKED_AT}
     pairs: list[Pair] = []

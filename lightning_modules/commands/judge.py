@@ -19,7 +19,7 @@ from glassarmor.defenses.evaluation.card import accuracy_curve, make_card, margi
 from glassarmor.defenses.evaluation.examples import FelledExamples, Replay
 from glassarmor.defenses.evaluation.gradient import has_gradient
 from glassarmor.defenses.evaluation.inputs import check_images, full_precision
-from glassarmor.defenses.evaluation.robustness import ASKED, Evaluation
+from glassarmor.defenses.evaluation.robustness import Evaluation
 from glassarmor.defenses.evaluation.sampling import stratified_rows
 from glassarmor.defenses.evaluation.sanity import SanityReport
 from glassarmor.defenses.evaluation.suite import SUITES, SuiteSettings
@@ -95,7 +95,7 @@ def make_request(cfg: DictConfig) -> Request:
         raise ValueError(f"eps: expected a radius above 0, found {threat.eps}")
     terms = instantiate(cfg.regularizers or {}, _convert_="all")
     notes = (*((ONLY_CHECKS,) if twin is not None and cfg.suite != "adaptive" else ()), *twin_differs)
-    if not has_gradient(net, images[:ASKED]):
+    if not has_gradient(net, images):
         if cfg.masking.by is not None:
             raise ValueError("masking: units are chosen by gradients, and none reaches the images of this net")
         cfg = without_panels(cfg)
