@@ -60,6 +60,20 @@ def checked(net: nn.Module, x: Tensor, y: Tensor, numbers: bool = True) -> tuple
     return (x if low >= 0 and high <= 1 else x.clamp(0, 1)), y, range(int(first), int(last) + 1)
 
 
+def known_labels(y: Tensor) -> range:
+    """From the smallest label to the largest; none on a GPU, which nobody waits for in the middle of a training step.
+
+    Raises:
+        ValueError: a label below 0.
+    """
+    if y.device.type != "cpu":
+        return range(0)
+    first, last = (int(end) for end in y.aminmax())
+    if first < 0:
+        raise ValueError(f"labels: expected classes from 0 on, found {first}..{last}")
+    return range(first, last + 1)
+
+
 @contextmanager
 def borrowed(net: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The net is :func:`.undisturbed` while it is attacked; yields copies of the checked images and labels.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd
 
-from glassarmor.interpret.inputs import answer, checked, typed
+from glassarmor.interpret.inputs import answer, known_labels, typed
 from glassarmor.interpret.modes import batch_statistics, evaluating, normalised_by, replaying, rng_state
 
 Side = Literal["adv", "clean"]
@@ -241,8 +241,9 @@ def observe(
     clean_pass: Forward | None = None
     both: Forward | None = None
     same = x_adv is x
-    x, y, labels = checked(net, x, y, numbers=False)
+    x, y = typed(net, x, y)
     x_adv = x if same else typed(net, x_adv, y)[0]
+    labels = known_labels(y)
     if same:
         adv = clean_pass = _run(net, x, layers, labels)
     elif not clean:

@@ -36,6 +36,8 @@ def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # a write that fails does not name its file
     except BaseException:
         part.unlink(missing_ok=True)

@@ -176,7 +176,7 @@ def test_invariants_1_and_4(name):
 
 def test_the_net_is_given_back_when_the_attack_fails():
     net = untidy(conv_bn())
-    with unchanged(net), pytest.raises(RuntimeError):
+    with unchanged(net), pytest.raises(ValueError, match="expected one that runs in eval mode"):
         PGD(Linf(0.1), steps=1)(net, torch.rand(2, 7, 8, 8), torch.tensor([0, 1]))
 
 

@@ -486,7 +486,7 @@ def built() -> train.Parts:
         ("health.images=100000", r"health\.images: expected 1 to"),
         ("health.limits=3", r"health\.limits: expected limits by name, .*; found 3"),
         ("health.limits=null", r"health\.limits: expected limits by name, .*; found None"),
-        ("health.limits._target_=x", r"health\.limits\._target_: expected defenses\.alarms\.Limits, found 'x'"),
+        ("health.limits._target_=x", r"health\.limits\._target_: expected glassarmor\.defenses\.Limits, found 'x'"),
         ("health.limits._target_=builtins.dict", r"health\.limits\._target_: expected .*found 'builtins\.dict'"),
         ("health._target_=nowhere.Health", r"health\._target_: expected .*Health, found 'nowhere\.Health'"),
         ("health.actions=warn", r"health\.actions: expected actions by kind of alarm, .*; found 'warn'"),

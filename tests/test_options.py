@@ -148,7 +148,7 @@ def test_an_attack_that_fails_leaves_the_net_as_it_was():
     net = untidy(conv_bn())
     x, _, y = batch()
     defense = Defense(PGD(BALL, 2), {"ce": AdversarialCE()}, attack_batchnorm="batch")
-    with unchanged(net), pytest.raises(RuntimeError):
+    with unchanged(net), pytest.raises(ValueError, match="expected one that runs in eval mode"):
         defense._attacked(net, x[:, :1], y)
 
 

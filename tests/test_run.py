@@ -99,7 +99,7 @@ def test_the_run_folder_is_complete(run: Path) -> None:
         assert total == pytest.approx(float(row["train/loss"]), rel=1e-4), "the terms must add up to the loss"
     records = json.loads((run / "results.json").read_text())
     assert records["not_finite"] == []
-    said = {"threat", "not_finite", "guessing", "best_epoch", "selection"}
+    said = {"threat", "not_finite", "guessing", "best_epoch", "held_out_robust", "selection"}
     assert set(records) == said | {"defended, best epoch", "defended, last epoch", "undefended"}
     assert "accuracy on 20 held-out images" in records["selection"]
     assert records["selection"] in (run / "report" / "index.html").read_text()

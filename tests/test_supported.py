@@ -206,7 +206,7 @@ def test_leaves_the_net_stays_in_the_ball_and_repeats(name):
 
 def test_the_net_is_given_back_when_the_attack_fails():
     net = untidy(conv_bn())
-    with unchanged(net), pytest.raises(RuntimeError):
+    with unchanged(net), pytest.raises(ValueError, match="expected one that runs in eval mode"):
         Supported(FGSM(Linf(0.1)), layer="act2")(net, torch.rand(2, 7, 8, 8), torch.tensor([0, 1]))
 
 

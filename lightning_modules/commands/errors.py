@@ -61,6 +61,8 @@ def run_command(command: Callable[[], Any], configs: Path, name: str, again: str
         end_by_disk(error, again)
     except KeyboardInterrupt:
         _end(f"stopped; {again}", INTERRUPTED)
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def end_by_disk(error: OSError, again: str) -> None:
