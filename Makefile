@@ -49,7 +49,7 @@ test-env:
 
 wheel: $(READY)
 	rm -rf build dist
-	$(PY) -m build --wheel
+	$(PY) -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .
 
 lock:
 	$(PYTHON) .ci/lock.py > requirements.new

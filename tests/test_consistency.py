@@ -380,3 +380,16 @@ def test_a_config_that_no_run_wrote_is_one_line_with_its_file(tmp_path: Path, te
     with pytest.raises(ValueError, match=rf"^runs: {tmp_path}/config\.yaml.*{said}") as error:
         record_of(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_trusted_card_from_which_checks_were_taken_is_refused(tmp_path: Path) -> None:
+    card = json.loads(SUITES[0].read_text(encoding="utf-8"))
+    assert card["sanity"]["verdict"] == "trusted"
+    path = tmp_path / "card.json"
+    for place, check in enumerate(card["sanity"]["checks"]):
+        fewer = copy.deepcopy(card)
+        del fewer["sanity"]["checks"][place]
+        path.write_text(json.dumps(fewer), encoding="utf-8")
+        with pytest.raises(ValueError, match="checks that were left out") as error:
+            read_card(path)
+        assert check["name"] in str(error.value)

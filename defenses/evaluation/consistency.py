@@ -28,6 +28,19 @@ from glassarmor.defenses.evaluation.sanity import (
 from glassarmor.defenses.threat import L2, Linf, Threat, parse_eps
 
 THREATS: Final[Mapping[str, type[Threat]]] = {"Linf": Linf, "L2": L2}
+# Checks without which nobody's number was ever called trusted.
+ALWAYS: Final = frozenset(
+    {
+        "outputs are logits",
+        "deterministic",
+        "independent of the batch",
+        "no autograd inside forward",
+        "full precision inside",
+    }
+    | {"gradients are not zero", "gradient is the slope", "outputs do not jump", "PGD ≥ FGSM", "enough steps"}
+    | {"enough restarts", "losses agree", "scale of the logits", "success grows with ε", "nothing withstands a large ε"}
+    | {"gradients beat noise", "gradients beat Square", "suite against the checks"}
+)
 ASKED: Final = frozenset({"checkpoint", "suite", "split", "seed", "batch"})  # keys by which evaluate.py's config is known
 CLOSE: Final = 2e-6  # shares are written in fp32
 ROUNDED: Final = 1e-5  # a config keeps six digits
@@ -258,6 +271,9 @@ def _asked(card: Mapping[str, Any]) -> Iterator[Claim]:
     if not config.keys() >= ASKED:
         return
     yield Claim("seed", card["seed"], config["seed"], "config/seed")
+    held = {check["name"] for check in card["sanity"]["checks"]}
+    missing = sorted(ALWAYS - held) if card["sanity"]["verdict"] == "trusted" else []
+    yield Claim("sanity/checks that were left out", missing, [], "sanity/verdict")
     yield Claim("data/split", data["split"], config["split"], "config/split")
     yield Claim("suite/name", card["suite"]["name"], config["suite"], "config/suite")
     if isinstance(config.get("images"), int):
