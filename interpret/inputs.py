@@ -68,7 +68,7 @@ def known_labels(y: Tensor) -> range:
     """
     if y.device.type != "cpu":
         return range(0)
-    first, last = (int(end) for end in y.aminmax())
+    first, last = torch.stack(y.aminmax()).tolist()
     if first < 0:
         raise ValueError(f"labels: expected classes from 0 on, found {first}..{last}")
     return range(first, last + 1)
