@@ -66,6 +66,7 @@ def process(rank: int, sizes: tuple[int, ...], out: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     sizes = (5, 2, 3)  # the first process sees 8 samples, the second 2: a mean of means would be wrong
     assert wait_for(start_two(tmp_path / "said", process, sizes, tmp_path), tmp_path / "said") == [0, 0]

@@ -76,6 +76,7 @@ def test_a_run_is_analysed_from_its_folder_alone(run: Path, tmp_path: Path, monk
         command(monkeypatch, evaluate, *FAST, f"checkpoint={run}", f"out={tmp_path}")
 
 
+@pytest.mark.long
 def test_the_same_analysis_twice_gives_the_same_numbers(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("one", "two"):
         command(monkeypatch, evaluate, *FAST, f"checkpoint={run}", f"out={tmp_path}", f"name={name}")

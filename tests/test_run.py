@@ -523,6 +523,7 @@ def test_bad_input_gets_one_clear_message(overrides, words, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
 
 
+@pytest.mark.long
 def test_unknown_keys_and_groups_are_named(tmp_path: Path) -> None:
     for override, word in (("data.batchsize=3", "batchsize"), ("defense=nothing", "nothing")):
         done = subprocess.run(

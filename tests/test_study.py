@@ -556,6 +556,7 @@ def test_a_member_that_never_began_has_the_precision_of_the_others_on_its_card(
 FOLDERS = sorted(path.parent for path in (CONFIGS.parent / "docs" / "study").glob("*/runs.jsonl"))
 
 
+@pytest.mark.long
 def test_the_records_that_are_kept_are_those_of_their_studies(monkeypatch: pytest.MonkeyPatch) -> None:
     """All 319, or a study that goes on from them would train some again; and still so when a config has a new key."""
     assert len(FOLDERS) == 7

@@ -256,6 +256,7 @@ def test_a_request_leaves_its_config_alone_and_holds_none(weights: Path, tmp_pat
         asked.settings.batch_size = 7  # type: ignore[misc]
 
 
+@pytest.mark.long
 def test_anyones_classifier_on_an_image_folder_and_on_npz(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
