@@ -17,7 +17,7 @@ from glassarmor.lightning_modules.run.folder import RunFolder
 from tests.composing import config
 from tests.faulty import QUICK
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_member_of_the_documented_wandb_sweep_composes() -> None:

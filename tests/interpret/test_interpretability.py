@@ -34,11 +34,11 @@ from glassarmor.interpret.signals.sensitivity import (
     strength_curves,
     unit_sensitivity,
 )
+from tests.interpret.test_conductance import Counting
+from tests.interpret.test_sensitivity import observation
 from tests.reference import interpretation as reference
 from tests.reference.nets import Linear, batch, conv_bn, seeded, unchanged, untidy
 from tests.reference.trained import attacked
-from tests.test_conductance import Counting
-from tests.test_sensitivity import observation
 
 # Maps and the interpretability score.
 

@@ -31,7 +31,7 @@ from glassarmor.lightning_modules.networks.build import load_weights
 from glassarmor.lightning_modules.networks.normalize import normalised
 from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
 from glassarmor.lightning_modules.run import console
-from tests.test_evaluate import command
+from tests.commands.test_evaluate import command
 
 NAMED = ("data=digits", "network=small_cnn", "network.width=0.25", "threat=linf", "threads=1", "panels=[outcome,failures]")
 

@@ -23,7 +23,7 @@ from glassarmor.datamodules.concepts import (
 from glassarmor.datamodules.segmentation import Broden, SegmentationFolder
 from glassarmor.interpret.concepts.dissection import dissect
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CAMVID = Path(os.environ.get("GLASSARMOR_CAMVID", ROOT / "../shared/data/camvid"))
 
 

@@ -430,7 +430,7 @@ def test_an_attack_casts_each_weight_once():
 def test_a_step_never_waits_for_the_device(loss, sensitivity, low):
     """No value of a tensor decides anything in Python, so an accelerator's queue never runs dry.
 
-    What the loader sends, tests/test_on_device.py looks at.
+    What the loader sends, tests/datamodules/test_on_device.py looks at.
     """
     net = alive(conv_bn()).train()
     defense = Defense(PGD(Linf(0.1), steps=2), loss(), {"pse": PSE(), "sensitivity": sensitivity()})

@@ -14,7 +14,7 @@ from glassarmor.interpret.concepts.association import associate, concept_weights
 from glassarmor.interpret.concepts.dissection import Dissection, dissect
 from glassarmor.interpret.signals.pse import PromotionSuppression
 from glassarmor.interpret.signals.sensitivity import SensitivityControl
-from tests.test_dissection import Annotated
+from tests.interpret.test_dissection import Annotated
 
 
 def case(seed: int, units: int = 40, ties: bool = True) -> tuple[Tensor, Tensor, Tensor]:

@@ -224,7 +224,7 @@ def test_the_keyboard_steers(page: Page) -> None:
 def test_the_first_screen_answers_a_newcomer(page: Page) -> None:
     """The five questions of docs/reading-the-page.md before anything else; the first answer is about the run's health."""
     asked = page.locator(".answers dt").all_inner_texts()
-    text = (Path(__file__).parents[1] / "docs" / "reading-the-page.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "reading-the-page.md").read_text()
     assert len(asked) == 5
     assert all(f"## {question}" in text for question in asked)
     assert page.locator(".answers").bounding_box()["y"] < 500  # type: ignore[index]  # of 1000

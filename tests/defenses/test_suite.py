@@ -28,9 +28,9 @@ from glassarmor.defenses.evaluation.suite import Step, Suite, Transfer
 from glassarmor.defenses.masking import UnitMask, masked
 from glassarmor.defenses.threat import Threat
 from glassarmor.defenses.training.regularizers import PSE
+from tests.defenses.test_apgd import mlp
 from tests.planted import CUTS, SAME, Cut
 from tests.reference.nets import Linear, conv_bn, seeded, unchanged, untidy
-from tests.test_apgd import mlp
 
 
 class Threshold(nn.Module):

@@ -32,7 +32,7 @@ from glassarmor.datamodules.images import ImageDataModule, Images, channel_stati
 from glassarmor.datamodules.loader import TensorLoader, seeded
 from glassarmor.datamodules.svhn import SVHN
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARDS = Path(os.environ.get("GLASSARMOR_CIFAR10", ROOT / "../shared/data/cifar10"))
 quick = settings(max_examples=40, deadline=None)
 labels_of_a_few_classes = st.lists(st.integers(2, 30), min_size=2, max_size=6).flatmap(

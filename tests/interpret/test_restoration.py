@@ -9,10 +9,10 @@ import torch
 
 from glassarmor.interpret.signals.pse import grid_regions, region_effects
 from glassarmor.interpret.signals.restoration import restoration_curve
+from tests.interpret.test_conductance import Counting
 from tests.reference import interpretation as reference
 from tests.reference.nets import Linear, batch, unchanged, untidy
 from tests.reference.trained import attacked
-from tests.test_conductance import Counting
 
 GRID = (4, 2)
 

@@ -41,7 +41,7 @@ from glassarmor.lightning_modules.study.records import read_record, record_of, w
 from tests.composing import SMALL, without_guessing
 from tests.wandb_log import history, run_ids
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # One thread: another number of threads adds in another order and ends in other last bits.
 STEPS = ("defense.attack.steps=2", "val_attack.steps=2", "probe.attack.steps=2")
 QUICK = (*SMALL, *STEPS, "trainer.max_epochs=3", "threads=1")

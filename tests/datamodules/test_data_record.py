@@ -23,7 +23,7 @@ from glassarmor.defenses.evaluation.card import read_card
 from glassarmor.lightning_modules.commands import evaluate, train
 from glassarmor.lightning_modules.run.data_record import other_classes, other_images
 from glassarmor.lightning_modules.study.records import check_comparable, record_of
-from tests.test_evaluate import command
+from tests.commands.test_evaluate import command
 
 CLASSES = ("ants", "bees", "wasps")
 

@@ -20,7 +20,7 @@ from glassarmor.datamodules import augment, loader
 from glassarmor.datamodules.augment import Augment
 from glassarmor.datamodules.images import Images
 from glassarmor.datamodules.loader import TensorLoader
-from tests.test_datamodules import Probe, Toy, same
+from tests.datamodules.test_datamodules import Probe, Toy, same
 
 CUDA = torch.device("cuda", 0)
 

@@ -511,7 +511,7 @@ def test_in_place_modules_are_named_and_can_be_turned_off() -> None:
 
 # -- Configs -----------------------------------------------------------------------------------------------------------
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "network"
+CONFIGS = Path(__file__).parents[2] / "configs" / "network"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -24,7 +24,7 @@ from glassarmor.lightning_modules.study.members import Member
 from glassarmor.lightning_modules.study.records import Accuracies, read_archive, read_record, record_of, write_record
 from glassarmor.lightning_modules.study.runner import cards_of, planned
 
-STUDY = Path(__file__).resolve().parents[1] / "docs" / "study"
+STUDY = Path(__file__).resolve().parents[2] / "docs" / "study"
 SUITES = sorted(STUDY.glob("*/suites/*.json"))
 # What nothing else in a card says, so that no reader can know better.
 FREE = (

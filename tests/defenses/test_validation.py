@@ -11,7 +11,7 @@ import torch
 from benchmarks.validation import PUBLISHED, Published, bounds, cnn_a, judged
 from glassarmor.defenses import evaluate_robustness
 
-DATA = Path(os.environ.get("PUBLISHED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data" / "published"))
+DATA = Path(os.environ.get("PUBLISHED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data" / "published"))
 HERE = pytest.mark.skipif(not DATA.is_dir(), reason="no published weights; PUBLISHED_DATA names their folder")
 
 

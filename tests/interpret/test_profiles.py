@@ -25,9 +25,9 @@ from glassarmor.interpret.profiles.profiles import (
     turning_layer,
 )
 from glassarmor.interpret.signals.sensitivity import strength_curves
+from tests.interpret.test_background import images, vit
 from tests.reference import profiles as reference
 from tests.reference.nets import Residual, batch, seeded, unchanged, untidy
-from tests.test_background import images, vit
 
 
 def test_the_evidence_axis_is_zero_at_the_true_centroid_and_one_at_the_targets() -> None:
