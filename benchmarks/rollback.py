@@ -129,8 +129,13 @@ def run(plant: Plant, folder: Path, seed: int, action: Action) -> dict[str, Any]
     lost = diverged or guesses(guessing(answers, y, data.num_classes), Limits())
     right = {"clean": float((answers == y).float().mean()), "robust": float((robust == y).float().mean())}
     (health,) = monitor
-    told = {"rollbacks": health.rollbacks, "measures": health.measures, "failed": health.failed, "stopped": health.stopped}
-    return {**right, "guesses": lost, **told}
+    told = {
+        "rollbacks": health.rollback.rollbacks,
+        "measures": health.rollback.measures,
+        "failed": health.rollback.failed,
+        "stopped": health.stopped,
+    }
+    return {**right, "guesses": lost, **told, "stopped": health.stopped}
 
 
 def table(known: Mapping[tuple[str, str, int], Mapping[str, Any]], seeds: Sequence[int]) -> list[str]:

@@ -1,8 +1,7 @@
-"""A run that watches its own health: readings on held-out images, alarms, and a way back to the last healthy state."""
+"""A run that watches its own health: readings on held-out images, and alarms that warn, stop, or ask for a rollback."""
 
 from __future__ import annotations
 
-import copy
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, get_args
@@ -11,7 +10,6 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from glassarmor.defenses.attacks.pgd import Attack
 from glassarmor.defenses.monitoring.alarms import (
     ABOUT_ATTACKS,
     CHECKS,
@@ -26,7 +24,6 @@ from glassarmor.defenses.monitoring.alarms import (
     indicators,
     judge,
     remedy,
-    safer,
     withstands,
 )
 from glassarmor.defenses.monitoring.readings import FEW, Images, Reading, measure
@@ -35,15 +32,12 @@ from glassarmor.defenses.training.terms import at_epoch
 from glassarmor.interpret.observation import feature_layers
 from glassarmor.interpret.views.panels.health import health_view
 from glassarmor.interpret.views.view import View
-from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
+from glassarmor.lightning_modules.callbacks.rollback import LEAST_TRIAL, SAYS, Rollback, end_with
 from glassarmor.lightning_modules.run.console import console
-from glassarmor.lightning_modules.run.folder import load_checkpoint, unreadable_because
 from glassarmor.lightning_modules.run.log import RunLog
 
 Action = Literal["warn", "stop", "rollback"]
 LEAST_GRACE: Final = 50  # steps
-LEAST_TRIAL: Final = 20  # steps
-HOPELESS: Final = ("nonfinite", "guessing")  # kinds of alarm that leave nothing to go on with
 DEFAULT: Final = Limits()
 WARN: Final[Mapping[str, Action]] = {}
 
@@ -51,17 +45,9 @@ WARN: Final[Mapping[str, Action]] = {}
 class Health(pl.Callback):
     """Reads the training weights at the end of epochs, and every so many steps; alarms warn, stop, or roll back.
 
-    A rollback happens where the next step would begin: a safety measure is in force from then on
-    (:func:`.safer`), also in a resumed run, and weights, BatchNorm statistics, optimiser, running estimates
-    and the average of the weights become those of ``healthy.ckpt`` again, bit for bit, where that withstands more on the
-    images read by more than a standard error, or where the present net or that one guesses; schedule, data order and step
-    count go on.  ``healthy.ckpt`` is the latest state without an alarm, or one with an alarm that withstands more.  The
-    measure is on trial for a twentieth of the run, ``LEAST_TRIAL`` steps at least; if the alarm is still there then and
-    the net withstands no more than when it rang, it is undone.  Where none is left the rollbacks end: a net that guesses
-    or is not finite and never was better stops the run, any other is trained on as configured, from the best state there
-    was.  While the
-    attack's ε climbs, the gap is read in the ball that training has reached.  Without an alarm the run ends in the same
-    weights as without this callback.
+    What a rollback does, and when, is :class:`.Rollback`; this callback reads, judges and tells.  While the attack's ε
+    climbs, the gap is read in the ball that training has reached.  Without an alarm the run ends in the same weights as
+    without this callback.
 
     Put it after an average of the weights and before the dashboard.  In a distributed run the first process reads.
 
@@ -128,7 +114,7 @@ class Health(pl.Callback):
         self.threat, self.images, self.background, self.steps = threat, images, background, steps
         self.every_n_epochs, self.every_n_steps, self.thorough_every = every_n_epochs, every_n_steps, thorough_every
         self.grace = grace
-        self.limits, self.actions, self.safer, self.most = limits, dict(actions), tuple(safer), most
+        self.limits, self.actions, self.rollback = limits, dict(actions), Rollback(safer, most)
         self.log_to: RunLog | None = None
         self.command = "python train.py"  # what trains this run: for proposed command lines
         self.watched: tuple[str, ...] = KINDS
@@ -136,23 +122,13 @@ class Health(pl.Callback):
         self.known: Images | None = None
         self.regularizers: tuple[str, ...] = ()
         self.rate = 0.0
-        self.attack: Attack | None = None  # the defense's own, before any safety measure
         self.trouble = ""  # what the module said of a loss that is not finite
         self.history: list[Reading] = []  # of the past that was not rolled back
-        self.readings = self.rollbacks = 0
+        self.readings = 0
         self.latest: Reading | None = None
         self.present: tuple[str, ...] = ()  # kinds of the last reading's alarms
         self.verdict = ""
         self.waits = True  # for a net that never beat guessing: until the last reading
-        self.measures: list[str] = []  # safety measures in force
-        self.failed: list[str] = []  # those that did not help, undone
-        self.trial: dict[str, Any] = {}  # the last measure: name, given until, withstood before, for which kinds
-        self.pending: list[str] = []  # kinds of alarm that ask for a rollback before the next step
-        self.healthy_step = -1  # global step of healthy.ckpt
-        self.healthy: dict[str, float] = {}  # what it withstands, by multi-step attack; nothing of a net that guesses
-        self.before: dict[str, float] = {}  # what the net withstands that is rolled back
-        self.patience = LEAST_TRIAL
-        self.ended = ""  # why there are no more rollbacks
         self.stopped = ""  # why the run was stopped
 
     # ---- before training -----------------------------------------------------------------------------------------------
@@ -164,9 +140,10 @@ class Health(pl.Callback):
             ValueError: a network or a threat that can't be read.
         """
         self.threat.check(tuple(images.x.shape[1:]))
-        self.layers, self.known, self.attack = feature_layers(module.net, images.x[:2]), images, module.defense.attack
+        self.layers, self.known = feature_layers(module.net, images.x[:2]), images
+        self.rollback.attack, self.rollback.images = module.defense.attack, len(images.y)
         self.regularizers = module.defense.regularizer_names
-        self.watched = tuple(kind for kind in KINDS if self.attack is not None or kind not in ABOUT_ATTACKS)
+        self.watched = tuple(kind for kind in KINDS if module.defense.attack is not None or kind not in ABOUT_ATTACKS)
         few = Images(images.x[:2], images.y[:2], images.background)
         try:
             measure(module.net, few, self.threat, self.layers, steps=1, thorough=False)
@@ -177,38 +154,39 @@ class Health(pl.Callback):
         return {
             "history": [[reading.epoch, reading.step, dict(reading.values)] for reading in self.history],
             "latest": None if self.latest is None else [self.latest.epoch, self.latest.step, dict(self.latest.values)],
-            **{name: getattr(self, name) for name in _PLAIN},
-            **{name: list(getattr(self, name)) for name in _LISTS},
-            **{name: copy.deepcopy(getattr(self, name)) for name in _DICTS},
+            **{name: getattr(self, name) for name in _KNOWN},
+            "present": list(self.present),
+            **self.rollback.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = [Reading(*entry) for entry in state_dict["history"]]
         self.latest = None if state_dict["latest"] is None else Reading(*state_dict["latest"])
-        for name in (*_PLAIN, *_LISTS, *_DICTS):
+        for name in _KNOWN:
             if name in state_dict:  # older checkpoints lack some
-                setattr(self, name, copy.deepcopy(state_dict[name]))
-        self.present = tuple(self.present)
+                setattr(self, name, state_dict[name])
+        self.present = tuple(state_dict.get("present", ()))
+        self.rollback.load_state_dict(state_dict)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.world_size == 1:  # else the other processes would wait for a gradient that never comes
             pl_module.rescue = self._note
-        self._arm(pl_module)
+        self.rollback.arm(pl_module)
         steps = int(trainer.estimated_stepping_batches)
         self.grace = max(LEAST_GRACE, steps // 10) if self.grace is None else self.grace
-        self.patience = max(LEAST_TRIAL, steps // 20)
+        self.rollback.patience = max(LEAST_TRIAL, steps // 20)
         group = trainer.optimizers[0].param_groups[0]
         self.rate = float(group.get("initial_lr", group["lr"]))
         if self.log_to is not None and trainer.is_global_zero:
             self.log_to.resume_from_step(trainer.global_step)
-        if self.healthy_step < 0 and not self.history:  # a place to go back to before the first reading
+        if self.rollback.healthy_step < 0 and not self.history:  # a place to go back to before the first reading
             reading = self._read(trainer, pl_module, {})
             if not reading.values["nonfinite"]:  # other signs say little of a net that has not been trained
-                self._keep(trainer, {})
+                self.rollback.keep(trainer, {})
 
     def _note(self, message: str) -> bool:
         self.trouble = message
-        return self.actions.get("nonfinite") == "rollback" and not self.ended
+        return self.actions.get("nonfinite") == "rollback" and not self.rollback.ended
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """A loss that is not finite and ends the run is told as an alarm, too."""
@@ -231,7 +209,7 @@ class Health(pl.Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         epoch, last = trainer.current_epoch, trainer.current_epoch + 1 == trainer.max_epochs
-        if self.every_n_epochs is not None and not self.pending and (last or epoch % self.every_n_epochs == 0):
+        if self.every_n_epochs is not None and not self.rollback.pending and (last or epoch % self.every_n_epochs == 0):
             known = {"robust": "val/robust_acc", "train_robust": "train/robust_acc"}
             metrics = {name: trainer.callback_metrics.get(key) for name, key in known.items()}
             self._judge(trainer, self._read(trainer, pl_module, {k: float(v) for k, v in metrics.items() if v is not None}))
@@ -243,7 +221,7 @@ class Health(pl.Callback):
             final = _final(trainer)  # what stays on the page
             # What called for a rollback is measured before it is blamed again, and what collapsed until it has not.
             ringing = {alarm.kind for alarm in self._alarms(self.grace or 0)}
-            owed = bool("masked" in ringing - set(self.present) or "catastrophic" in ringing or self.trial)
+            owed = bool("masked" in ringing - set(self.present) or "catastrophic" in ringing or self.rollback.trial)
             thorough = final or owed or self.readings % self.thorough_every == 0
             share = at_epoch(pl_module.defense.eps_share, pl_module.defense.epoch)
             values = dict(more) | self.look(pl_module.net, pl_module.device, thorough, share)
@@ -274,21 +252,25 @@ class Health(pl.Callback):
             self.log_to.reading(reading.epoch, reading.step, reading.values)
         early = {alarm.kind for alarm in alarms} - {alarm.kind for alarm in self._alarms(self.grace or 0)}
         stands = {} if reading.values.get("nonfinite") else withstands(reading.values, self.limits)
-        over = bool(self.trial) and (reading.step >= self.trial["until"] or not self.waits)
+        over = self.rollback.over(reading.step, last=not self.waits)
         actions = {a.kind: "warn" if a.kind in early else self.actions.get(a.kind, "warn") for a in alarms}
         acute = [a for a in alarms if a in fresh or (over and actions[a.kind] == "rollback")]
         asking = [a.kind for a in acute if actions[a.kind] == "rollback"]
-        done = {"warn": "warned", "stop": "stopped", "rollback": self._ask(trainer, asking, stands, over) if asking else ""}
-        if over and not asking:
-            self.trial = {}  # it helped
+        done = {"warn": "warned", "stop": "stopped", "rollback": ""}
+        if asking:
+            done["rollback"] = self.rollback.ask(trainer, asking, stands, last=not self.waits)
+            if self.rollback.hopeless:
+                self._stop(trainer, f"{self.verdict}; {self.rollback.hopeless}")
+        elif over:
+            self.rollback.helped()
         for alarm in acute:
             if actions[alarm.kind] == "stop":
                 self._stop(trainer, f"{alarm.text} (health.actions.{alarm.kind}=stop)")
             self._tell(trainer, alarm, f"{alarm.text}{f' ({said})' if said else ''}", done[actions[alarm.kind]])
         well = not alarms and not guesses(reading.values, self.limits)
         # A net that collapsed is no healthy one, but may be the best there is.
-        if well or (self.present == ("catastrophic",) and better(stands, self.healthy)):
-            self._keep(trainer, stands)
+        if well or (self.present == ("catastrophic",) and better(stands, self.rollback.healthy)):
+            self.rollback.keep(trainer, stands)
 
     def _alarms(self, grace: int | None) -> tuple[Alarm, ...]:
         return judge(self.history, self.limits, self.watched, grace)
@@ -302,152 +284,25 @@ class Health(pl.Callback):
             if self.log_to is not None:
                 self.log_to.alarm(alarm.epoch, alarm.step, alarm.kind, text, done, alarm.values)
 
-    def _ask(self, trainer: Any, kinds: list[str], stands: Mapping[str, float], over: bool) -> str:
-        """Have the run rolled back before the next step, where that may help; what is done, in words."""
-        if self.ended:
-            return f"warned: {self.ended}"
-        if "nonfinite" not in kinds:
-            if not self.trial and not self.healthy and trainer.global_step < self.patience and self.waits:
-                self.trial = {"measure": "", "until": self.patience, "before": {}, "kinds": []}
-            if self.trial and not over:
-                given = _SAYS[self.trial["measure"]] if self.trial["measure"] else "the net"
-                return f"warned: {given} is given until step {self.trial['until']}"
-        undone, self.pending, self.before = self._undo(trainer, kinds, stands), kinds, dict(stands)
-        if self.rollbacks < self.most and self._next_measure():
-            return undone + self._plan(*self._healthy(trainer))
-        times = f"still so after {self.rollbacks} safety measure{'' if self.rollbacks == 1 else 's'}"
-        self.ended = f"{times}, there are no more"
-        if self.waits and set(kinds) & set(HOPELESS) and not self.healthy:
-            self.pending = []
-            self._stop(trainer, f"{self.verdict}; {times}")
-            return f"{undone}stopped: {times}"
-        return f"{undone}{self.ended}; {self._plan(*self._healthy(trainer))}"
-
-    def _undo(self, trainer: Any, kinds: list[str], stands: Mapping[str, float]) -> str:
-        """Take back the measure on trial if the net withstands no more than before it; what is undone, in words."""
-        trial, self.trial = self.trial, {}
-        if not trial or not trial["measure"] or better(stands, trial["before"]):
-            return ""
-        name = trial["measure"]
-        kinds[:] = list(dict.fromkeys([*kinds, *trial["kinds"]]))  # it may be what did the rest
-        if name == "lower_rate" and set(kinds) <= set(HOPELESS):
-            return ""  # what still does not learn needs a smaller one
-        self.measures.remove(name)
-        self.failed.append(name)
-        if name == "lower_rate":
-            _scale_rate(trainer, 2.0)
-        return f"{_SAYS[name]} did not help and is undone; "
-
-    def _goes_back(self) -> bool:
-        """Is the state that was kept worth more than the one that is to be rolled back?
-
-        Steps back are training lost, so luck with the images read is no reason; after the last step nothing is lost.
-        """
-        if "nonfinite" in self.pending:
-            return True
-        if self.waits and not (self.healthy and self.before):  # a net that guesses has nothing to lose
-            return not better(self.before, self.healthy)
-        read = 0 if self.known is None else len(self.known.y)
-        return better(self.healthy, self.before, read if self.waits else 0)
-
-    def _plan(self, state: dict[str, Any] | None, why: str) -> str:
-        """What the rollback that is pending will do, with what :meth:`_healthy` found."""
-        where = f"rolled back to step {self.healthy_step}"
-        if state is None:
-            where = f"no healthy state to go back to{f' ({why})' if why else ''}"
-        elif not self._goes_back():
-            where = f"stays where it is, for step {self.healthy_step} did not clearly withstand more"
-        chosen = self._next_measure()
-        return f"{where}; from here on: {_SAYS[chosen] if chosen else 'no further measure'}"
-
-    def _next_measure(self) -> str:
-        """The safety measure that the pending rollback brings; "" where none is left."""
-        if self.ended:
-            return ""
-        if "nonfinite" not in self.pending and self.pending != ["guessing"]:
-            attack = self._armed()
-            for name in self.safer:
-                known = name in (*self.measures, *self.failed)
-                if not known and (name == "lower_rate" or safer(attack, name) is not None):
-                    return name
-        return "" if "lower_rate" in self.failed else "lower_rate"
-
     # ---- the way back --------------------------------------------------------------------------------------------------
 
-    def _keep(self, trainer: Any, stands: Mapping[str, float]) -> None:
-        """Write ``healthy.ckpt``, whole or not at all."""
-        kept, before = _checkpoints(trainer), (self.healthy_step, self.healthy)
-        if kept is not None:
-            self.healthy_step, self.healthy = int(trainer.global_step), dict(stands)  # belongs into the file
-            if not kept.written(trainer, kept.healthy):
-                self.healthy_step, self.healthy = before
-
-    def _healthy(self, trainer: Any) -> tuple[dict[str, Any] | None, str]:
-        """What ``healthy.ckpt`` holds, or None and why a state that was kept can't be read: that ends no run."""
-        kept = _checkpoints(trainer)
-        if self.healthy_step < 0 or kept is None:
-            return None, ""
-        path = kept.healthy
-        try:
-            state = load_checkpoint(path)
-            if missing := [key for key in _RESTORED[-2:] if key not in state]:
-                raise ValueError(f"holds no {' and no '.join(missing)}")
-            return state, ""
-        except Exception as error:
-            self.healthy_step, self.healthy = -1, {}
-            return None, unreadable_because(path, error)
-
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.pending:
+        if self.rollback.pending:
             self._roll_back(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """An alarm of the last reading: no step follows, so the last checkpoint is given the healthy weights."""
         pl_module.rescue = lambda message: False
-        if not self.pending:
-            return
-        healthy = self._roll_back(trainer, pl_module)
-        for callback in _averages(trainer):
-            callback.on_train_end(trainer, pl_module)
-        checkpoints = _checkpoints(trainer)
-        if healthy is None or checkpoints is None or not trainer.is_global_zero:
-            return
-        last = checkpoints.last
-        kept = torch.load(last, weights_only=True, map_location="cpu")
-        kept |= {key: healthy[key] for key in _RESTORED if key in healthy}
-        kept["callbacks"][self.state_key] = self.state_dict()
-        trainer.strategy.checkpoint_io.save_checkpoint(kept, last)
+        if self.rollback.pending:
+            restored = self._roll_back(trainer, pl_module)
+            end_with(trainer, pl_module, restored, {self.state_key: self.state_dict()})
 
     def _roll_back(self, trainer: Any, pl_module: Any) -> dict[str, Any] | None:
-        """Restore what training changes, put the next safety measure in force; the checkpoint that was restored."""
-        chosen, (healthy, why) = self._next_measure(), self._healthy(trainer)
-        if why and trainer.is_global_zero:
-            console.print(f"health: {self._plan(healthy, why)}")
-        healthy = healthy if self._goes_back() else None
-        kinds, self.pending, self.present = self.pending, [], ()
-        self.rollbacks += bool(chosen)
-        if healthy is not None:
-            _restore(trainer, pl_module, healthy)
-            self.history = [reading for reading in self.history if reading.step <= self.healthy_step]
-        if chosen:
-            self.measures.append(chosen)
-            until = int(trainer.global_step) + self.patience
-            self.trial = {"measure": chosen, "until": until, "before": self.before, "kinds": kinds}
-        if chosen == "lower_rate":
-            _scale_rate(trainer, 0.5)
-        self._arm(pl_module)
-        return healthy
-
-    def _armed(self) -> Attack | None:
-        """The defense's attack with all safety measures in force."""
-        attack = self.attack
-        for name in self.measures:
-            attack = safer(attack, name) or attack
-        return attack
-
-    def _arm(self, pl_module: Any) -> None:
-        if self.measures or self.failed:
-            pl_module.defense.attack = self._armed()
+        restored = self.rollback.roll_back(trainer, pl_module)
+        self.present = ()
+        if restored is not None:
+            self.history = [reading for reading in self.history if reading.step <= self.rollback.healthy_step]
+        return restored
 
     # ---- what is shown -------------------------------------------------------------------------------------------------
 
@@ -458,7 +313,7 @@ class Health(pl.Callback):
         history = self.history if self.latest in self.history else [*self.history, self.latest]
         values = indicators(history, self.grace or 0 if self.waits else None)
         limits = {check.name: self.limits.of(check.name) if check.kind in self.watched else None for check in CHECKS}
-        in_force = ", then ".join(_SAYS[name] for name in self.measures)
+        in_force = ", then ".join(SAYS[name] for name in self.rollback.measures)
         held = {n: r.step for r in history for n in SELDOM if n in r.values and n not in self.latest.values}
         read = 0 if self.known is None else len(self.known.y)
         view = health_view(
@@ -486,16 +341,7 @@ class Health(pl.Callback):
         return "", ""
 
 
-_SAYS: Final = {
-    "noise": "one-step attack from noise of 2ε (N-FGSM)",
-    "two_steps": "two attack steps instead of one",
-    "smaller_step": "half the attack's step",
-    "lower_rate": "half the learning rate",
-}
-_PLAIN: Final = ("readings", "rollbacks", "verdict", "healthy_step", "ended", "stopped")  # of what a resumed run knows
-_LISTS: Final = ("present", "measures", "failed", "pending")
-_DICTS: Final = ("trial", "healthy", "before")
-_RESTORED: Final = ("current_model_state", "averaging_state", "state_dict", "optimizer_states")  # the last two: always there
+_KNOWN: Final = ("readings", "verdict", "stopped")  # of what a resumed run knows
 
 
 def watch(health: Health | None, module: Any, data: Any) -> list[Health]:
@@ -524,43 +370,3 @@ def _final(trainer: Any) -> bool:
     """No step follows in this run."""
     steps_done = 0 <= trainer.max_steps <= trainer.global_step
     return bool(steps_done or (trainer.current_epoch + 1 == trainer.max_epochs and trainer.is_last_batch))
-
-
-def _checkpoints(trainer: Any) -> Checkpoints | None:
-    """What keeps the run's checkpoints."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)
-
-
-def _averages(trainer: Any) -> list[Any]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, pl.callbacks.WeightAveraging)]
-
-
-def _restore(trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-    """Weights, buffers, running estimates, optimiser and average as saved; the schedule's rate stays."""
-    sums = {key: value.clone() for key, value in pl_module.state_dict().items() if key.startswith("train_")}  # of this epoch
-    pl_module.load_state_dict(checkpoint["state_dict"])
-    for callback in _averages(trainer):
-        callback.on_load_checkpoint(trainer, pl_module, checkpoint)  # loads the training weights, too
-    pl_module.load_state_dict(sums, strict=False)
-    rates = [
-        [(group["lr"], group.get("initial_lr")) for group in optimizer.param_groups] for optimizer in trainer.optimizers
-    ]
-    trainer.strategy.load_optimizer_state_dict(checkpoint)
-    for optimizer, known in zip(trainer.optimizers, rates, strict=True):
-        optimizer.zero_grad()
-        for group, (rate, initial) in zip(optimizer.param_groups, known, strict=True):
-            group["lr"] = rate
-            if initial is not None:
-                group["initial_lr"] = initial
-
-
-def _scale_rate(trainer: Any, factor: float) -> None:
-    """The learning rate and the base that its schedule works from, times ``factor``; both are in every checkpoint."""
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] *= factor
-            if "initial_lr" in group:
-                group["initial_lr"] *= factor
-    for config in trainer.lr_scheduler_configs:
-        if hasattr(config.scheduler, "base_lrs"):
-            config.scheduler.base_lrs = [base * factor for base in config.scheduler.base_lrs]

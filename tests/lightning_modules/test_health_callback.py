@@ -135,7 +135,7 @@ def test_a_net_that_guesses_is_not_kept_as_healthy_and_raises_no_alarm_before_th
     assert (alarm["step"], alarm["action"]) == (12, "warned"), "12 steps are fewer than the grace, but none follows"
     assert run.health[0].grace == 50
     assert "no better than guessing" in run.health[0].verdict
-    assert run.health[0].rollbacks == 0
+    assert run.health[0].rollback.rollbacks == 0
     assert healthy_step(run) == 0, "the start is a place to go back to, and nothing after it is better"
     run = Fit(tmp_path / "learns", "trainer.max_epochs=2", script=[GUESS, GUESS, KNOW])
     assert healthy_step(run) == 8
@@ -147,7 +147,7 @@ def test_a_net_that_falls_back_to_guessing_is_rolled_back_with_half_the_rate(tmp
     (alarm,) = run.events("alarm")
     assert (alarm["kind"], alarm["step"]) == ("guessing", 8)
     assert alarm["action"] == "rolled back to step 4; from here on: half the learning rate"
-    assert run.health[0].measures == ["lower_rate"]
+    assert run.health[0].rollback.measures == ["lower_rate"]
     assert healthy_step(run) == 12
     assert isinstance(run.module.defense.attack, PGD)
     assert not isinstance(run.module.defense.attack, NFGSM)
@@ -159,7 +159,7 @@ def test_a_net_that_never_learns_raises_the_alarm_after_its_grace(tmp_path: Path
     assert (alarm["kind"], alarm["step"], alarm["action"]) == ("guessing", 12, "warned")
     both = Fit(tmp_path / "both", script=[GUESS, KNOW, {**ILL, **{k: GUESS[k] for k in ("guess", "one_class")}}, KNOW])
     assert {event["kind"] for event in both.events("alarm")} == {"catastrophic", "guessing"}
-    assert both.health[0].measures == ["noise"], "where an attack is to blame, too, it is made safer first"
+    assert both.health[0].rollback.measures == ["noise"], "where an attack is to blame, too, it is made safer first"
 
 
 class Spy(pl.Callback):
@@ -220,7 +220,7 @@ def test_a_resumed_run_knows_what_it_learned(tmp_path: Path, after: int) -> None
     again = Fit(folder, script=[WELL], resume=True)
     assert same(again.module.state_dict(), whole.module.state_dict())
     assert isinstance(again.module.defense.attack, NFGSM)
-    assert again.health[0].measures == ["noise"]
+    assert again.health[0].rollback.measures == ["noise"]
     assert again.events("alarm") == whole.events("alarm"), "each once"
     assert [e["step"] for e in again.events("reading")] == [e["step"] for e in whole.events("reading")]
 
@@ -238,7 +238,7 @@ def test_a_healthy_state_that_cannot_be_read_ends_no_run(tmp_path: Path, capsys,
     setattr(Harm, first, Harm.hurt)
     script = [WELL, WELL, ILL] if last else [WELL, WELL, ILL, WELL]
     run = Fit(tmp_path / "run", f"trainer.max_epochs={2 if last else 3}", script=script, extra=[Harm()])
-    assert run.health[0].measures == ["noise"], "the safety measure is in force all the same"
+    assert run.health[0].rollback.measures == ["noise"], "the safety measure is in force all the same"
     says = rf"no healthy state to go back to \(.*healthy\.ckpt is no readable checkpoint \(.+\)\); from here on: {NOISE}"
     told = [line for line in capsys.readouterr().out.splitlines() if re.search(says, line)]
     assert len(told) == 1
@@ -386,14 +386,19 @@ def test_a_measure_is_on_trial_and_undone_where_it_does_not_help(tmp_path: Path)
     )
     assert told[2].endswith("from here on: two attack steps instead of one")
     (health,) = run.health
-    assert (health.measures, health.failed, health.trial, health.rollbacks) == (["two_steps"], ["noise"], {}, 2)
+    assert (health.rollback.measures, health.rollback.failed, health.rollback.trial, health.rollback.rollbacks) == (
+        ["two_steps"],
+        ["noise"],
+        {},
+        2,
+    )
     attack = run.module.defense.attack
     assert (type(attack), attack.steps) == (PGD, 2)
     assert same(spy.at[16]["optimizer"], spy.at[4]["optimizer"]), "back where it was before"
     kept = Fit(
         tmp_path / "kept", "trainer.max_epochs=6", script=[WELL, WELL, ILL, worse(0.2), worse(0.2), WELL, WELL], trial=8
     )
-    assert kept.health[0].measures == ["noise", "two_steps"], "what helps is kept, though it was not enough"
+    assert kept.health[0].rollback.measures == ["noise", "two_steps"], "what helps is kept, though it was not enough"
 
 
 def test_where_no_measure_helps_the_run_goes_on_as_configured_from_its_best_state(tmp_path: Path) -> None:
@@ -407,7 +412,7 @@ def test_where_no_measure_helps_the_run_goes_on_as_configured_from_its_best_stat
     )
     assert told[3:] == ["warned: still so after 2 safety measures, there are no more"]
     (health,) = run.health
-    assert (health.measures, health.failed, health.stopped) == ([], ["noise", "lower_rate"], "")
+    assert (health.rollback.measures, health.rollback.failed, health.stopped) == ([], ["noise", "lower_rate"], "")
     assert type(run.module.defense.attack).__name__ == "FGSMRS"
     assert run.trainer.global_step == 20
     assert run.trainer.optimizers[0].param_groups[0]["initial_lr"] == pytest.approx(0.1), "the rate, too"
@@ -418,7 +423,7 @@ def test_a_net_that_only_guesses_is_stopped_where_rollbacks_cannot_help(tmp_path
     run = Fit(tmp_path / "run", *words, script=[GUESS] * 11, trial=4)
     (health,) = run.health
     assert run.trainer.global_step == 36
-    assert health.measures == ["lower_rate"] * 2
+    assert health.rollback.measures == ["lower_rate"] * 2
     assert health.stopped.startswith("no better than guessing: ")
     assert health.stopped.endswith("still so after 2 safety measures")
     assert run.events("alarm")[-1]["action"] == "stopped: still so after 2 safety measures"
@@ -442,7 +447,7 @@ def test_steps_back_are_not_taken_for_luck(tmp_path: Path) -> None:
     run = Fit(tmp_path / "run", "trainer.max_epochs=4", script=[WELL, WELL, {**ILL, "pgd": 0.375}, WELL, WELL])
     (event,) = run.events("alarm")
     assert event["action"].startswith("stays where it is, for step 4 did not clearly withstand more; from here on: one-step")
-    assert run.health[0].measures == ["noise"]
+    assert run.health[0].rollback.measures == ["noise"]
 
 
 def test_a_reading_knows_how_far_eps_has_climbed(tmp_path: Path) -> None:
@@ -461,7 +466,7 @@ def test_the_limit_of_rollbacks_and_one_measure_after_the_other(tmp_path: Path) 
     assert "still so after 1 safety measure, there are no more; rolled back to step 4; " in told[1]
     assert told[1].endswith("from here on: no further measure")
     run = Fit(tmp_path / "twice", script=[{"nonfinite": 1.0}, ILL, ILL, WELL], trial=1)
-    assert (run.health[0].measures, run.health[0].failed) == (["two_steps"], ["noise"])
+    assert (run.health[0].rollback.measures, run.health[0].rollback.failed) == (["two_steps"], ["noise"])
     assert "no healthy state to go back to" in run.events("alarm")[0]["action"]
     assert run.module.defense.attack.steps == 2
 
