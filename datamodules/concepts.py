@@ -136,7 +136,7 @@ def _position(grey: Tensor) -> Tensor:
 
 
 def procedural_concepts(
-    count: int = 300, size: int = 32, channels: int = 3, *, seed: int = 0, batch_size: int = 128
+    count: int = 200, size: int = 32, channels: int = 3, *, seed: int = 0, batch_size: int = 128
 ) -> ConceptSet:
     """Scenes with exact masks of what was drawn, beside what :func:`label_image_concepts` finds in them.
 

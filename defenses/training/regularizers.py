@@ -68,7 +68,7 @@ class PSE(Term):
 
     def __init__(
         self,
-        weight: float | Ramp = 1.0,
+        weight: float | Ramp = 0.5,
         layers: Sequence[str] = (),
         over: Literal["units", "positions", "both", "activations"] = "units",
         power: int = 1,
@@ -203,7 +203,7 @@ class UnitSensitivity(Term):
 
     def __init__(
         self,
-        weight: float | Ramp = 0.5,
+        weight: float | Ramp = 0.1,
         layers: Sequence[str] = (),
         at: Literal["all", "turning"] = "all",
         concepts: Callable[..., ConceptData] | None = None,

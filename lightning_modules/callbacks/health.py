@@ -39,7 +39,7 @@ from glassarmor.lightning_modules.run.log import RunLog
 Action = Literal["warn", "stop", "rollback"]
 LEAST_GRACE: Final = 50  # steps
 DEFAULT: Final = Limits()
-WARN: Final[Mapping[str, Action]] = {}
+ACTIONS: Final[Mapping[str, Action]] = dict.fromkeys(("nonfinite", "catastrophic", "guessing"), "rollback")
 
 
 class Health(pl.Callback):
@@ -61,7 +61,7 @@ class Health(pl.Callback):
         grace: steps before a net that never did better than guessing raises an alarm; None: a tenth of the run, at least
             ``LEAST_GRACE``.  One that did and lost it raises it at once; the last reading of a run warns whatever the grace.
         limits: above which an alarm is raised.
-        actions: by kind of alarm; "warn" where none is given.
+        actions: by kind of alarm; "warn" for kinds that are left out.
         safer: safety measures, in this order, where they apply; when none is left, the learning rate is halved.
         most: rollbacks of a run; then they end, as where no measure is left.
 
@@ -80,7 +80,7 @@ class Health(pl.Callback):
         thorough_every: int = 10,
         grace: int | None = None,
         limits: Limits = DEFAULT,
-        actions: Mapping[str, Action] = WARN,
+        actions: Mapping[str, Action] = ACTIONS,
         safer: Sequence[str] = ("noise", "two_steps", "smaller_step"),
         most: int = 5,
     ) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
+import yaml
+from hydra.utils import get_object, instantiate
 
 from glassarmor.defenses.attacks.pgd import PGD
 from glassarmor.lightning_modules.commands import train
-from tests.composing import SMALL, config, options
+from tests.composing import CONFIGS, SMALL, config, options
 
 
 def step(*overrides: str) -> train.Parts:
@@ -191,3 +195,55 @@ def test_every_attack_attacks(name: str) -> None:
 def test_experiments_compose() -> None:
     for name in options("experiment"):
         assert config(f"experiment={name}").data is not None
+
+
+# Where a YAML says something else than the class does by itself, and why.
+ON_PURPOSE = {
+    "Augment.pad": "the dataset's own",
+    "Augment.flip": "the dataset's own",
+    "APGD.objective": "None stands for it",
+    "PGD.objective": "the recipe of TRADES and of NuAT",
+    "PGD.start": "the recipe of TRADES and of NuAT",
+    "PGD.steps": "10 train, 20 judge; NuAT has one",
+    "PGD.seed": "each attack of a run its own",
+    "NuclearNorm.weight": "the recipe's ramp",
+    "LogitPairing.weight": "off until it is asked for",
+    "imported.args": "None stands for it",
+    "wide_resnet.depth": "the name of the YAML",
+    **dict.fromkeys(
+        [f"{name}.augment" for name in ("Arrays", "CIFAR10", "CIFAR100", "Digits", "ImageFolder", "SVHN")],
+        "who loads images in Python gets them as they are",
+    ),
+}
+
+
+def blocks(node: Any) -> Iterator[Mapping[str, Any]]:
+    """The parts of a YAML that make something of ours."""
+    if isinstance(node, Mapping):
+        if str(node.get("_target_", "")).startswith("glassarmor."):
+            yield node
+        for value in node.values():
+            yield from blocks(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from blocks(value)
+
+
+def test_a_class_by_itself_is_what_its_yaml_says() -> None:
+    """Else a regulariser that a user makes in Python has another weight than the one of the same name on a command line."""
+    differs = set()
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        if path.parent.name in ("experiment", "study"):  # each another set of values, that is what they are for
+            continue
+        for block in blocks(yaml.safe_load(path.read_text(encoding="utf-8"))):
+            known = inspect.signature(get_object(block["_target_"])).parameters
+            for key, value in block.items():
+                if key not in known or known[key].default is inspect.Parameter.empty or str(value).startswith("${"):
+                    continue
+                found = instantiate(value, _convert_="all") if isinstance(value, Mapping) else value
+                default = known[key].default
+                if isinstance(default, Mapping) and isinstance(found, Mapping) and key == "actions":
+                    default = dict.fromkeys(found, "warn") | default
+                if (list(default) if isinstance(default, tuple) else default) != found:
+                    differs.add(f"{block['_target_'].rpartition('.')[2]}.{key}")
+    assert differs == set(ON_PURPOSE)
