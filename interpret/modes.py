@@ -227,10 +227,6 @@ def _all_but_channels(x: Tensor) -> list[int]:
     return [d for d in range(x.dim()) if d != 1]
 
 
-def _by_channel(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(1, -1, *[1] * (like.dim() - 2))
-
-
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x · scale + shift: BatchNorm's own kernel with mean 0 and variance 1 reads and writes each map once."""
     return torch.batch_norm(x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0, False)

@@ -142,7 +142,6 @@ def test_yaml_names_public_faces() -> None:
             "matplotlib",
             lambda p: p.startswith("interpret/views/draw/") or p == "interpret/views/view.py",
         ),  # the figure's type
-        ("plotly", lambda p: False),
         ("jinja2", lambda p: p.startswith("interpret/views/page/")),
         ("pytorch_lightning", lambda p: p.startswith(("datamodules/", "lightning_modules/"))),
         ("pyautoattack", lambda p: p == "defenses/attacks/autoattack.py"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from glassarmor.interpret.statistics import Paired, bootstrap_interval, front, holm, hypervolume, mean_std, paired, robust_at
+from glassarmor.interpret.statistics import Paired, bootstrap_interval, holm, hypervolume, mean_std, paired, robust_at
 from glassarmor.lightning_modules.study.records import RunRecord
 
 SELECTED: Final = "defended, best epoch"  # chosen on the validation split; the test set selects nothing
@@ -204,12 +204,3 @@ def _dominating(setting: Setting, settings: Sequence[Setting], attack: str, netw
         if c >= clean and r >= robust and (c, r) != (clean, robust):
             return other.label
     return ""
-
-
-def on_front(settings: Sequence[Setting], attack: str, network: str = SELECTED) -> list[Setting]:
-    """Settings whose mean (clean, robust) no other dominates."""
-    finished = [s for s in settings if s.accuracy(attack, network)]
-    return [finished[i] for i in front([s.mean_point(attack, network) for s in finished])]
-
-
-# ---- tables ---------------------------------------------------------------------------------------------------------

@@ -108,8 +108,6 @@ def test_units_that_detect_a_concept_get_its_name_and_iou_one() -> None:
     assert found.detectors_by_category == {"stuff": 2, "thing": 1} == found.unique_detectors
     assert [STATES[s] for s in found.state.tolist()] == ["alive"] * 3 + ["zero", "constant"]
     assert found.intersection[:3].tolist() == [[0, 0, 8], [0, 10, 0], [24, 0, 0]]
-    assert found.attainable[0, 2] == 1
-    assert found.attainable[0, 0] == 8 / 24
     assert found.top_images[:2, 0].tolist() == [9, 4]
     assert found.top_positions[:2, 0].tolist() == [[4, 0], [5, 5]]
     assert found.top_values[:2, 0].tolist() == [2.25, pytest.approx(0.4)]

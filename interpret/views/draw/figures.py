@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.patches import Patch
 
-from glassarmor.interpret.views.charts import Bars, Lines, MapColumn, Maps, Scatter, Trend
+from glassarmor.interpret.views.charts import Bars, Lines, MapColumn, Maps, Scatter
 from glassarmor.interpret.views.draw import raster
 
 DPI = 100
@@ -291,25 +291,4 @@ def charts_figure(charts: Sequence[Bars | Lines | Scatter], heading: str = "", c
             _draw_lines(axes, chart)
         else:
             _draw_scatter(axes, chart)
-    return figure
-
-
-def trend_figure(trend: Trend, epochs: Sequence[int], history: Sequence[Mapping[str, float]]) -> Figure:
-    """A trend over epochs; ``history`` holds the scalars of each of ``epochs``."""
-    figure = Figure(figsize=(5.2, 2.8), dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
-    factor = 100 if trend.unit == "%" or trend.style == "share" else 1
-    series = [np.array([h.get(key, np.nan) for h in history], float) * factor for key in trend.keys]
-    if trend.style == "share":
-        axes.stackplot(epochs, np.nan_to_num(series), labels=trend.labels, colors=raster.CATEGORIES)
-        axes.set_ylim(0, 100)
-    else:
-        for i, (label, values) in enumerate(zip(trend.labels, series, strict=True)):
-            axes.plot(epochs, values, label=label, color=raster.SERIES[i % len(raster.SERIES)], lw=1.8)
-        if trend.limits:
-            axes.set_ylim(trend.limits[0] * factor, trend.limits[1] * factor)
-    plain_axes(axes, trend.title)
-    axes.set_xlabel("epoch", fontsize=8, color=MUTED)
-    axes.set_ylabel("%" if factor == 100 else trend.unit, fontsize=8, color=MUTED)
-    axes.legend(fontsize=7.5, frameon=False)
     return figure

@@ -52,11 +52,6 @@ def quantise(values: np.ndarray) -> tuple[np.ndarray, float]:
     return np.where(finite, codes, info.min).astype(dtype), step
 
 
-def dequantise(codes: np.ndarray, step: float) -> np.ndarray:
-    """The inverse of :func:`quantise`."""
-    return np.where(codes == np.iinfo(codes.dtype).min, np.nan, codes * step)
-
-
 def in_base64(array: np.ndarray) -> str:
     array = np.ascontiguousarray(array)
     return base64.b64encode(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")
