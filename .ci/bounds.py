@@ -14,9 +14,9 @@ PROJECT = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").rea
 
 
 def requirements(which: str) -> list[str]:
-    """The direct dependencies with those of "slurm" and "dev", at their lower bounds or as ranges."""
+    """The direct dependencies with those of "slurm", "timm" and "dev", at their lower bounds or as ranges."""
     extras = PROJECT["optional-dependencies"]
-    ranges = [*PROJECT["dependencies"], *extras["slurm"], *extras["dev"]]
+    ranges = [*PROJECT["dependencies"], *extras["slurm"], *extras["timm"], *extras["dev"]]
     if which == "newest":
         return ranges
     found = []

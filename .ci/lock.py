@@ -1,4 +1,4 @@
-"""Prints the lock file, for Python 3.11: every package that `pip install -e .[dev,slurm]` takes today, at its exact version.
+"""Prints the lock file, for Python 3.11: what `pip install -e .[dev,slurm,timm]` takes today, at its exact version.
 
     python .ci/lock.py > requirements.txt
 
@@ -23,7 +23,7 @@ def main() -> None:
     """Resolve, and print a line a package."""
     if sys.version_info[:2] != (3, 11):
         sys.exit(f"the lock is for Python 3.11, found {sys.version_info.major}.{sys.version_info.minor}")
-    words = ["install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", f"{ROOT}[dev,slurm]"]
+    words = ["install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", f"{ROOT}[dev,slurm,timm]"]
     report = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True, check=True).stdout
     packages = {entry["metadata"]["name"]: entry["metadata"]["version"] for entry in json.loads(report)["install"]}
     lines = []

@@ -107,7 +107,7 @@ def against(cfg: DictConfig, data: ImageDataModule) -> Other:
             raise ValueError(f"against: {cfg.against} was trained on other data: data.{key} is {saved.data.get(key)}")
     net = make_network(instantiate(saved.network), data, bool(saved.get("channels_last")))
     with renamed_keys(checkpoint="against"):
-        load_weights(net, weights)
+        say(load_weights(net, weights).notes)
     if run is not None:
         say(compared(run.parent, fingerprint(data), "against", own=False))
     return Other(named(weights, run), net.eval())

@@ -140,7 +140,7 @@ def twin_of(of: Subject) -> tuple[nn.Module | None, list[str]]:
         weights, run = located(cfg.twin)
         saved = cfg if run is None else OmegaConf.create(read_config(run, "twin", cfg.trust))
         twin = make_network(instantiate(saved.network), of.data).eval()
-        load_weights(twin, weights)
+        say(load_weights(twin, weights).notes)
     return twin, [] if run is None else compared(run.parent, of.about, "twin", own=False)
 
 

@@ -68,9 +68,12 @@ def imported(cfg: DictConfig) -> DictConfig:
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     if cfg.model is None:
-        for key in ("weights", "mean", "std"):
+        for key in ("mean", "std"):
             if cfg[key] is not None:
                 raise ValueError(f"{key}: expected model=module:callable beside it, found {key}={cfg[key]} alone")
+        if cfg.weights is not None and cfg.checkpoint is not None:
+            raise ValueError("weights: says what checkpoint= says; expected one of them, found both")
+        cfg.checkpoint = cfg.weights if cfg.checkpoint is None else cfg.checkpoint
         return cfg
     if (cfg.mean is None) != (cfg.std is None):
         raise ValueError(
@@ -159,7 +162,8 @@ def subject(cfg: DictConfig) -> Subject:
         ValueError: weights that are not there or do not fit, or a config that is not whole.
     """
     cfg = imported(cfg)
-    theirs = {"checkpoint": "weights", "network.target": "model", "network": "model"} if cfg.model else {}
+    theirs = {"checkpoint": "weights"} if cfg.weights is not None or cfg.model else {}
+    theirs |= {"network.target": "model", "network": "model"} if cfg.model else {}
     with renamed_keys(**theirs):
         weights, run = (None, None) if cfg.model and cfg.checkpoint is None else located(cfg.checkpoint)
     own = cfg.get("data") is None
@@ -178,7 +182,7 @@ def subject(cfg: DictConfig) -> Subject:
     with renamed_keys(**theirs):
         net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")), differentiable=cfg.suite is None)
         if weights is not None:
-            load_weights(net if cfg.mean is None else net.get_submodule("net"), weights)
+            say(load_weights(net, weights).notes)
     return Subject(cfg, data, net.eval(), weights, run, about, differs)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from glassarmor.lightning_modules.networks.check import check_network
+from glassarmor.lightning_modules.networks.fitting import fit
+from glassarmor.lightning_modules.networks.weight_files import read_weight_sets, sha256_of
 
 
 class ImageData(Protocol):
@@ -40,32 +43,48 @@ def make_network(
     return net
 
 
-def load_weights(net: nn.Module, path: str | Path) -> None:
-    """Fill ``net`` from a checkpoint of a run, or from a state dict of the network itself; nothing else is unpickled.
+@dataclass(frozen=True)
+class Filled:
+    """What a network was filled with.
+
+    place: the keys of the file that lead to its weights, e.g. "model_state_dict"; empty for a plain state dict.
+    new: names of a head for other classes, which stays as it was.  notes: what a reader should know.
+    """
+
+    path: Path
+    sha256: str
+    place: str
+    new: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def load_weights(
+    net: nn.Module, path: str | Path, key: str = "checkpoint", *, new_head: bool = False, ignored: tuple[str, ...] = ()
+) -> Filled:
+    """Fill ``net`` from a checkpoint of a run, or from what others publish; nothing but tensors is unpickled.
+
+    Args:
+        key: what errors begin with.
+        new_head: a last layer for another number of classes stays as it is, which the result says.
+        ignored: beginnings of names that the file may hold too much, e.g. of auxiliary heads.
 
     Raises:
-        ValueError: no such file, no weights in it, or weights of another network.
+        ValueError: no such file, no weights in it, or weights of another network; says what was found, and what expected.
     """
-    try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch's own words recommend to unpickle anything
-        raise ValueError(f"checkpoint: {path} is no file of weights ({type(error).__name__})") from error
-    state = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"checkpoint: {path} holds no state dict of tensors")
-    wanted = net.state_dict()
-    if state.keys() != wanted.keys() and any(name.startswith("net.") for name in state):
-        state = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
-    missing, foreign = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & state.keys()
-        if state[name].shape != wanted[name].shape
-    ]
-    if missing or foreign or shapes:
-        found = [f"missing {sorted(missing)[:3]}"] * bool(missing) + [f"unknown {sorted(foreign)[:3]}"] * bool(foreign)
+    path = Path(path)
+    fits = [fit(net, each, new_head, ignored) for each in read_weight_sets(path, key)]
+    found = next((each for each in fits if each.fits), None)
+    if found is None:
+        closest = max(fits, key=lambda each: len(each.state))
+        names, wanted = list(closest.taken.tensors), list(net.state_dict())
+        more = f" and {len(closest.problems) - 3} more" if len(closest.problems) > 3 else ""
         raise ValueError(
-            f"checkpoint: {path} does not fit the network: {'; '.join(found + sorted(shapes)[:3])}; "
-            "choose network=... (or model=...) and data=... as in training"
+            f"{key}: {path} does not fit the network: {'; '.join(closest.problems[:3])}{more}. It holds {len(names)} "
+            f"tensors, e.g. {', '.join(names[:3])}; expected {len(wanted)}, e.g. {', '.join(wanted[:3])}. "
+            "Choose network=... (or model=...) and data=... as in training"
         )
-    net.load_state_dict(state)
+    others = [each.taken.place for each in fits if each.fits and each is not found]
+    if others:
+        found.notes.append(f"{found.taken.place or 'its first set'} was taken; {', '.join(others)} would fit too")
+    net.load_state_dict(found.state, strict=False)
+    return Filled(path, sha256_of(path), found.taken.place, tuple(found.new), tuple(found.notes))

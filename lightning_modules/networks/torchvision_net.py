@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glassarmor.lightning_modules.networks.build import load_weights
 from glassarmor.lightning_modules.networks.check import without_inplace
 from glassarmor.lightning_modules.networks.normalize import Normalize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 INCEPTIONS = ("googlenet", "inception_v3")
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of the published files, which help training alone
 
 
-class TorchvisionNet(nn.Module):
+class LibraryNet(nn.Module):
     """Images (N, 1 or 3, H, W) in [0,1] -> logits (N, num_classes) of ``net``.
 
     Grey images become three equal channels, then all are normalised and, with ``image_size``, resized to that many
@@ -63,20 +62,19 @@ def torchvision_net(
     weights: str | None = None,
     image_size: int | None = None,
     normalization: Literal["data", "imagenet"] | None = None,
-) -> TorchvisionNet:
+) -> LibraryNet:
     """The torchvision classifier ``name`` for ``num_classes`` classes, without in-place modules.
 
     Args:
-        weights: local file of a state dict, as torchvision publishes them; the head is left out (and stays randomly
-            initialised) where the file has another number of classes.
+        weights: local file of a state dict (:func:`.load_weights`); the head is left out (and stays randomly initialised)
+            where the file has another number of classes.
         image_size: pixels a side that images are resized to inside the net; vision transformers and MaxViT are built
             for this size (224 unless given).
         normalization: "data" uses ``mean`` and ``std``, "imagenet" the statistics behind torchvision's own weights;
             None takes "imagenet" with ``weights`` and "data" without.
 
     Raises:
-        ValueError: for an unknown name, an option out of range, or a weights file that is corrupt or does not fit.
-        FileNotFoundError: if ``weights`` is no file.
+        ValueError: for an unknown name, an option out of range, or weights that :func:`.load_weights` refuses.
     """
     allowed = torchvision.models.list_models(module=torchvision.models)
     if name not in allowed:
@@ -96,12 +94,12 @@ def torchvision_net(
     imagenet = normalization == "imagenet" or (normalization is None and weights is not None)
     net = _build(name, num_classes, image_size, imagenet)
     if weights is not None:
-        _load(net, name, Path(weights))
+        load_weights(net, weights, "network.weights", new_head=True, ignored=AUXILIARY if name in INCEPTIONS else ())
     if imagenet:
         mean, std = IMAGENET_MEAN, IMAGENET_STD
     elif in_channels == 1:
         mean, std = tuple(mean) * 3, tuple(std) * 3
-    return TorchvisionNet(Normalize(mean, std), without_inplace(net), image_size)
+    return LibraryNet(Normalize(mean, std), without_inplace(net), image_size)
 
 
 def _build(name: str, num_classes: int, image_size: int | None, imagenet: bool) -> nn.Module:
@@ -119,62 +117,3 @@ def _build(name: str, num_classes: int, image_size: int | None, imagenet: bool) 
     except (AssertionError, ValueError) as error:  # a size that is no multiple of the patch or window
         raise ValueError(f"network.image_size must fit {name}  Got: {image_size} ({error})") from error
     return net
-
-
-def _load(net: nn.Module, name: str, path: Path) -> None:
-    """Fill ``net`` from the state dict in ``path``: every key must fit, but for a head of other classes."""
-    state = _read(path)
-    expected = net.state_dict()
-    for key in list(state):
-        if name in INCEPTIONS and key.startswith(("aux1.", "aux2.", "AuxLogits.")):
-            del state[key]
-        elif name.startswith("densenet") and (old := re.fullmatch(r"(.*denselayer\d+\.(?:norm|conv))\.(\d\..*)", key)):
-            state["".join(old.groups())] = state.pop(key)  # published before module names could not hold a dot
-    head = {f"{_head(net)}.{kind}" for kind in ("weight", "bias")} & state.keys() & expected.keys()
-    other_classes = {
-        key for key in head if state[key].shape[1:] == expected[key].shape[1:] and len(state[key]) != len(expected[key])
-    }
-    for key in other_classes:
-        del state[key]
-
-    problems = [
-        f"{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in state
-        if key in expected and state[key].shape != expected[key].shape
-    ]
-    if not problems:
-        keys = net.load_state_dict(state, strict=False)
-        problems = [f"{key} is missing" for key in keys.missing_keys if key not in other_classes]
-        problems += [f"{key} is not in the net" for key in keys.unexpected_keys]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"network.weights must hold a state dict of network.name={name} (the head may have other classes)"
-            f"  Got: {path}: {'; '.join(problems[:5])}{more}"
-        )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"network.weights must be a local file; nothing is downloaded  Got: {path}: no such file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
-        reason = str(error).splitlines()[0] if str(error) else "no message"
-        raise ValueError(
-            "network.weights must be a file that torch.load(..., weights_only=True) reads, damaged or other files are not"
-            f"  Got: {path}: {type(error).__name__}: {reason}"
-        ) from error
-    is_dict = isinstance(state, dict)
-    if not is_dict or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        found = f"a dict with keys {', '.join(map(str, list(state)[:5]))}" if is_dict else type(state).__name__
-        raise ValueError(
-            "network.weights must hold a state dict, parameter names to tensors, as net.state_dict() gives"
-            f"  Got: {path}: {found}"
-        )
-    return state
-
-
-def _head(net: nn.Module) -> str:
-    """Name of the last linear or convolutional layer (SqueezeNet ends in one): the one with a row for each class."""
-    return [name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]

@@ -12,12 +12,12 @@ from pathlib import Path
 import hydra
 import numpy as np
 import pytest
-import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
 from glassarmor.interpret.views.charts import Table
 from glassarmor.lightning_modules.commands import evaluate, subject, train
+from glassarmor.lightning_modules.networks.build import Filled
 from glassarmor.lightning_modules.run.console import console, note, printable, show, steps
 from tests.composing import SMALL, config
 
@@ -67,9 +67,9 @@ def test_every_door_refuses_foreign_code(
     run = foreign_run(tmp_path / "run", canary, key, target)
     mine = tmp_path / "mine"
     if "checkpoint=MINE" in words:
-        net = torch.nn.Module()
+        filled = Filled(mine, "", "", (), ())
         foreign_run(mine, canary, "name", "mine")  # type: ignore[arg-type]
-        monkeypatch.setattr(subject, "load_weights", lambda *_: net)
+        monkeypatch.setattr(subject, "load_weights", lambda *_: filled)
     said = [word.replace("RUN", str(run)).replace("MINE", str(mine)) for word in words]
     monkeypatch.setattr(sys, "argv", [script, *said])
     hydra.core.global_hydra.GlobalHydra.instance().clear()

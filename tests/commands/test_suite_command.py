@@ -332,7 +332,7 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
         ("model=their_models:hidden weights=null masking.by=margin", "masking: units are chosen by gradients"),
         ("model=their_models:wrong", "model: it must return logits, one floating-point tensor (N, num_classes) = (2, 2)"),
         ("weights=nowhere.pt", "weights: expected a run folder or a file of weights"),
-        ("weights=other.pt", "weights: other.pt does not fit the network: 4.bias (3,) instead of (2,)"),
+        ("weights=other.pt", "weights: other.pt does not fit the network: 4.weight (3, 4) instead of (2, 4)"),
         ("model=nowhere:make", "model: module 'nowhere' must be importable"),
         (
             "model=their_models:pair",
@@ -383,7 +383,7 @@ def test_a_radius_is_set_by_eps_where_the_run_brings_the_threat() -> None:
         ("network.width=0.5", "does not fit the network"),
         ("checkpoint=nowhere", "checkpoint: expected a run folder or a file of weights"),
         ("checkpoint=null", "checkpoint: expected a run folder or a file of weights, e.g."),
-        ("weights=net.pt", "weights: expected model=module:callable beside it"),
+        ("weights=net.pt", "weights: says what checkpoint= says; expected one of them, found both"),
         ("twin=nowhere", "twin: expected a run folder"),
     ],
 )

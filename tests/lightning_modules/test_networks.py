@@ -19,10 +19,11 @@ from glassarmor.lightning_modules.networks.imported import imported
 from glassarmor.lightning_modules.networks.normalize import Normalize
 from glassarmor.lightning_modules.networks.resnet import PreActResNet, ResNet, preact_resnet18, resnet18
 from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.lightning_modules.networks.timm_net import timm_net
 from glassarmor.lightning_modules.networks.torchvision_net import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    TorchvisionNet,
+    LibraryNet,
     torchvision_net,
 )
 from glassarmor.lightning_modules.networks.wide_resnet import wide_resnet
@@ -244,7 +245,7 @@ def test_grey_images_become_three_equal_channels() -> None:
 
 @pytest.mark.parametrize("side", [20, 32, 50])
 def test_images_are_resized_inside_differentiably(side: int) -> None:
-    net = TorchvisionNet(Normalize(MEAN, STD), nn.Flatten(), image_size=32).double()
+    net = LibraryNet(Normalize(MEAN, STD), nn.Flatten(), image_size=32).double()
     images = torch.rand(1, 3, side, side, dtype=torch.double, requires_grad=True)
     assert net(images).shape == (1, 3 * 32 * 32)
     direction = torch.rand_like(images)
@@ -256,7 +257,7 @@ def test_images_are_resized_inside_differentiably(side: int) -> None:
 
 
 def test_the_same_image_size_changes_nothing() -> None:
-    net = TorchvisionNet(Normalize([0.0] * 3, [1.0] * 3), nn.Identity(), image_size=8)
+    net = LibraryNet(Normalize([0.0] * 3, [1.0] * 3), nn.Identity(), image_size=8)
     images = torch.rand(1, 3, 8, 8)
     assert torch.equal(net(images), images)
 
@@ -325,32 +326,42 @@ def test_weights_that_do_not_fit_name_the_keys(weights: Path, tmp_path: Path) ->
     for name, change, message in (
         ("headless", lambda: state.pop("classifier.1.bias"), r"classifier\.1\.bias is missing"),
         ("missing", lambda: state.pop("features.0.bias"), r"features\.0\.bias is missing"),
-        ("extra", lambda: state.update(other=torch.ones(1)), r"other is not in the net"),
-        ("shape", lambda: state.update({first: torch.ones(2)}), rf"{first} has shape \(2,\) instead of \(64, 3, 3, 3\)"),
+        ("extra", lambda: state.update(other=torch.ones(1)), r"other is not in the network"),
+        ("shape", lambda: state.update({first: torch.ones(2)}), rf"{first} \(2,\) instead of \(64, 3, 3, 3\)"),
     ):
         change()
         torch.save(state, tmp_path / name)
-        with pytest.raises(ValueError, match=rf"network\.weights .*network\.name=squeezenet1_1.*Got: .*{message}"):
+        with pytest.raises(ValueError, match=rf"network\.weights: \S*{name} does not fit the network: .*{message}"):
             squeeze(num_classes=10, weights=str(tmp_path / name))
 
 
-def test_files_that_hold_no_state_dict(weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"network\.weights .*Got: .*none\.pth: no such file"):
-        squeeze(num_classes=10, weights=str(tmp_path / "none.pth"))
-    (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:1000])
-    (tmp_path / "text.pth").write_text("weights")
-    (tmp_path / "empty.pth").write_bytes(b"")
-    torch.save({"model": {"epoch": 1}, "epoch": 3}, tmp_path / "nested.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    for name, found in (
-        ("cut", "Error"),
-        ("text", "Error"),
-        ("empty", "Error"),
-        ("nested", "a dict with keys model, epoch"),
-        ("list", "list"),
+# -- timm --------------------------------------------------------------------------------------------------------------
+
+timm = partial(timm_net, num_classes=5, mean=(0.5,), std=(0.25,), in_channels=1)
+
+
+def test_a_net_of_timm_is_its_own_with_weights_of_a_local_file(tmp_path: Path) -> None:
+    library = pytest.importorskip("timm")
+    torch.manual_seed(1)
+    args = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    theirs = library.create_model("vit_tiny_patch16_224", img_size=16, num_classes=7, **args).eval()
+    torch.save({"state_dict_ema": theirs.state_dict()}, tmp_path / "vit.pt")
+    vit = partial(timm, name="vit_tiny_patch16_224", image_size=16, args=args)
+    net = vit(num_classes=7, weights=str(tmp_path / "vit.pt")).eval()
+    x = torch.rand(2, 1, 8, 8)
+    wide = nn.functional.interpolate(x.expand(-1, 3, -1, -1), size=(16, 16), mode="bilinear")
+    torch.testing.assert_close(net(x), theirs((wide - 0.5) / 0.5))  # the statistics that timm records for this net
+    assert vit(weights=str(tmp_path / "vit.pt")).net.head.out_features == 5
+    check_network(vit(), (1, 8, 8), 5)
+    for options, message in (
+        ({"name": "vit_tinny"}, r"network\.name: expected one of timm's .*vit_tiny.*found 'vit_tinny'"),
+        ({"name": "hf-hub:someone/net"}, r"network\.name: "),
+        ({"args": {"pretrained": True}}, r"network\.args: nothing is downloaded"),
+        ({"args": {"depht": 3}}, r"network: timm cannot build vit_tiny"),
+        ({"weights": str(tmp_path / "no.pt")}, r"network\.weights: expected a file of weights"),
     ):
-        with pytest.raises(ValueError, match=rf"network\.weights must .*Got: .*{name}\.pth: .*{found}"):
-            squeeze(num_classes=10, weights=str(tmp_path / f"{name}.pth"))
+        with pytest.raises(ValueError, match=message):
+            vit(**options)
 
 
 # -- The user's own ----------------------------------------------------------------------------------------------------
