@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from glassarmor.defenses.attacks.pgd import Attack
 from glassarmor.defenses.training.defense import Defense
+from glassarmor.lightning_modules.learning import rate_factors, require_learning, scale_rates
 
 Batch = tuple[Tensor, Tensor]
 
@@ -33,6 +34,7 @@ class RobustClassifier(pl.LightningModule):
         num_classes: K.
         optimizer: parameters → optimizer.
         scheduler: (optimizer, total_steps) → per-step schedule.
+        lr_factors: names of layers, with ``*`` as in file names → what multiplies their learning rate.
         seed: every random number of a step is a function of this seed and the step, so that a resumed run repeats an
             uninterrupted one without saving generator states.
     """
@@ -43,9 +45,10 @@ class RobustClassifier(pl.LightningModule):
         defense: Defense,
         val_attack: Attack,
         num_classes: int,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        optimizer: Callable[[Iterable[Any]], Optimizer],
         scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         seed: int = 0,
+        lr_factors: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -54,6 +57,7 @@ class RobustClassifier(pl.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.seed = seed
+        self.lr_factors = lr_factors
         self.rescue: Callable[[str], bool] = lambda message: False  # True: the step is skipped, and someone sees to it
         # None looks at values to check them, for which every step would wait for the device.
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -146,8 +150,22 @@ class RobustClassifier(pl.LightningModule):
         self.log(f"{split}/clean_acc", clean, prog_bar=True)
         self.log(f"{split}/robust_acc", robust, prog_bar=True)
 
+    def optimizer(self) -> Optimizer:
+        """A new optimiser of what the network learns.
+
+        Raises:
+            ValueError: nothing learns, or as :func:`.rate_factors`.
+        """
+        require_learning(self.net)
+        if not self.lr_factors:
+            return self.make_optimizer(self.net.parameters())
+        groups = rate_factors(self.net, self.lr_factors)
+        optimizer = self.make_optimizer([{"params": parameters} for parameters in groups.values()])
+        scale_rates(optimizer, groups)
+        return optimizer
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.net.parameters())
+        optimizer = self.optimizer()
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))

@@ -66,7 +66,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("commands",),
         ("cards", "study", "callbacks"),
         ("run", "networks", "classifier"),
-        ("selection", "schedules", "randomness"),
+        ("selection", "schedules", "randomness", "learning"),
     ),
     "datamodules": (("",),),
 }

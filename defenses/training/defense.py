@@ -172,8 +172,11 @@ class Defense(nn.Module):
         need a place.
 
         Raises:
-            ValueError: a layer that does not exist, stays silent, or does not suit its term; a loss that is not finite.
+            ValueError: a layer that does not exist, stays silent, or does not suit its term; a loss that is not finite; a
+                net in training mode of which nothing learns.
         """
+        if net.training and torch.is_grad_enabled():
+            require_learning(net)
         for name, term in self.named_terms().items():
             if term.layers:
                 find_layers(net, term.layers, key=f"regularizers.{name}.layers")
@@ -301,3 +304,9 @@ class Defense(nn.Module):
             if weight != 0:
                 loss = loss + weight * value
         return StepOutput(loss, values, weights, obs)
+
+
+def require_learning(net: nn.Module, found: str = "net: found") -> None:
+    """Raises ValueError where no parameter of the net asks for a gradient."""
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ValueError(f"{found} nothing that learns; expected at least one parameter that is not frozen")

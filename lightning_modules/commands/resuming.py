@@ -25,6 +25,9 @@ FIXED: Final = {  # key of the config → what another value would be; with anot
     "select": "another choice of the best epoch",
     "probe": "other images on the dashboard",
     "ema": "other weights that are judged",
+    "freeze": "other weights that learn",
+    "lr_factors": "an optimiser of other groups",
+    "output": "another network",
     "name": "another folder",
     "out": "another folder",
 }

@@ -38,6 +38,7 @@ from glassarmor.lightning_modules.callbacks.progress import ProgressBar
 from glassarmor.lightning_modules.classifier import Diverged, RobustClassifier
 from glassarmor.lightning_modules.commands.errors import Stopped, require_class, run_command
 from glassarmor.lightning_modules.commands.resuming import note_changes, resumed_config
+from glassarmor.lightning_modules.commands.starting import WarmStart, warm_start
 from glassarmor.lightning_modules.networks.build import make_network
 from glassarmor.lightning_modules.run.console import clear_errors, console, note, require_whole, show
 from glassarmor.lightning_modules.run.data_record import compared, note_data
@@ -59,6 +60,7 @@ class Parts:
     data: ImageDataModule
     module: RobustClassifier
     panels: dict[str, Any]
+    start: WarmStart
 
 
 def build(cfg: DictConfig) -> Parts:
@@ -70,6 +72,7 @@ def build(cfg: DictConfig) -> Parts:
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
     data.setup("fit")
     net = make_network(instantiate(cfg.network), data, cfg.channels_last)
+    start = warm_start(cfg, net)
     defense = instantiate(cfg.defense, _convert_="all")
     if defense.attack is not None:
         defense.attack.threat.check(data.image_shape)
@@ -84,14 +87,25 @@ def build(cfg: DictConfig) -> Parts:
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         scheduler=instantiate(cfg.scheduler, _convert_="all"),
         seed=cfg.seed,
+        lr_factors=plain_value(cfg.get("lr_factors")),
     )
+    check_optimizer(module)
+    return Parts(data, module, instantiate(cfg.panels, _convert_="all"), start)
+
+
+def plain_value(value: Any) -> Any:
+    """Without the wrapper that OmegaConf puts around dicts and lists."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def check_optimizer(module: RobustClassifier) -> None:
+    """Raises ValueError where the optimiser cannot be made, or would divide by what is no number."""
     try:
-        rates = [group["lr"] for group in module.make_optimizer(net.parameters()).param_groups]
+        rates = [group["lr"] for group in module.optimizer().param_groups]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer: {error}") from error
+        raise error if str(error).startswith(("lr_factors", "net:")) else ValueError(f"optimizer: {error}") from error
     if not all(math.isfinite(rate) for rate in rates):
         raise ValueError(f"optimizer.lr: expected a finite number, found {rates[0]}")
-    return Parts(data, module, instantiate(cfg.panels, _convert_="all"))
 
 
 def undefended(cfg: DictConfig) -> DictConfig:
@@ -138,6 +152,7 @@ def prepare(cfg: DictConfig, what: str, command: str) -> Plan:
     parts = build(cfg)
     data, module = parts.data, parts.module
     about = fingerprint(data, cfg.get("hash_images", False))
+    known_start = parts.start.checked(folder)
     own = folder is not None and cfg.data == OmegaConf.load(folder.config).data
     differs = [] if folder is None else compared(folder.path, about, "resume", own)
     probe = data.probe(cfg.probe.size)
@@ -156,10 +171,12 @@ def prepare(cfg: DictConfig, what: str, command: str) -> Plan:
         folder = RunFolder.scratch(what)
     elif folder is None:
         composed = OmegaConf.to_yaml(cfg, resolve=True)
-        known = {"probe": probe.hash, "command": command, "data": about, **many}
+        known = {"probe": probe.hash, "command": command, "data": about, **known_start, **many}
         folder = RunFolder.create(cfg.out, cfg.name, what, composed, **known)
     hold = folder.hold()
     folder.note(**many)
+    for sentence in parts.start.sentences if leads else ():
+        note(sentence)
     if point is not None and leads:
         for sentence in [*note_changes(folder, cfg, point), *differs]:
             note(sentence)
