@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from glassarmor.defenses.training.defense import Defense
 from glassarmor.interpret.modes import evaluating
-from glassarmor.interpret.observation import Observation, find_layers, observe, record
+from glassarmor.interpret.network.axes import tensors_in
+from glassarmor.interpret.network.layouts import Layout, layouts_of, plain_layout
+from glassarmor.interpret.observation import Observation, find_layers, observe, record, replaced
 from glassarmor.interpret.signals.conductance import conductance
 from glassarmor.interpret.signals.running import RunningSensitivity
 from glassarmor.interpret.signals.sensitivity import EPS, SILENT, equal_norm_noise
@@ -29,6 +31,8 @@ Criterion = Literal["sensitivity", "margin", "noise_corrected", "random"]
 class UnitMask:
     """Which units stay, by layer, (C,) bool; what a masked one answers, by layer, (C,); and what chose them.
 
+    ``layouts``: of the layers; without one, units are the second axis.
+
     Raises:
         ValueError: other shapes, or a layer of which nothing would be left.
     """
@@ -36,6 +40,7 @@ class UnitMask:
     keep: Mapping[str, Tensor]
     fill: Mapping[str, Tensor]
     by: str = "hand"
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for layer, keep in self.keep.items():
@@ -145,14 +150,15 @@ def choose_units(
             score = ((score - score.min() + EPS) * weight).where(weight > 0, -1.0)
         chosen = score.topk(max(1, round(share * len(score)))).indices
         keep[layer] = torch.ones_like(score, dtype=torch.bool).index_fill(0, chosen, False)
+    layouts = layouts_of(net, x, layers)
     if fill == "mean":
         with evaluating(net), torch.no_grad():
             for images in x.split(chunk):
-                with record(net, layers) as acts:
+                with record(net, layers, layouts) as acts:
                     net(images)
                 for layer, act in acts.items():
                     fills[layer] += act.float().flatten(2).mean(2).sum(0) / len(x) if act.dim() > 2 else act.sum(0) / len(x)
-    return UnitMask(keep, fills, by)
+    return UnitMask(keep, fills, by, layouts)
 
 
 @torch.no_grad()
@@ -166,14 +172,15 @@ def mask_of(net: nn.Module, x: Tensor, layer: str, units: Sequence[int], by: str
         ValueError: an unknown layer or unit, or no unit at all.
     """
     find_layers(net, [layer], key="masking.layers")
-    with evaluating(net), record(net, [layer]) as acts:
+    layouts = layouts_of(net, x, [layer])
+    with evaluating(net), record(net, [layer], layouts) as acts:
         net(x)
     count = acts[layer].shape[1]
     if not units or not all(isinstance(unit, int) and 0 <= unit < count for unit in units):
         raise ValueError(f"masking.units: expected units 0 to {count - 1} of layer {layer!r}, found {list(units)}")
     keep = torch.ones(count, dtype=torch.bool, device=x.device)
     keep[list(units)] = False
-    return UnitMask({layer: keep}, {layer: torch.zeros(count, device=x.device)}, by)
+    return UnitMask({layer: keep}, {layer: torch.zeros(count, device=x.device)}, by, layouts)
 
 
 def masked(net: nn.Module, mask: UnitMask) -> nn.Module:
@@ -193,17 +200,22 @@ def masked(net: nn.Module, mask: UnitMask) -> nn.Module:
         device = next((p.device for p in net.parameters()), mask.keep[layer].device)
         module.register_buffer("unit_keep", mask.keep[layer].to(device, copy=True))
         module.register_buffer("unit_fill", mask.fill[layer].to(device, copy=True))
+        module.__dict__["unit_layout"] = mask.layouts.get(layer)
         module.register_forward_hook(_answer)
     return twin
 
 
-def _answer(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _answer(module: nn.Module, inputs: Any, output: Any) -> Any:
     # A function of the module, no closure: copies and pickles of the net carry their own mask.
     keep, fill = module.get_buffer("unit_keep"), module.get_buffer("unit_fill")
-    if output.dim() < 2 or output.shape[1] != len(keep):
-        raise ValueError(f"mask: made for {len(keep)} units, but the layer gives shape {tuple(output.shape)}")
-    shape = [1, -1] + [1] * (output.dim() - 2)
-    return torch.where(keep.view(shape), output, fill.view(shape).to(output.dtype))
+    found = next(tensors_in(output))
+    layout: Layout = module.__dict__["unit_layout"] or plain_layout(found)
+    values = layout.view(found)
+    if values.dim() < 2 or values.shape[1] != len(keep):
+        raise ValueError(f"mask: made for {len(keep)} units, but the layer gives shape {tuple(found.shape)}")
+    shape = [1, -1] + [1] * (values.dim() - 2)
+    answered = torch.where(keep.view(shape), values, fill.view(shape).to(values.dtype))
+    return replaced(output, found, layout.restore(answered, found.shape))
 
 
 def fine_tune(

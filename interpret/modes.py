@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -32,6 +33,16 @@ def evaluating(net: nn.Module) -> Iterator[nn.Module]:
             lent.remove()
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def twice_differentiable(needed: bool = True) -> Iterator[None]:
+    """Inside, attention takes a kernel whose gradient can be differentiated again; the fused ones have none."""
+    if not needed:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager

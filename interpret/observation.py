@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,19 +13,53 @@ from torch import Tensor, nn
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd
 
 from glassarmor.interpret.inputs import answer, known_labels, typed
-from glassarmor.interpret.modes import batch_statistics, evaluating, normalised_by, replaying, rng_state
+from glassarmor.interpret.modes import (
+    batch_statistics,
+    evaluating,
+    normalised_by,
+    replaying,
+    rng_state,
+    twice_differentiable,
+)
+from glassarmor.interpret.network.axes import tensors_in
+from glassarmor.interpret.network.layouts import Layout, layouts_of, plain_layout
 
 Side = Literal["adv", "clean"]
 Label = Literal["true", "target"]
 
 
+class Activations(dict[str, Tensor]):
+    """Layer name → activation (N, C, positions…), in execution order.
+
+    ``layouts``: how each was read, where it is known.  ``sources``: what to differentiate by, where that is another tensor
+    than the activation (the time steps of a cell).
+    """
+
+    def __init__(self, acts: Mapping[str, Tensor] | None = None, layouts: Mapping[str, Layout] | None = None) -> None:
+        super().__init__(acts or {})
+        self.layouts = dict(layouts or {})
+        self.sources: dict[str, Tensor] = {}
+
+    def differentiable(self, names: Sequence[str]) -> list[Tensor]:
+        """What leads to the logits, in the shape of each activation."""
+        return [self.sources.get(name, self[name]) for name in names]
+
+
 @dataclass(frozen=True)
 class Forward:
-    """One pass, in graph: ``x`` (N, C, H, W) in [0,1], ``logits`` (N, K) fp32, ``acts`` layer name → activation."""
+    """One pass, in graph: ``x`` (N, C, H, W) in [0,1], ``logits`` (N, K) fp32, ``acts`` layer name → activation.
+
+    An activation is (N, C, positions…), whatever axes the layer itself uses: see :mod:`.layouts`.
+    """
 
     x: Tensor
     logits: Tensor
     acts: Mapping[str, Tensor]
+
+    def layout(self, layer: str) -> Layout:
+        """How a layer's output was read; images first, units second where nothing else is known."""
+        known = self.acts.layouts.get(layer) if isinstance(self.acts, Activations) else None
+        return plain_layout(self.acts[layer]) if known is None else known
 
 
 def find_layers(net: nn.Module, names: Sequence[str], key: str = "layers") -> dict[str, nn.Module]:
@@ -49,50 +82,110 @@ def find_layers(net: nn.Module, names: Sequence[str], key: str = "layers") -> di
 
 
 @contextmanager
-def record(net: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def record(net: nn.Module, layers: Sequence[str], layouts: Mapping[str, Layout] | None = None) -> Iterator[Activations]:
     """Record the outputs of named layers during the one forward made inside the block.
 
-    Yields a dict that the forward fills, in execution order.  Hooks are removed in any case.
+    Yields a dict that the forward fills, in execution order.  Hooks are removed in any case.  Of several outputs, the
+    first tensor is recorded.
+
+    Args:
+        layouts: of the layers, from :func:`.layouts_of`: what is recorded is then (N, C, positions…), and the net goes on
+            from it, so that logits can be differentiated by it; what the net overwrites it gets as a copy.  By default
+            outputs are recorded as they are.
 
     Raises:
         ValueError: unknown layer; a layer that stayed silent, ran twice, or returned no tensor; an activation that an
             in-place operation overwrote after it was recorded.
     """
     modules = find_layers(net, layers)
-    acts: dict[str, Tensor] = {}
-    versions: dict[str, int] = {}
-
-    def keep(name: str, output: object) -> None:
-        if not isinstance(output, Tensor):
-            raise ValueError(f"layers: {name!r} returned {type(output).__name__}, expected one tensor")
-        if name in acts:
-            raise ValueError(f"layers: {name!r} ran twice in one forward; name a layer that runs once")
-        if torch.is_grad_enabled() and output.is_floating_point() and not output.requires_grad:
-            output.requires_grad_()  # below lies nothing that learns; the activation itself can still be asked
-        acts[name] = output
-        versions[name] = output._version
-
+    kept = _Recording(layouts or {})
     handles = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
+        module.register_forward_hook(lambda module, _i, output, name=name: kept.keep(name, module, output))
         for name, module in modules.items()
     ]
     try:
-        yield acts
+        yield kept.acts
     finally:
         for handle in handles:
             handle.remove()
-    silent = [name for name in layers if name not in acts]
-    if silent:
-        raise ValueError(
-            f"layers: {', '.join(silent)} recorded nothing in this forward; "
-            "was the layer skipped, or the network compiled after construction?"
-        )
-    overwritten = [name for name, act in acts.items() if act._version != versions[name]]
-    if overwritten:
-        raise ValueError(
-            f"layers: {', '.join(overwritten)} overwritten by an in-place operation after recording; "
-            "set inplace=False on the activation that follows"
-        )
+    kept.finish(layers)
+
+
+class _Recording:
+    """What the hooks of :func:`record` fill."""
+
+    def __init__(self, layouts: Mapping[str, Layout]) -> None:
+        self.layouts = layouts
+        self.acts = Activations()
+        self.versions: dict[str, int] = {}
+        self.steps: dict[str, list[Tensor]] = {}
+
+    def keep(self, name: str, module: nn.Module, output: object) -> object:
+        found = next(tensors_in(output), None)
+        if found is None:
+            raise ValueError(f"layers: {name!r} returned {type(output).__name__}, expected a tensor")
+        layout = self.layouts.get(name)
+        if layout is not None and is_recurrent(module, found, layout):
+            return replaced(output, found, self._step(name, found, layout))
+        if name in self.acts:
+            raise ValueError(f"layers: {name!r} ran twice in one forward; name a layer that runs once")
+        act = found if layout is None else layout.view(found)
+        if torch.is_grad_enabled() and act.is_floating_point() and not act.requires_grad:
+            act.requires_grad_()  # below lies nothing that learns; the activation itself can still be asked
+        self.acts[name] = act
+        self.versions[name] = act._version
+        if layout is None:
+            return None
+        self.acts.layouts[name] = layout
+        if layout.overwritten:
+            return replaced(output, found, layout.restore(act.clone(), found.shape))
+        return None if layout.plain else replaced(output, found, layout.restore(act, found.shape))
+
+    def _step(self, name: str, output: Tensor, layout: Layout) -> Tensor:
+        """One call of a cell: a time step.  Logits are differentiated by zeros that are added to every step."""
+        steps = self.steps.setdefault(name, [])
+        if not steps and torch.is_grad_enabled():
+            self.acts.sources[name] = output.new_zeros(*output.shape, layout.calls, requires_grad=True)
+        steps.append(output)
+        if len(steps) > layout.calls:
+            raise ValueError(f"layers: {name!r} ran {len(steps)} times, expected {layout.calls}, as for the first images")
+        if len(steps) == layout.calls:
+            self.acts[name] = torch.stack(steps, -1)
+            self.versions[name] = self.acts[name]._version
+            self.acts.layouts[name] = Layout("NCT")
+        source = self.acts.sources.get(name)
+        return output if source is None else output + source[..., len(steps) - 1]
+
+    def finish(self, layers: Sequence[str]) -> None:
+        silent = [name for name in layers if name not in self.acts]
+        if silent:
+            raise ValueError(
+                f"layers: {', '.join(silent)} recorded nothing in this forward; "
+                "was the layer skipped, or the network compiled after construction?"
+            )
+        overwritten = [name for name, act in self.acts.items() if act._version != self.versions[name]]
+        if overwritten:
+            raise ValueError(
+                f"layers: {', '.join(overwritten)} overwritten by an in-place operation after recording; "
+                "set inplace=False on the activation that follows"
+            )
+
+
+def is_recurrent(module: nn.Module, output: Tensor, layout: Layout) -> bool:
+    """Whether calls of a layer are time steps: it has weights, runs again and again, and gives (N, C)."""
+    return layout.calls > 1 and layout.axes == "NC" and output.dim() == 2 and any(True for _ in module.parameters())
+
+
+def replaced(output: object, found: Tensor, by: Tensor) -> object:
+    """The layer's output with its first tensor replaced."""
+    if output is found:
+        return by
+    if isinstance(output, Mapping):
+        changed = {key: by if value is found else value for key, value in output.items()}
+        return changed if type(output) is dict else type(output)(**changed)
+    assert isinstance(output, (list, tuple))
+    items = [by if item is found else item for item in output]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
 @dataclass(frozen=True)
@@ -151,6 +244,26 @@ class Observation:
         """Logit of the true, the target or a given class of each sample, (N,)."""
         return self.side(side).logits.gather(1, self.labels(label)[:, None]).squeeze(1)
 
+    def layout(self, layer: str) -> Layout:
+        """How the layer's output is read; see :class:`.Layout`."""
+        self._observed(layer)
+        return self.adv.layout(layer)
+
+    def spatial(self, layer: str) -> bool:
+        """Whether the layer's positions form a map over the image."""
+        return self.layout(layer).spatial
+
+    def maps(self, layer: str, values: Tensor, lead: int = 2) -> Tensor:
+        """Values by position of a layer as maps, (…, h, w): see :meth:`.Layout.maps`.
+
+        Raises:
+            ValueError: the layer's positions form no map.
+        """
+        if not self.spatial(layer):
+            shape = tuple(self.adv.acts[layer].shape)
+            raise ValueError(f"layers: {layer!r} gives {shape}: no positions that form a map over the image")
+        return self.layout(layer).maps(values, lead)
+
     def delta(self, layer: str) -> Tensor:
         """ΔA = A(x') − A(x) of a layer, fp32, computed once."""
         return self.once("delta", layer, lambda: self.adv.acts[layer].float() - self.clean.acts[layer].float())
@@ -190,10 +303,11 @@ class Observation:
                 raise ValueError("this observation holds no graph; observe under enable_grad")
             # The backward passes the later layers anyway; the earlier ones would cost the rest of the network.
             names = list(forward.acts)[list(forward.acts).index(layer) :]
+            sources = forward.acts.differentiable(names) if isinstance(forward.acts, Activations) else None
             with torch.enable_grad():
                 gradients = torch.autograd.grad(
                     forward.logits.gather(1, labels[:, None]).sum(),
-                    [forward.acts[name] for name in names],
+                    sources or [forward.acts[name] for name in names],
                     create_graph=self.create_graph,
                     retain_graph=True,
                 )
@@ -244,37 +358,42 @@ def observe(
     x, y = typed(net, x, y)
     x_adv = x if same else typed(net, x_adv, y)[0]
     labels = known_labels(y)
+    layouts = layouts_of(net, x, layers) if layers else {}
+
+    def run(images: Tensor) -> Forward:
+        with record(net, layers, layouts) as acts, twice_differentiable(create_graph):
+            logits = answer(net, images, labels)
+        return Forward(images, logits.float(), acts)
+
     if same:
-        adv = clean_pass = _run(net, x, layers, labels)
+        adv = clean_pass = run(x)
     elif not clean:
-        adv = _run(net, x_adv, layers, labels)
+        adv = run(x_adv)
     elif joined:
-        both = _run(net, torch.cat([x, x_adv]), layers, labels)
+        both = run(torch.cat([x, x_adv]))
         # The backward of a slice fills a map of zeros, in another memory layout, for each half; that of a split joins them.
         halves = {name: act.split(len(x)) for name, act in both.acts.items()}
         clean_pass, adv = (
-            Forward(images, both.logits.split(len(x))[i], {name: half[i] for name, half in halves.items()})
+            Forward(
+                images,
+                both.logits.split(len(x))[i],
+                Activations({name: half[i] for name, half in halves.items()}, layouts),
+            )
             for i, images in enumerate((x, x_adv))
         )
     elif separate:
-        clean_pass = _run(net, x, layers, labels)
-        adv = _run(net, x_adv, layers, labels)
+        clean_pass = run(x)
+        adv = run(x_adv)
     else:
         masks = rng_state(x.device)
         statistics: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         with batch_statistics(net, statistics):
-            adv = _run(net, x_adv, layers, labels)
+            adv = run(x_adv)
         with replaying(masks, x.device), normalised_by(statistics):
-            clean_pass = _run(net, x, layers, labels)
+            clean_pass = run(x)
     if target is None:
         target = strongest_wrong(adv.logits, y)
     return Observation(y, target, adv, clean_pass, create_graph, both, net=net, x=x)
-
-
-def _run(net: nn.Module, x: Tensor, layers: Sequence[str], labels: range) -> Forward:
-    with record(net, layers) as acts:
-        logits = answer(net, x, labels)
-    return Forward(x, logits.float(), acts)
 
 
 def strongest_wrong(logits: Tensor, y: Tensor) -> Tensor:
@@ -282,8 +401,15 @@ def strongest_wrong(logits: Tensor, y: Tensor) -> Tensor:
     return logits.detach().scatter(1, y[:, None], -torch.inf).argmax(1)
 
 
+MOST_BLOCKS = 3  # of a run of equal blocks, as transformers have them, that are observed by default
+
+
 def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
-    """The stages of a convolutional net: the last, outermost layer at each spatial resolution, in execution order (ours).
+    """The stages of a net, in execution order (ours): what is observed where nobody names layers.
+
+    The last, outermost layer at each spatial resolution.  Of blocks that keep one sequence of tokens, up to three spread
+    over the depth; where a class token is read, the last block is not among them, because nothing reads its other tokens.
+    A net without positions gives its hidden layers.
 
     Args:
         x: a few images to run, (N, C, H, W); the net is left as it was.
@@ -292,27 +418,33 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
     (the pooling itself) don't count.
 
     Raises:
-        ValueError: no layer gives a feature map, e.g. in a fully connected net.
+        ValueError: no layer can be observed.
     """
-    sizes: list[tuple[str, tuple[int, ...]]] = []
-    calls: Counter[str] = Counter()
+    layouts = layouts_of(net, x)
+    seen: dict[str, torch.Size] = {}
+    hidden: dict[str, nn.Module] = {}
 
     def keep(name: str, module: nn.Module, output: object) -> None:
-        calls[name] += 1
+        found, layout = next(tensors_in(output), None), layouts.get(name)
+        if found is None or layout is None or not name:
+            return
+        if layout.calls > 1:
+            if is_recurrent(module, found, layout):
+                seen[name] = torch.Size((*found.shape, layout.calls))
+            return
+        shape = layout.view(found).shape
+        if len(shape) == 2:
+            hidden[name] = module
         # More channels than an image has: padding, resizing and normalising modules are not features.
         # Adaptive pooling belongs to the head: on small images it can even enlarge the map.
-        if (
-            isinstance(output, Tensor)
-            and output.dim() == 4
-            and output.shape[1] > max(3, x.shape[1])
-            and not isinstance(module, _AdaptiveAvgPoolNd | _AdaptiveMaxPoolNd)
-        ):
-            sizes.append((name, tuple(output.shape[-2:])))
+        pools = isinstance(module, _AdaptiveAvgPoolNd | _AdaptiveMaxPoolNd)
+        mapped = layout.spatial or len(shape) == 3
+        if mapped and shape[1] > max(3, x.shape[1]) and not pools and (min(shape[2:]) > 1):
+            seen[name] = shape
 
     handles = [
         module.register_forward_hook(lambda m, _i, output, name=name: keep(name, m, output))
         for name, module in net.named_modules()
-        if name
     ]
     try:
         with torch.no_grad(), evaluating(net):
@@ -320,11 +452,37 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
     finally:
         for handle in handles:
             handle.remove()
-    last: dict[tuple[int, ...], str] = {}
-    for name, size in sizes:
-        if calls[name] == 1 and min(size) > 1:
-            last.pop(size, None)  # so that the order is that of the last layers
-            last[size] = name
-    if not last:
-        raise ValueError("layers: the network has no convolutional feature map; name the layers to observe")
-    return tuple(last.values())
+    stages: dict[torch.Size, list[str]] = {}
+    for name, shape in seen.items():
+        stages[shape[2:]] = [*stages.pop(shape[2:], []), name]  # so that the order is that of the last layers
+    modules = dict(net.named_modules())
+    chosen = [
+        name
+        for size, names in stages.items()
+        for name in (_blocks(names, modules, layouts) if len(size) == 1 else names[-1:])
+    ]
+    chosen = chosen or _hidden_layers(hidden)
+    if not chosen:
+        raise ValueError("layers: no layer of the network can be observed; name the layers to observe")
+    return tuple(chosen)
+
+
+def _blocks(names: Sequence[str], modules: Mapping[str, nn.Module], layouts: Mapping[str, Layout]) -> list[str]:
+    """Of layers that give tokens: blocks of one kind side by side, spread over the depth; else the last layer."""
+    runs: dict[tuple[str, type], list[str]] = {}
+    for name in names:
+        runs.setdefault((name.rpartition(".")[0], type(modules[name])), []).append(name)
+    runs = {key: run for key, run in runs.items() if len(run) > 1 and any(True for _ in modules[run[0]].children())}
+    if not runs:
+        return [names[-1]]
+    blocks = runs[min(runs, key=lambda key: key[0].count("."))]
+    if layouts[blocks[-1]].prefix:
+        blocks = blocks[:-1]
+    count = min(MOST_BLOCKS, len(blocks))
+    return [blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)]
+
+
+def _hidden_layers(hidden: Mapping[str, nn.Module]) -> list[str]:
+    """Of layers (N, C): the activations; else the linear layers but the last, which gives the logits."""
+    active = [name for name, module in hidden.items() if type(module).__module__ == "torch.nn.modules.activation"]
+    return active or [name for name, module in hidden.items() if isinstance(module, nn.Linear)][:-1]

@@ -238,14 +238,14 @@ def turning(net: nn.Module, obs: Observation, background: tuple[Tensor, Tensor],
 
     An image whose classes the background does not hold turns nowhere.
     """
-    known = background_features(net, [background], layers, token_layers=())
+    known = background_features(net, [background], layers)
     classes = obs.adv.logits.shape[1]
     clean, adv = [], []
     for layer, features in known.features.items():
         centre = centroids(features, known.labels, classes)
         ends = centre[obs.y], centre[obs.target]
-        clean.append(evidence_position(known.phi(layer, obs.clean.acts[layer]), *ends))
-        adv.append(evidence_position(known.phi(layer, obs.adv.acts[layer]), *ends))
+        clean.append(evidence_position(known.phi(obs.clean.acts[layer]), *ends))
+        adv.append(evidence_position(known.phi(obs.adv.acts[layer]), *ends))
     turned = turning_layer(torch.stack(clean), torch.stack(adv))
     where = torch.where(turned < 0, len(layers), turned)
     one, many = (torch.bincount(part, minlength=len(layers) + 1) / len(part) for part in where.chunk(2))

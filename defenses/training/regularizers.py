@@ -5,6 +5,7 @@ PSE and unit sensitivity are ours, following 1904.02057; the CAM discrepancy is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
@@ -403,8 +404,8 @@ class CAMDiscrepancy(Term):
     def prepare(self, obs: Observation, features: tuple[str, ...]) -> None:
         self.layers = self.layers or features[-1:]
         for layer in self.layers:
-            if obs.adv.acts[layer].dim() != 4:
-                raise ValueError(f"regularizers.cam_discrepancy.layers: {layer!r} gives no feature map (N, C, H, W)")
+            if not obs.spatial(layer):
+                raise ValueError(f"regularizers.cam_discrepancy.layers: {layer!r} gives no map over the image")
 
     def forward(self, obs: Observation) -> Tensor:
         """Mean over layers, (N,)."""
@@ -423,5 +424,5 @@ class CAMDiscrepancy(Term):
         if self.scale == "none":
             return moved
         clean = torch.stack([share * size(class_activation_map(obs, layer, c, "clean")) for c, share in labels]).sum(0)
-        positions = obs.adv.acts[layer].flatten(2).shape[2]
+        positions = math.prod(obs.layout(layer).grid)
         return moved / (clean + EVIDENCE_FLOOR * positions)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from glassarmor.interpret.concepts.quantiles import ExactTail, HistogramTail, TailThreshold
 from glassarmor.interpret.modes import evaluating
+from glassarmor.interpret.network.layouts import Layout, layouts_of
 from glassarmor.interpret.observation import record
 
 Union = Literal["global", "category", "met"]
@@ -153,7 +154,7 @@ def dissect(
 
     Args:
         data: see :class:`ConceptData`; batches of the size that the forward shall have.
-        layers: names; activations (N, C, h, w), or (N, C), which count as one position.
+        layers: names; feature maps and grids of tokens, or (N, C), which count as one position.
         quantile: the paper's 0.005 suits concepts that each cover a small part of much data.  Where they cover several
             percent of the pixels, as in drawn scenes, 0.02 is nearer to what a detector would fire on: masks of a half
             percent reach an IoU of at most 0.005 / 0.05 with a concept of five.
@@ -272,17 +273,22 @@ def _batches(net: nn.Module, data: ConceptData, layers: Sequence[str]) -> Iterat
         if low < -1 or high >= len(data.concepts):
             raise ValueError(f"concepts: labels must lie in -1..{len(data.concepts) - 1}, found {int(low)}..{int(high)}")
         device = images.device if like is None else like.device
-        with evaluating(net), record(net, layers) as acts:
-            net(images.to(device))
-        yield _Batch(labels.to(device), {name: _maps(name, act) for name, act in acts.items()})
+        images = images.to(device)
+        layouts = layouts_of(net, images, layers)
+        with evaluating(net), record(net, layers, layouts) as acts:
+            net(images)
+        yield _Batch(labels.to(device), {name: _maps(name, act, layouts[name]) for name, act in acts.items()})
 
 
-def _maps(name: str, act: Tensor) -> Tensor:
+def _maps(name: str, act: Tensor, layout: Layout) -> Tensor:
+    act = act.detach().float()
     if act.dim() == 2:
-        act = act[:, :, None, None]
-    if act.dim() != 4:
-        raise ValueError(f"layers: {name!r} gives {tuple(act.shape)}; dissection needs (N, C, h, w) or (N, C)")
-    return act.detach().float()
+        return act[:, :, None, None]
+    if not layout.spatial:
+        raise ValueError(
+            f"layers: {name!r} gives {tuple(act.shape)}; dissection needs a map over the image, or (N, C) without positions"
+        )
+    return layout.maps(act)
 
 
 def _tail(act: Tensor, quantile: float, images: int, memory: int) -> TailThreshold:

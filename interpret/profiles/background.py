@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,41 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from glassarmor.interpret.modes import evaluating
-from glassarmor.interpret.network.structure import structure
+from glassarmor.interpret.network.layouts import layouts_of
 from glassarmor.interpret.observation import record
 
 USUAL: Final = 0.95  # an image is covered if it is as near to the background as this share of the background itself
 
 
-def pooled(activation: Tensor, units_last: bool = False) -> Tensor:
-    """φ of a layer: its mean over positions, fp32, (N, C).
-
-    Args:
-        units_last: the units are the last dimension, as in a transformer's tokens (N, T, D), which are averaged (the class
-            token among them); else the second, as in (N, C, H, W).
-    """
+def pooled(activation: Tensor) -> Tensor:
+    """φ of a layer (N, C, positions…): its mean over positions, fp32, (N, C); of tokens, the class token among them."""
     activation = activation.float()
-    if activation.dim() < 3:
-        return activation
-    return activation.flatten(1, -2).mean(1) if units_last else activation.flatten(2).mean(2)
+    return activation if activation.dim() < 3 else activation.flatten(2).mean(2)
 
 
 @dataclass(frozen=True)
 class Background:
     """φ of M background images at each layer, (M, D), in execution order; their labels (M,) and ids.
 
-    ``token_layers``: layers whose units are their last dimension.  ``flattened``: φ is the whole activation, not its mean.
+    ``flattened``: φ is the whole activation, not its mean.
     """
 
     features: Mapping[str, Tensor]
     labels: Tensor
     ids: tuple[str, ...]
-    token_layers: frozenset[str] = frozenset()
     flattened: bool = False
 
-    def phi(self, layer: str, activation: Tensor) -> Tensor:
+    def phi(self, activation: Tensor) -> Tensor:
         """φ of other images, made as the background's was, (N, D)."""
-        return activation.float().flatten(1) if self.flattened else pooled(activation, layer in self.token_layers)
+        return activation.float().flatten(1) if self.flattened else pooled(activation)
 
     def counts(self, classes: int) -> Tensor:
         """Images of each class, (classes,) int64."""
@@ -57,7 +49,6 @@ def background_features(
     layers: Sequence[str],
     *,
     ids: Sequence[str] | None = None,
-    token_layers: Collection[str] | None = None,
     flatten: bool = False,
 ) -> Background:
     """Run the background images in eval mode, batch by batch, and keep φ of each layer; the net is left as it was.
@@ -66,8 +57,6 @@ def background_features(
         batches: images (N, C, H, W) in [0,1] and their labels (N,).
         layers: names as in ``net.named_modules()``.
         ids: one for each image; by default its number.
-        token_layers: layers whose units are their last dimension; by default read off the net
-            (:meth:`.Structure.token_layers`), which costs a forward of two images.
         flatten: keep whole activations: exact about positions, dear in memory.
 
     Raises:
@@ -78,13 +67,11 @@ def background_features(
     # Recording needs version counters, which tensors made under inference mode lack; validation loops run under it.
     with torch.inference_mode(False), torch.no_grad(), evaluating(net):
         for x, y in batches:
-            if token_layers is None:
-                token_layers = structure(net, x[:2]).token_layers()
-            template = Background({}, y, (), frozenset(token_layers) & frozenset(layers), flatten)
-            with record(net, layers) as acts:
+            template = Background({}, y, (), flatten)
+            with record(net, layers, layouts_of(net, x, layers)) as acts:
                 net(x.clone())
             for layer, act in acts.items():
-                kept.setdefault(layer, []).append(template.phi(layer, act))
+                kept.setdefault(layer, []).append(template.phi(act))
             labels.append(y)
     if not labels:
         raise ValueError("background: expected at least one batch of images, found none")
@@ -93,7 +80,7 @@ def background_features(
     if len(names) != len(every):
         raise ValueError(f"ids: expected {len(every)}, one for each background image, found {len(names)}")
     features = {layer: torch.cat(parts) for layer, parts in kept.items()}
-    return Background(features, every, names, template.token_layers, flatten)
+    return Background(features, every, names, flatten)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glassarmor.interpret.modes import evaluating
+from glassarmor.interpret.network.layouts import layouts_of
 from glassarmor.interpret.observation import Observation, record
 from glassarmor.interpret.profiles.background import (
     Background,
@@ -139,8 +140,8 @@ def activation_profiles(obs: Observation, background: Background, neighbours: in
     rows: list[tuple[Tensor, ...]] = []
     units = {}
     for layer in layers:
-        sides = [background.phi(layer, obs.side(side).acts[layer]) for side in ("clean", "adv")]
-        divergence, units[layer] = _divergence(obs, layer, layer in background.token_layers)
+        sides = [background.phi(obs.side(side).acts[layer]) for side in ("clean", "adv")]
+        divergence, units[layer] = _divergence(obs, layer)
         placed = _layer(background.features[layer], background.labels, sides, obs, pairs, pair, classes, neighbours)
         rows.append((*placed, divergence))
     clean, adv, clean2, adv2, clean_near, adv_near, clean_far, adv_far, bands, divergence = map(
@@ -256,11 +257,9 @@ def _bands(features: Tensor, labels: Tensor, classes: int, pairs: Tensor, start:
     return torch.nanquantile(values, levels, dim=2).movedim(0, 2)
 
 
-def _divergence(obs: Observation, layer: str, units_last: bool) -> tuple[Tensor, Tensor]:
+def _divergence(obs: Observation, layer: str) -> tuple[Tensor, Tensor]:
     """‖ΔA‖ / ‖A(x)‖ of each example, (N,), and what each unit has in it, (C,)."""
     change, clean = obs.delta(layer).detach(), obs.clean.acts[layer].detach().float()
-    if units_last and change.dim() > 2:
-        change, clean = change.movedim(-1, 1), clean.movedim(-1, 1)
     units = change.flatten(1 if change.dim() < 3 else 2).square()
     units = units.sum(2) if change.dim() > 2 else units  # (N, C)
     share = units / clean.flatten(1).square().sum(1, keepdim=True).clamp_min(EPS)
@@ -290,17 +289,18 @@ def strength_positions(
     if points < 2:
         raise ValueError(f"points: expected at least 2, found {points}")
     n, layers = len(x), tuple(background.features)
+    layouts = layouts_of(net, x, layers)
     classes = 1 + int(torch.stack([y.max(), target.max(), background.labels.max()]).max())
     centre = {layer: centroids(phi, background.labels, classes) for layer, phi in background.features.items()}
     found = []
     with torch.inference_mode(False), torch.no_grad(), evaluating(net):  # as in background_features
         for part in torch.linspace(0, 1, points, device=x.device).split(max(1, chunk // n)):
             images = torch.lerp(x, x_adv, part.view(-1, 1, 1, 1, 1).to(x.dtype))
-            with record(net, layers) as acts:
+            with record(net, layers, layouts) as acts:
                 net(images.flatten(0, 1))
             start, end = y.repeat(len(part)), target.repeat(len(part))
             lines = [
-                evidence_position(background.phi(layer, act), centre[layer][start], centre[layer][end])
+                evidence_position(background.phi(act), centre[layer][start], centre[layer][end])
                 for layer, act in acts.items()
             ]
             found.append(torch.stack(lines).unflatten(1, (-1, n)).transpose(0, 1))

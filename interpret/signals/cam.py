@@ -14,18 +14,19 @@ from glassarmor.interpret.observation import Label, Observation, Side
 def class_activation_map(obs: Observation, layer: str, label: Label | Tensor = "true", side: Side = "adv") -> Tensor:
     """Map of a class (given classes: (N,), one a sample) over the positions of a layer, (N, h, w), signed, differentiable.
 
-    Σ_k α_k A_k with α_k the mean over positions of ∂Z_c/∂A_k: Grad-CAM before its ReLU, times the number of positions.
-    So scaled, below global average pooling and a linear head it is Zhou's CAM, Σ_k w_ck A_k, and its mean plus the bias
-    is the logit.  Nothing is rescaled per map: clean and adversarial share one scale.
+    P · Σ_k ∂Z_c/∂A_k(p) · A_k(p) at each of the P positions p: gradient times activation, place by place.  Below global
+    average pooling and a linear head it is exactly Zhou's CAM, Σ_k w_ck A_k, and its mean plus the bias is the logit.
+    Below a head that weighs places differently (flatten and linear) Grad-CAM, which averages the gradient over places
+    first, points elsewhere; this map does not (its mean plus the bias is the logit again, where the head is linear).
+    Nothing is rescaled per map: clean and adversarial share one scale.  Of tokens, the grid is shown; class tokens and
+    registers stand for no place.
 
     Raises:
-        ValueError: the layer has no spatial positions.
+        ValueError: the layer's positions form no map.
     """
     act = obs.side(side).acts[layer].float()
-    if act.dim() != 4:
-        raise ValueError(f"layers: {layer!r} gives {act.dim()} dimensions; a CAM needs a feature map (N, C, H, W)")
-    alpha = obs.layer_gradient(layer, side, label).sum((2, 3), keepdim=True)
-    return (alpha * act).sum(1)
+    evidence = obs.maps(layer, (obs.layer_gradient(layer, side, label) * act).sum(1), lead=1)
+    return evidence * evidence[0].numel()
 
 
 def cam_change(obs: Observation, layer: str, label: Label | Tensor = "true") -> Tensor:

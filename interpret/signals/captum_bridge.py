@@ -12,6 +12,7 @@ from captum import attr
 from torch import Tensor, nn
 
 from glassarmor.interpret.modes import undisturbed
+from glassarmor.interpret.network.layouts import layouts_of
 from glassarmor.interpret.observation import find_layers
 from glassarmor.interpret.signals.conductance import path_contributions
 from glassarmor.interpret.signals.pse import region_effects, region_index
@@ -92,9 +93,13 @@ LAYER_METHODS = tuple(_LAYER_METHODS)
 
 
 def _unit_mask(net: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
-    """One feature a unit, (1, C, 1, …): ablating single activations would take C·H·W forwards."""
+    """One feature a unit, (1, C, 1, …) in the layer's own axes: ablating single activations would take C·H·W forwards."""
+    name = next(name for name, module in net.named_modules() if module is layer)
+    layout = layouts_of(net, x, [name])[name]
     act = attr.LayerActivation(net, layer).attribute(x[:1])
-    return torch.arange(act.shape[1], device=x.device).view(1, -1, *[1] * (act.dim() - 2))
+    units = layout.view(act)
+    number = torch.arange(units.shape[1], device=x.device).view(1, -1, *[1] * (units.dim() - 2))
+    return layout.restore(number.expand_as(units), act.shape)
 
 
 def attribute_layer(
@@ -125,8 +130,9 @@ def attribute_layer(
 def grad_cam(net: nn.Module, layer: str, x: Tensor, target: Tensor) -> Tensor:
     """Captum's Grad-CAM of a layer without the ReLU, (N, h, w): the engine for one label at one side.
 
-    :func:`.class_activation_map` gives the same map times the number of positions from passes that were
-    made anyway (tested equal).
+    Below pooling and a linear head :func:`.class_activation_map` gives the same map times the number of positions from
+    passes that were made anyway (tested equal); below other heads Grad-CAM, which averages gradients over places, is
+    another map.
     """
     with undisturbed(net):
         module = net.get_submodule(layer)
@@ -206,7 +212,9 @@ class UnitConductance(attr.LayerAttribution):
         label = _labels(target, inputs)[:, None]
         name = next(name for name, module in self.forward_func.named_modules() if module is self.layer)
         parts, _ = path_contributions(self.forward_func, _start(inputs, baselines), inputs, label, [name], n_steps, 64)
-        return parts[name][0]
+        layout = layouts_of(self.forward_func, inputs, [name])[name]
+        act = attr.LayerActivation(self.forward_func, self.layer).attribute(inputs[:1])
+        return layout.restore(parts[name][0], act.shape)
 
 
 def _start(inputs: Tensor, baselines: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glassarmor.interpret.modes import undisturbed
+from glassarmor.interpret.network.layouts import layouts_of
 from glassarmor.interpret.observation import record, strongest_wrong
 from glassarmor.interpret.signals.pse import PromotionSuppression, sum_positions
 
@@ -21,7 +22,7 @@ from glassarmor.interpret.signals.pse import PromotionSuppression, sum_positions
 class Conductance:
     """Promotion and suppression inside the network, in logits, by layer name in execution order.
 
-    ``units``: (N, C) each.  ``positions``: (N, H, W) each, for the layers that have positions.  ``target`` (N,).
+    ``units``: (N, C) each.  ``positions``: (N, positions…) each, for the layers that have positions.  ``target`` (N,).
     """
 
     target: Tensor
@@ -90,11 +91,12 @@ def path_contributions(
         labels: (N, L), any number of labels.
 
     Returns:
-        layer name → (L, N, …) of the layer's shape; change of the logits from x to x', (N, L).
+        layer name → (L, N, C, positions…); change of the logits from x to x', (N, L).
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, found {steps}")
     n, count = labels.shape
+    layouts = layouts_of(net, x, layers)
     totals: dict[str, Tensor] = {}
     ends: dict[str, tuple[Tensor, Tensor]] = {}  # activation and gradients at the last point so far
     logits = []
@@ -102,11 +104,12 @@ def path_contributions(
         labels = labels.clone()  # autograd saves them, and refuses tensors made under inference mode
         for alphas in torch.linspace(0, 1, steps + 1, device=x.device).split(max(1, chunk // n)):
             points = torch.lerp(x, x_adv, alphas.view(-1, 1, 1, 1, 1).to(x.dtype))  # (points, N, C, H, W)
-            with record(net, layers) as acts:
+            with record(net, layers, layouts) as acts:
                 z = net(points.flatten(0, 1)).float().gather(1, labels.repeat(len(alphas), 1))
             logits.append(z.detach())
             gradients = [
-                torch.autograd.grad(z[:, i].sum(), list(acts.values()), retain_graph=i + 1 < count) for i in range(count)
+                torch.autograd.grad(z[:, i].sum(), acts.differentiable(list(acts)), retain_graph=i + 1 < count)
+                for i in range(count)
             ]
             for name, act, *slopes in zip(acts, acts.values(), *gradients, strict=True):
                 a = act.detach().float().unflatten(0, (-1, n))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from glassarmor.interpret.modes import evaluating
 from glassarmor.interpret.network.chunks import measuring
+from glassarmor.interpret.network.layouts import Layout, layouts_of
 from glassarmor.interpret.observation import find_layers, strongest_wrong
 from glassarmor.interpret.signals.pse import PromotionSuppression
 
@@ -24,6 +25,8 @@ from glassarmor.interpret.signals.pse import PromotionSuppression
 @dataclass(frozen=True)
 class Cut:
     """One pass, cut at the output of a layer.
+
+    ``activation``: (N, C, positions…), read as ``layout`` says.  ``shape``: of the layer's output.
 
     ``below``: the outermost calls that had finished by then and what they returned, in order.  They cannot depend on the
     layer, so they need not run again; calls under way at the cut, such as the block around the layer, are not among them.
@@ -33,6 +36,8 @@ class Cut:
     logits: Tensor
     layer: nn.Module
     activation: Tensor
+    layout: Layout
+    shape: torch.Size
     below: tuple[tuple[nn.Module, Tensor], ...]
 
 
@@ -46,6 +51,7 @@ def cut(net: nn.Module, layer: str, x: Tensor) -> Cut:
         ValueError: unknown layer; a layer that did not run, ran twice, or returned no tensor of N rows.
     """
     module = find_layers(net, [layer])[layer]
+    layout = layouts_of(net, x, [layer]).get(layer)
     finished: list[tuple[nn.Module, Tensor]] = []
     starts: list[int] = []  # for each call under way, how many had finished when it began
     found: list[Tensor] = []
@@ -68,7 +74,11 @@ def cut(net: nn.Module, layer: str, x: Tensor) -> Cut:
             else:
                 finished.append((called, kept))
         elif called is module:
-            raise ValueError(f"layers: {layer!r} must return one tensor of {len(x)} rows, found {_describe(output)}")
+            # Units of windows, or of sequences that come first, are patched all the same; others of its kind run again.
+            if not isinstance(output, Tensor) or layout is None or layout.plain:
+                raise ValueError(f"layers: {layer!r} must return one tensor of {len(x)} rows, found {_describe(output)}")
+            del finished[start:]
+            found.append(output.clone())
 
     handles = [m.register_forward_pre_hook(enter) for m in net.modules()]
     handles += [m.register_forward_hook(leave) for m in net.modules()]
@@ -77,9 +87,9 @@ def cut(net: nn.Module, layer: str, x: Tensor) -> Cut:
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
+    if not found or layout is None:
         raise ValueError(f"layers: {layer!r} recorded nothing in this forward; was it skipped?")
-    return Cut(x, logits, module, found[0], tuple(finished))
+    return Cut(x, logits, module, layout.view(found[0]), layout, found[0].shape, tuple(finished))
 
 
 def _describe(output: object) -> str:
@@ -88,7 +98,7 @@ def _describe(output: object) -> str:
 
 @torch.no_grad()
 def rerun(net: nn.Module, at: Cut, activation: Tensor) -> Tensor:
-    """Logits (k·N, K) of k passes at once whose layer gives ``activation`` (k·N, …): only what lies above it runs."""
+    """Logits (k·N, K) of k passes at once whose layer gives ``activation`` (k·N, C, …): only what lies above it runs."""
     times = len(activation) // len(at.x)
 
     def repeated(value: Tensor) -> Tensor:
@@ -97,29 +107,28 @@ def rerun(net: nn.Module, at: Cut, activation: Tensor) -> Tensor:
     queues: dict[nn.Module, deque[Callable[[], Tensor]]] = {}
     for module, output in at.below:
         queues.setdefault(module, deque()).append(partial(repeated, output))
-    queues.setdefault(at.layer, deque()).append(lambda: activation)
+    queues.setdefault(at.layer, deque()).append(lambda: at.layout.restore(activation, at.shape))
     with _answering(queues):
         return net(repeated(at.x)).float()
 
 
 @contextmanager
 def _answering(queues: Mapping[nn.Module, deque[Callable[[], Tensor]]]) -> Iterator[None]:
-    """Inside, each module answers its first calls from its queue; later calls run (a ReLU may be used again above)."""
-    own = {module: module.__dict__.get("forward") for module in queues}
+    """Inside, each module answers its first calls from its queue; later calls run (a ReLU may be used again above).
+
+    What was kept is the output after the module's hooks; an answer must not go through them again.
+    """
     for module, queue in queues.items():
 
-        def answer(*args: object, queue=queue, run=module.forward, **kwargs: object) -> object:  # type: ignore[no-untyped-def]
+        def answer(*args: object, queue=queue, run=module._call_impl, **kwargs: object) -> object:  # type: ignore[no-untyped-def]
             return queue.popleft()() if queue else run(*args, **kwargs)
 
-        object.__setattr__(module, "forward", answer)  # an instance attribute shadows the class's forward
+        object.__setattr__(module, "_call_impl", answer)  # an instance attribute shadows the class's: forward and hooks
     try:
         yield
     finally:
-        for module, forward in own.items():
-            if forward is None:
-                object.__delattr__(module, "forward")
-            else:
-                object.__setattr__(module, "forward", forward)
+        for module in queues:
+            object.__delattr__(module, "_call_impl")
 
 
 @torch.no_grad()

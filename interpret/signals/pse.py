@@ -174,9 +174,10 @@ def unit_effects(obs: Observation, layer: str) -> PromotionSuppression:
 
 
 def position_effects(obs: Observation, layer: str) -> PromotionSuppression:
-    """Promotion and suppression by position of a layer, (N, H, W): the image-level view.
+    """Promotion and suppression by position of a layer, (N, positions…), e.g. (N, H, W): the image-level view.
 
-    Below pooling and a linear head this is the signed difference of the class activation maps of x' and x.
+    Of tokens all are there, a class token among them; ``obs.maps(layer, values, lead=1)`` folds out the grid.  Below
+    pooling and a linear head this is the signed difference of the class activation maps of x' and x.
 
     Raises:
         ValueError: the layer has no positions.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from glassarmor.interpret.modes import channel_statistics, evaluating
+from glassarmor.interpret.network.layouts import layouts_of
 from glassarmor.interpret.observation import Observation, observe, record
 
 EPS = 1e-6  # a dead unit has standard deviation 0 and moves by 0
@@ -213,11 +214,12 @@ def strength_curves(
         raise ValueError(f"points: expected at least 2, found {points}")
     n, logits = len(x), []
     units: dict[str, list[Tensor]] = {}
+    layouts = layouts_of(net, x, layers)
     strength = torch.linspace(0, 1, points, device=x.device)
     with evaluating(net):
         for part in strength.split(max(1, chunk // n)):
             images = torch.lerp(x, x_adv, part.view(-1, 1, 1, 1, 1).to(x.dtype))
-            with record(net, layers) as acts:
+            with record(net, layers, layouts) as acts:
                 logits.append(net(images.flatten(0, 1)).float().unflatten(0, (-1, n)))
             for name, act in acts.items():
                 mean = act.float().flatten(2).mean(2) if act.dim() > 2 else act.float()

@@ -103,8 +103,8 @@ class CAMPanel:
 
 
 def last_map(probe: Probe) -> str | None:
-    """The last observed layer whose output has positions."""
-    spatial = [layer for layer in probe.layers if probe.obs.adv.acts[layer].dim() == 4]
+    """The last observed layer whose positions form a map over the image."""
+    spatial = [layer for layer in probe.layers if probe.obs.spatial(layer)]
     return spatial[-1] if spatial else None
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from glassarmor.interpret.concepts.association import Association, UnitRow, link, unit_rows
 from glassarmor.interpret.concepts.dissection import ConceptData, Dissection, Union, dissect, upsampling
-from glassarmor.interpret.observation import record
+from glassarmor.interpret.network.layouts import layouts_of
+from glassarmor.interpret.observation import Observation, record
 from glassarmor.interpret.views.charts import MapColumn, Maps, Scatter, Table, Trend
 from glassarmor.interpret.views.draw.figures import charts_figure, to_array
 from glassarmor.interpret.views.rows import images as pictures
@@ -55,7 +56,7 @@ class DissectionPanel:
         return self._data[key]
 
     def __call__(self, probe: Probe) -> View:
-        layers = [layer for layer in probe.layers if probe.obs.adv.acts[layer].dim() in (2, 4)]
+        layers = [layer for layer in probe.layers if probe.obs.adv.acts[layer].dim() == 2 or probe.obs.spatial(layer)]
         if not layers:
             return View(self.name, "Concepts of units", "No observed layer can be dissected.", ())
         data = self.data(probe)
@@ -237,26 +238,33 @@ def unit_cards(probe: Probe, data: ConceptData, found: Mapping[str, Dissection],
     chosen = sorted(chosen[:cards], key=lambda card: list(found).index(card[0]))
     wanted = sorted({int(i) for layer, unit in chosen for i in found[layer].top_images[unit, :patches]})
     kept = _images_of(data, wanted)
-    with torch.no_grad(), record(probe.net, list(found)) as acts:
-        probe.net(kept.to(probe.obs.adv.x.device))
+    images = kept.to(probe.obs.adv.x.device)
+    with torch.no_grad(), record(probe.net, list(found), layouts_of(probe.net, images, list(found))) as acts:
+        probe.net(images)
     columns = []
     for place in range(patches):
         tiles = []
         for layer, unit in chosen:
             numbers = found[layer].top_images[unit].tolist()
             at = wanted.index(numbers[min(place, len(numbers) - 1)])
-            tiles.append(_outlined(kept[at], acts[layer][at, unit].detach().float(), float(found[layer].thresholds[unit])))
+            tiles.append(
+                _outlined(kept[at], _map(probe.obs, layer, acts[layer][at, unit]), float(found[layer].thresholds[unit]))
+            )
         columns.append(MapColumn(f"Excited most, {place + 1}", np.stack(tiles), "image"))
     side = probe.obs.adv.x.shape[-1]
     for name, view in (("clean", "clean"), ("adversarial", "adv")):
         values = []
         for layer, unit in chosen:
-            act = numpy(probe.obs.side(view).acts[layer][0, unit])  # type: ignore[arg-type]
-            act = act if act.ndim == 2 else act[None, None]
+            act = numpy(_map(probe.obs, layer, probe.obs.side(view).acts[layer][0, unit]))  # type: ignore[arg-type]
             values.append(np.kron(act, np.ones((-(-side // act.shape[0]), -(-side // act.shape[1]))))[:side, :side])
         columns.append(MapColumn(f"{probe.ids[0]}, {name}", np.stack(values), "signed", scale_group="activation"))
     titles = tuple(_card(found[layer], layer, unit) for layer, unit in chosen)
     return Maps("Cards of the best detectors", titles, tuple(columns), own_scale=True)
+
+
+def _map(obs: Observation, layer: str, act: Tensor) -> Tensor:
+    """One unit of one image as a map, (h, w); (1, 1) where the layer has no positions."""
+    return obs.maps(layer, act.detach().float(), lead=0) if obs.spatial(layer) else act.detach().float().reshape(1, 1)
 
 
 def _card(dissection: Dissection, layer: str, unit: int) -> str:
@@ -279,7 +287,6 @@ def _images_of(data: ConceptData, wanted: list[int]) -> Tensor:
 
 def _outlined(image: Tensor, act: Tensor, threshold: float) -> np.ndarray:
     """The image with the edge of where the activation exceeds the threshold drawn in magenta."""
-    act = act if act.dim() == 2 else act.reshape(1, 1)
     height, width = image.shape[1:]
     down, across = upsampling(act.shape[0], height, act), upsampling(act.shape[1], width, act)
     mask = (down @ (act - threshold) @ across.T > 0)[None, None].float()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from glassarmor.interpret.network.structure import Structure, layout, overview, structure
-from glassarmor.interpret.observation import Observation, find_layers, observe
+from glassarmor.interpret.observation import Observation, Side, find_layers, observe
 from glassarmor.interpret.profiles.advice import Advice, advise
-from glassarmor.interpret.profiles.background import Background, background_features, choose_background
+from glassarmor.interpret.profiles.background import Background, background_features, choose_background, pooled
 from glassarmor.interpret.profiles.profiles import (
     ActivationProfiles,
     activation_profiles,
@@ -32,6 +32,7 @@ from glassarmor.interpret.views.view import Answer, Probe, Question, View
 TITLE = "Activation Profiles"
 MASKING = "masking.by=hand masking.layers=[{layer}] masking.units={units}"
 MORE = 128  # examples that a closer look takes
+SIDES: tuple[Side, ...] = ("clean", "adv")
 SIDE = 8  # cells a side that unit maps are kept at
 CHUNK = 256  # background images a forward
 
@@ -136,9 +137,8 @@ class ProfilesPanel:
         found = activation_profiles(obs, background, min(self.neighbours, len(background.labels)))
         path = strength_positions(net, x, x_adv, obs.y, obs.target, background, points=self.points)
         warnings = coverage_warnings(found, probe.class_names)
-        maps = [layer for layer in layers if obs.adv.acts[layer].dim() in (2, 4)]
-        controls = sensitivity_control(net, x, x_adv, obs.y, maps, draws=2)
-        effects = conductance(net, x, x_adv, obs.y, obs.target, layers=maps, steps=5).units
+        controls = sensitivity_control(net, x, x_adv, obs.y, layers, draws=2)
+        effects = conductance(net, x, x_adv, obs.y, obs.target, layers=layers, steps=5).units
         chart = self.chart(probe, obs, found, path, drawing, controls, effects, warnings)
         advice = self.advice(probe, found.layers, found.turning, controls, effects)
         return Measured(chart, found, background, advice)
@@ -167,7 +167,6 @@ class ProfilesPanel:
             {layer: phi[picks] for layer, phi in every.features.items()},
             y[picks],
             tuple(every.ids[i] for i in picks.tolist()),
-            every.token_layers,
         )
 
     def chart(
@@ -242,7 +241,7 @@ class ProfilesPanel:
         return UnitMaps(
             units=tuple(int(k) for k in chosen),
             of=len(promotion),
-            values=np.stack([_small(obs.side(side).acts[layer][:n, chosen.tolist()]) for side in ("clean", "adv")], 1),
+            values=np.stack([_small(obs, layer, side, n, chosen.tolist()) for side in SIDES], 1),
             columns=columns,
             filters=filters(probe.net, layer, chosen),
         )
@@ -312,10 +311,10 @@ def _both(gain: np.ndarray, movement: np.ndarray, count: int) -> np.ndarray:
     return np.array([*first, *rest[: count - len(first)]], int)
 
 
-def _small(act: Tensor) -> np.ndarray:
-    """(N, U, h, w), no side above ``SIDE``: block means."""
-    act = act.detach().float()
-    act = act if act.dim() == 4 else act[:, :, None, None]
+def _small(obs: Observation, layer: str, side: Side, count: int, units: list[int]) -> np.ndarray:
+    """Maps of units of the first images, (N, U, h, w), no side above ``SIDE``: block means; (1, 1) where there is no map."""
+    act = obs.side(side).acts[layer][:count, units].detach().float()
+    act = obs.maps(layer, act) if obs.spatial(layer) else pooled(act)[:, :, None, None]
     return numpy(nn.functional.adaptive_avg_pool2d(act, (min(SIDE, act.shape[2]), min(SIDE, act.shape[3]))))
 
 

@@ -177,11 +177,11 @@ def _details(probe: Probe, layers: list[LayerUnits], shown: dict[str, np.ndarray
     With them the row of every unit, −1 for those without.
     """
     obs = probe.obs
-    spatial = [layer.layer for layer in layers if obs.adv.acts[layer.layer].dim() == 4]
+    spatial = [layer.layer for layer in layers if obs.spatial(layer.layer)]
     if not spatial:
         return None, ()
     count = min(SHOWN_IMAGES, len(probe.ids))
-    largest = min(SIDE, max(obs.adv.acts[name].shape[-1] for name in spatial))
+    largest = min(SIDE, max(obs.layout(name).grid[-1] for name in spatial))
     titles: list[str] = []
     cells: list[list[np.ndarray]] = [[] for _ in range(3 * count)]
     rows: list[int] = []
@@ -191,7 +191,9 @@ def _details(probe: Probe, layers: list[LayerUnits], shown: dict[str, np.ndarray
         titles += [f"unit {k} · layer {layer.layer}" for k in kept]
         if not kept:
             continue
-        clean, adv = (numpy(obs.side(side).acts[layer.layer][:count, list(kept)]) for side in ("clean", "adv"))
+        clean, adv = (
+            numpy(obs.maps(layer.layer, obs.side(side).acts[layer.layer][:count, list(kept)])) for side in ("clean", "adv")
+        )
         for i in range(count):
             for j, values in enumerate((clean[i], adv[i], adv[i] - clean[i])):
                 cells[3 * i + j] += list(_resized(values, largest))
