@@ -100,7 +100,7 @@ def record(net: nn.Module, layers: Sequence[str], layouts: Mapping[str, Layout] 
     modules = find_layers(net, layers)
     kept = _Recording(layouts or {})
     handles = [
-        module.register_forward_hook(lambda module, _i, output, name=name: kept.keep(name, module, output))
+        module.register_forward_hook(lambda _m, _i, output, name=name: kept.keep(name, output))
         for name, module in modules.items()
     ]
     try:
@@ -120,12 +120,12 @@ class _Recording:
         self.versions: dict[str, int] = {}
         self.steps: dict[str, list[Tensor]] = {}
 
-    def keep(self, name: str, module: nn.Module, output: object) -> object:
+    def keep(self, name: str, output: object) -> object:
         found = next(tensors_in(output), None)
         if found is None:
             raise ValueError(f"layers: {name!r} returned {type(output).__name__}, expected a tensor")
         layout = self.layouts.get(name)
-        if layout is not None and is_recurrent(module, found, layout):
+        if layout is not None and layout.recurrent:
             return replaced(output, found, self._step(name, found, layout))
         if name in self.acts:
             raise ValueError(f"layers: {name!r} ran twice in one forward; name a layer that runs once")
@@ -169,11 +169,6 @@ class _Recording:
                 f"layers: {', '.join(overwritten)} overwritten by an in-place operation after recording; "
                 "set inplace=False on the activation that follows"
             )
-
-
-def is_recurrent(module: nn.Module, output: Tensor, layout: Layout) -> bool:
-    """Whether calls of a layer are time steps: it has weights, runs again and again, and gives (N, C)."""
-    return layout.calls > 1 and layout.axes == "NC" and output.dim() == 2 and any(True for _ in module.parameters())
 
 
 def replaced(output: object, found: Tensor, by: Tensor) -> object:
@@ -358,7 +353,7 @@ def observe(
     x, y = typed(net, x, y)
     x_adv = x if same else typed(net, x_adv, y)[0]
     labels = known_labels(y)
-    layouts = layouts_of(net, x, layers) if layers else {}
+    layouts = _layouts(net, x, layers, labels) if layers else {}
 
     def run(images: Tensor) -> Forward:
         with record(net, layers, layouts) as acts, twice_differentiable(create_graph):
@@ -396,6 +391,15 @@ def observe(
     return Observation(y, target, adv, clean_pass, create_graph, both, net=net, x=x)
 
 
+def _layouts(net: nn.Module, x: Tensor, layers: Sequence[str], labels: range) -> dict[str, Layout]:
+    find_layers(net, layers)
+    try:
+        return layouts_of(net, x, layers)
+    except RuntimeError:
+        answer(net, x, labels)  # says what is wrong with the net or with the images
+        raise
+
+
 def strongest_wrong(logits: Tensor, y: Tensor) -> Tensor:
     """The wrong class with the largest logit, (N,)."""
     return logits.detach().scatter(1, y[:, None], -torch.inf).argmax(1)
@@ -422,6 +426,7 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
     """
     layouts = layouts_of(net, x)
     seen: dict[str, torch.Size] = {}
+    cells: dict[str, torch.Size] = {}
     hidden: dict[str, nn.Module] = {}
 
     def keep(name: str, module: nn.Module, output: object) -> None:
@@ -429,8 +434,8 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
         if found is None or layout is None or not name:
             return
         if layout.calls > 1:
-            if is_recurrent(module, found, layout):
-                seen[name] = torch.Size((*found.shape, layout.calls))
+            if layout.recurrent:
+                cells[name] = torch.Size((*found.shape, layout.calls))
             return
         shape = layout.view(found).shape
         if len(shape) == 2:
@@ -438,8 +443,8 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
         # More channels than an image has: padding, resizing and normalising modules are not features.
         # Adaptive pooling belongs to the head: on small images it can even enlarge the map.
         pools = isinstance(module, _AdaptiveAvgPoolNd | _AdaptiveMaxPoolNd)
-        mapped = layout.spatial or len(shape) == 3
-        if mapped and shape[1] > max(3, x.shape[1]) and not pools and (min(shape[2:]) > 1):
+        mapped = layout.spatial or (len(shape) == 3 and layout.axes.endswith("C"))
+        if len(shape) > 2 and mapped and shape[1] > max(3, x.shape[1]) and not pools and (min(shape[2:]) > 1):
             seen[name] = shape
 
     handles = [
@@ -453,7 +458,7 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
         for handle in handles:
             handle.remove()
     stages: dict[torch.Size, list[str]] = {}
-    for name, shape in seen.items():
+    for name, shape in (seen or cells).items():
         stages[shape[2:]] = [*stages.pop(shape[2:], []), name]  # so that the order is that of the last layers
     modules = dict(net.named_modules())
     chosen = [

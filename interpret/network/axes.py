@@ -161,6 +161,7 @@ class AxisTrace(TorchFunctionMode):
         self.known: dict[int, tuple[Tensor, Axes]] = {}
         self._keep(x, [(self.batch,), *(fresh(size, role) for size, role in shape)])
         self.outputs: dict[str, list[Tensor]] = {}
+        self.repeated: set[str] = set()  # layers that ran again on something else than what they had given
         self._versions: dict[str, list[int]] = {}
         self._handles: list[Any] = []
 
@@ -197,7 +198,10 @@ class AxisTrace(TorchFunctionMode):
                 return  # it works on weights, as parametrisations do
             # It worked out of sight, e.g. as TorchScript.
             self._keep(first, next((self.axes(tensor) for tensor in read if tensor.shape == first.shape), None))
-        self.outputs.setdefault(name, []).append(first)
+        before = self.outputs.setdefault(name, [])
+        if before and not any(tensor is before[-1] for tensor in tensors_in((args, kwargs))):
+            self.repeated.add(name)
+        before.append(first)
         self._versions.setdefault(name, []).append(first._version)
 
     def overwritten(self, name: str) -> bool:
@@ -300,8 +304,10 @@ def _unit_axes(axes: Axes, others: Sequence[int]) -> list[int]:
     most = max(sure.values())
     if most == 0:
         colours = [i for i in others if role_of(axes[i]) == "C"]
-        unknown = [i for i in others if axes[i] and role_of(axes[i]) not in ("H", "W", "T")]
-        return colours or (unknown if len(unknown) == 1 else [])
+        left = [i for i in others if role_of(axes[i]) not in ("H", "W")]
+        if colours or (len(left) == 1 and len(others) == 3):
+            return colours or left
+        return list(others[:1]) if len(others) == 3 else []  # torch's order of images, where nothing speaks against it
     found = [i for i in others if sure[i] == most]
     if len(found) > 1:
         origins = {_origin(atom) for i in found for atom in axes[i] if atom.surely_units() == most}

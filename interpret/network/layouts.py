@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,7 +34,8 @@ class Layout:
         fold: where the first axis holds ``fold`` entries of each image, one after the other (windows): how many.
         prefix: tokens before the grid that stand for no place in the image: class token, registers.
         grid: rows and columns of the positions; empty where they form no map.
-        calls: how often the layer runs in a forward; several calls of a recurrent cell are its time steps.
+        calls: how often the layer runs in a forward.
+        recurrent: whether each call reads what the one before gave: a cell, whose calls are time steps.
         overwritten: whether the net writes into the output afterwards, so that a copy must go on.
     """
 
@@ -42,6 +44,7 @@ class Layout:
     prefix: int = 0
     grid: tuple[int, ...] = ()
     calls: int = 1
+    recurrent: bool = False
     overwritten: bool = False
 
     @property
@@ -174,10 +177,10 @@ def layouts_of(net: nn.Module, x: Tensor, layers: Sequence[str] | None = None) -
 @torch.no_grad()
 def _learn(net: nn.Module, x: Tensor) -> dict[str, Layout | str]:
     images = x[:1].detach().clone().repeat(3, *[1] * (x.dim() - 1))
-    with undisturbed(net), torch.no_grad(), replaying(rng_state(x.device), x.device):
-        trace = AxisTrace(net, images)
-        with trace:
-            net(images)
+    try:
+        trace = _traced(net, images)
+    except (RuntimeError, ValueError):  # some nets take nothing but the batch they were made for
+        trace = _traced(net, x.detach().clone())
     found: dict[str, Layout | str] = {}
     modules = dict(net.named_modules())
     for name in trace.outputs:  # in the order in which they end
@@ -187,11 +190,22 @@ def _learn(net: nn.Module, x: Tensor) -> dict[str, Layout | str]:
         if declared is not None:
             shape = trace.outputs[name][0].shape
             same = isinstance(layout, Layout) and layout.axes == declared
-            layout = layout if same else _declared(declared, tuple(shape), tuple(images.shape))
+            layout = layout if same else _declared(declared, tuple(shape), tuple(x.shape))
         if isinstance(layout, Layout):
-            layout = replace(layout, calls=len(trace.outputs[name]), overwritten=trace.overwritten(name))
+            calls = len(trace.outputs[name])
+            cell = calls > 1 and layout.axes == "NC" and name not in trace.repeated
+            layout = replace(layout, calls=calls, recurrent=cell, overwritten=trace.overwritten(name))
         found[name] = layout
     return found
+
+
+def _traced(net: nn.Module, images: Tensor) -> AxisTrace:
+    drawing = nullcontext() if images.is_meta else replaying(rng_state(images.device), images.device)
+    with undisturbed(net), torch.no_grad(), drawing:
+        trace = AxisTrace(net, images)
+        with trace:
+            net(images)
+    return trace
 
 
 def _declared(axes: str, shape: tuple[int, ...], images: tuple[int, ...]) -> Layout | str:

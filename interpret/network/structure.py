@@ -201,7 +201,7 @@ class _Frame:
     calls: int = 0  # of modules inside
     reads: Mapping[int, int] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
-    output: Tensor | None = None  # where it is one tensor
+    output: Tensor | None = None  # the first of several
     version: int = 0
     event: int = -1  # that made the output
 
@@ -257,8 +257,7 @@ class _Trace(TorchFunctionMode):
             frame.shape = tuple(tensors[0].shape) if tensors else ()
             if tensors:
                 frame.event = self.made.get(id(tensors[0]), (output, -1))[1]
-            if isinstance(output, Tensor):
-                frame.output, frame.version = output, output._version
+                frame.output, frame.version = tensors[0], tensors[0]._version
             if self.events[-1].name == "":
                 self.events[-1].shape = frame.shape
         return output

@@ -244,7 +244,7 @@ def test_names_must_differ_and_a_loss_is_needed():
     [
         (conv_bn, PSE(layers=["act3"]), r"regularizers\.r\.layers: the network has no layer 'act3'; close names: .*act2"),
         (conv_bn, UnitSensitivity(layers=["act2", "nope"]), r"regularizers\.r\.layers: the network has no layer 'nope'"),
-        (lambda: Linear((3, 8, 8), 5), PSE(), r"regularizers\.r\.layers: the network has no convolutional feature map"),
+        (lambda: Linear((3, 8, 8), 5), PSE(), r"regularizers\.r\.layers: no layer of the network can be observed"),
         (conv_bn, PSE(layers=["flatten"], over="positions"), r"layers: 'flatten' has no positions; use over=units"),
         (conv_bn, PSE(layers=["flatten"], over="both"), r"layers: 'flatten' has no positions; use over=units"),
     ],

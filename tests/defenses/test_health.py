@@ -43,6 +43,7 @@ from glassarmor.defenses.monitoring.readings import (
     watched_logits,
 )
 from glassarmor.defenses.threat import L2, Linf
+from glassarmor.interpret.network.layouts import layouts_of
 from glassarmor.interpret.observation import observe
 from glassarmor.interpret.signals.pse import KIND_NAMES, unit_effects
 from glassarmor.interpret.views.page.page import ReportPage, read_script
@@ -633,6 +634,7 @@ def test_what_a_reading_costs() -> None:
     """Forwards of a reading, in passes over the images: what the docstring of ``measure`` says."""
     net = conv_bn()
     images, seen = of(net, n=FEW + 4), []
+    layouts_of(net, images.x)  # learned once
     net.register_forward_pre_hook(lambda _m, inputs: seen.append(len(inputs[0])))
     for thorough, passes in ((False, 3 + 4), (True, 3 + 4 + 5 * 3 + 6)):
         seen.clear()

@@ -466,7 +466,7 @@ def test_a_changed_prediction_costs_cam_discrepancy():
 
 def test_cam_discrepancy_asks_for_positions():
     obs = observe(conv_bn().eval(), *batch()[:2], batch()[2], layers=["flatten"])
-    with pytest.raises(ValueError, match=r"regularizers\.cam_discrepancy\.layers: 'flatten' gives no feature map"):
+    with pytest.raises(ValueError, match=r"regularizers\.cam_discrepancy\.layers: 'flatten' gives no map"):
         CAMDiscrepancy(layers=["flatten"]).prepare(obs, ())
 
 

@@ -32,15 +32,18 @@ def test_region_effects_equal_feature_ablation_for_both_labels(make, chunk):
 
 @pytest.mark.parametrize("layer", ["act1", "act2"])
 @pytest.mark.parametrize("label", ["true", "target"])
-def test_cam_equals_grad_cam_times_positions(layer, label):
+def test_cam_equals_gradient_times_activation_and_below_pooling_grad_cam(layer, label):
     net = conv_bn().eval()
     x, x_adv, y = batch()
     obs = observe(net, x, x_adv, y, layers=[layer])
+    ours = class_activation_map(obs, layer, label, "adv").detach()
     untidy(net)
     with unchanged(net):
-        captum = captum_bridge.grad_cam(net, layer, x_adv, obs.labels(label))
-    ours = class_activation_map(obs, layer, label, "adv")
-    torch.testing.assert_close(captum * captum[0].numel(), ours.detach(), rtol=1e-4, atol=1e-5)
+        averaged = captum_bridge.grad_cam(net, layer, x_adv, obs.labels(label))
+    product = attr.LayerGradientXActivation(net.eval(), net.get_submodule(layer)).attribute(x_adv, target=obs.labels(label))
+    torch.testing.assert_close(product.sum(1) * ours[0].numel(), ours, rtol=1e-4, atol=1e-5)
+    same = torch.allclose(averaged * ours[0].numel(), ours, rtol=1e-4, atol=1e-5)
+    assert same == (layer == "act2")
 
 
 def test_grad_cam_is_signed():

@@ -131,7 +131,7 @@ def test_all_layers_and_both_labels_cost_one_pass_over_the_path():
     net = Counting(conv_bn())
     x, x_adv, y = batch(n=4)
     conductance(net, x, x_adv, y, (y + 1) % 5, layers=["net.act1", "net.act2", "net.head"], steps=10, chunk=16)
-    assert net.batches == [16, 16, 12]  # 11 points of 4 samples
+    assert net.batches == [3, 16, 16, 12]  # three learn which axis is what; 11 points of 4 samples
 
 
 def test_any_number_of_labels():

@@ -106,7 +106,7 @@ def test_only_what_lies_above_runs_again():
 
             module.forward = counted
     unit_patching(net, x, x_adv, y, layer="block2.bn", chunk=6)
-    whole, patched = 4, 2 * 8  # both passes; 8 units of 2 samples
+    whole, patched = 4 + 3, 2 * 8  # both passes and the small one that learns the axes; 8 units of 2 samples
     assert {name for name, n in samples.items() if n == whole} == {
         "stem", "block1.conv", "block1.bn", "block1.shortcut", "block2.conv", "block2.bn",
     }  # fmt: skip

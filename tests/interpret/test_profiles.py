@@ -179,7 +179,7 @@ def test_the_second_axis_of_a_background_that_varies_in_few_directions():
 
 def measured(seed: int = 0) -> tuple[Observation, Background, ActivationProfiles]:
     generator = seeded(seed)
-    shapes = {"map": (6, 3, 3), "tokens": (5, 6), "flat": (4,)}
+    shapes = {"map": (6, 3, 3), "tokens": (6, 5), "flat": (4,)}
     y, target = torch.tensor([0, 0, 1, 2, 2, 1]), torch.tensor([1, 2, 0, 0, 1, 0])
     labels = torch.tensor([0, 1, 2] * 7 + [0, 0])
     clean = {layer: torch.randn(6, *shape, generator=generator) for layer, shape in shapes.items()}
@@ -191,7 +191,7 @@ def measured(seed: int = 0) -> tuple[Observation, Background, ActivationProfiles
     }
     x, logits = torch.zeros(6, 1, 1, 1), torch.zeros(6, 3)
     obs = Observation(y, target, Forward(x, logits, adv), Forward(x, logits, clean))
-    background = Background(features, labels, tuple(map(str, range(23))), frozenset({"tokens"}))
+    background = Background(features, labels, tuple(map(str, range(23))))
     return obs, background, activation_profiles(obs, background, neighbours=4)
 
 
@@ -201,7 +201,7 @@ def test_equal_the_slow_formulas():
     assert found.counts.tolist() == [9, 7, 7]
     for index, layer in enumerate(found.layers):
         phi = background.features[layer].double().numpy()
-        axes = {"map": (2, 3), "tokens": (1,), "flat": ()}[layer]
+        axes = {"map": (2, 3), "tokens": (2,), "flat": ()}[layer]
         clean, adv = (obs.side(side).acts[layer].double().numpy() for side in ("clean", "adv"))
         for n in range(6):
             true, target = int(obs.y[n]), int(obs.target[n])
@@ -222,7 +222,7 @@ def test_equal_the_slow_formulas():
                 along = [reference.position(row, start, end) for row in phi[labels == label]]
                 bands = found.bands[index, found.pair[n], which]
                 np.testing.assert_allclose(bands, np.quantile(along, QUANTILES), atol=1e-4)
-        by_unit = reference.unit_divergence(clean, adv, 2 if layer == "tokens" else 1)
+        by_unit = reference.unit_divergence(clean, adv, 1)
         np.testing.assert_allclose(found.unit_divergence[layer], by_unit, rtol=1e-4)
         total = found.unit_divergence[layer].square().mean()
         torch.testing.assert_close(total, found.divergence[index].square().mean())
