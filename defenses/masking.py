@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from glassarmor.defenses.options import require_number, require_one_of
 from glassarmor.defenses.training.defense import Defense
 from glassarmor.interpret.modes import evaluating
 from glassarmor.interpret.network.axes import tensors_in
@@ -76,8 +77,7 @@ def unit_scores(
     Raises:
         ValueError: another criterion, no layer, or an unknown one.
     """
-    if by not in get_args(Criterion):
-        raise ValueError(f"masking.by: expected {', '.join(get_args(Criterion))}; found {by!r}")
+    require_one_of("masking.by", by, get_args(Criterion))
     if not layers:
         raise ValueError("masking.layers: expected at least one layer name, found none")
     find_layers(net, layers, key="masking.layers")
@@ -137,10 +137,8 @@ def choose_units(
     Raises:
         ValueError: a share outside (0, 1), or so large that nothing is left of a layer; another fill.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"masking.share: expected a share in (0, 1), found {share!r}")
-    if fill not in ("zero", "mean"):
-        raise ValueError(f"masking.fill: expected zero or mean, found {fill!r}")
+    require_number("masking.share", share, "(0, 1)")
+    require_one_of("masking.fill", fill, ("zero", "mean"))
     scores = unit_scores(net, x, x_adv, y, layers, by, chunk=chunk, seed=seed)
     keep, fills = {}, {layer: torch.zeros_like(score) for layer, score in scores.items()}
     for layer, score in scores.items():

@@ -60,17 +60,19 @@ def paired(candidate: Sequence[float], baseline: Sequence[float], level: float =
     if n == 1:
         unknown = float("nan")
         return Paired(mean, unknown, unknown, unknown, unknown, unknown, 1)
-    error = std / np.sqrt(n)
-    reach = error * float(stats.t.ppf((1 + level) / 2, n - 1))
     p_flip = sign_flip_p(differences) if n <= EXACT_SEEDS else float("nan")  # as precise as Student's by then
-    # Small test sets make all differences alike by chance; an infinite t would then claim p = 0.
-    alike = error <= 1e-12 * max(1.0, abs(mean))
-    p = p_flip if alike else float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    return Paired(mean, std, mean - reach, mean + reach, p, p_flip, n)
+    if std / np.sqrt(n) <= 1e-12 * max(1.0, abs(mean)):
+        # Small test sets make all differences alike by chance; an infinite t would then claim p = 0.
+        return Paired(mean, std, mean, mean, p_flip, p_flip, n)
+    student = stats.ttest_1samp(differences, 0.0)
+    low, high = student.confidence_interval(level)
+    return Paired(mean, std, float(low), float(high), float(student.pvalue), p_flip, n)
 
 
 def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
     """Two-sided p of "each difference is symmetric about 0" (Fisher 1935): share of the 2^n flips whose sum is as large.
+
+    ``scipy.stats.permutation_test`` gives the same, but refuses one difference and takes 13 s for 20 of them (0.02 s here).
 
     Raises:
         ValueError: no difference, or more than ``EXACT_SEEDS``.

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import CatMetric, MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from glassarmor.defenses.attacks.draws import seed_of
 from glassarmor.defenses.attacks.pgd import Attack
 from glassarmor.defenses.training.defense import Defense
 from glassarmor.lightning_modules.learning import rate_factors, require_learning, scale_rates
@@ -92,7 +93,7 @@ class RobustClassifier(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         x, y = batch
         draw = self.global_step * self.trainer.world_size + self.global_rank
-        torch.manual_seed((self.seed * 1_000_003 + draw) % 2**63)  # dropout and the like
+        torch.manual_seed(seed_of(self.seed, draw))  # dropout and the like
         self.defense.at(self.current_epoch + batch_idx / max(1, float(self.trainer.num_training_batches)), draw)
         out = self.defense(self.net, x, y)
         self.train_accuracy(out.obs.adv.logits.detach(), y)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glassarmor.defenses.monitoring.alarms import Limits, guesses
 from glassarmor.defenses.monitoring.readings import guessing
+from glassarmor.defenses.options import require_number, require_one_of
 
 By = Literal["robust", "clean"]
 
@@ -79,11 +80,8 @@ class Select:
     within: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if self.by is not None and self.by not in get_args(By):
-            raise ValueError(f"select.by: expected null, {' or '.join(get_args(By))}; found {self.by!r}")
-        number = isinstance(self.within, int | float) and not isinstance(self.within, bool)
-        if self.within is not None and not (number and 0 <= self.within < math.inf):
-            raise ValueError(f"select.within: expected null or a number >= 0, found {self.within!r}")
+        require_one_of("select.by", self.by, get_args(By), null=True)
+        require_number("select.within", self.within, "[0, inf)", null=True)
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | None, attacks: bool) -> Select:

@@ -61,6 +61,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("training",),
         ("attacks",),
         ("losses", "threat"),
+        ("options",),
     ),
     "lightning_modules": (
         ("commands",),

@@ -14,8 +14,10 @@ from typing import Final, Literal
 import torch
 from torch import Tensor, nn
 
+from glassarmor.defenses.attacks.draws import Seeded
 from glassarmor.defenses.attacks.objectives import CrossEntropy, Objective, TargetedDLR, TargetedMargin
 from glassarmor.defenses.losses import margin
+from glassarmor.defenses.options import require_number, require_one_of, require_whole
 from glassarmor.defenses.threat import Threat, per_sample
 from glassarmor.interpret.inputs import borrowed
 
@@ -70,7 +72,7 @@ class _Ascent:
             setattr(self, field.name, getattr(self, field.name)[which])
 
 
-class APGD:
+class APGD(Seeded):
     """Auto-PGD: momentum, and a step from 2ε on that is halved for each image whose objective no longer rises.
 
     An image that is misclassified is returned as it is, one that falls at the first point found that is misclassified, one
@@ -98,12 +100,9 @@ class APGD:
         rho: float = 0.75,
         seed: int = 0,
     ) -> None:
-        if not all(isinstance(count, int) and count >= 1 for count in (steps, restarts)):
-            raise ValueError(
-                f"attack: expected whole numbers steps >= 1 and restarts >= 1, found steps={steps!r}, restarts={restarts!r}"
-            )
-        if not 0 < rho < 1:
-            raise ValueError(f"attack.rho: expected a share in (0, 1), found {rho!r}")
+        require_whole("attack.steps", steps, 1)
+        require_whole("attack.restarts", restarts, 1)
+        require_number("attack.rho", rho, "(0, 1)")
         self.threat = threat
         self.steps = steps
         self.restarts = restarts
@@ -111,9 +110,6 @@ class APGD:
         self.rho = rho
         self.seed = seed
         self.calls = 0
-
-    def reseed(self, call: int) -> None:
-        self.calls = call
 
     def objectives(self, classes: int) -> Sequence[Objective]:
         """What is maximised, one after the other."""
@@ -128,8 +124,7 @@ class APGD:
             y: true labels (N,).
         """
         with borrowed(net, x, y) as (x, y):
-            generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
-            self.calls += 1
+            generator = self.generator(x.device)
             with torch.no_grad():
                 clean = net(x).float()
             found, lead = x.clone(), clean.new_full((len(x),), -torch.inf)
@@ -266,10 +261,8 @@ class APGDT(APGD):
         seed: int = 0,
     ) -> None:
         super().__init__(threat, steps, restarts, None, rho, seed)
-        if not isinstance(targets, int) or targets < 1:
-            raise ValueError(f"attack.targets: expected a whole number >= 1, found {targets!r}")
-        if loss not in ("dlr", "margin"):
-            raise ValueError(f"attack.loss: expected dlr or margin, found {loss!r}")
+        require_whole("attack.targets", targets, 1)
+        require_one_of("attack.loss", loss, ("dlr", "margin"))
         self.targets = targets
         self.loss = loss
 

@@ -15,7 +15,9 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from glassarmor.defenses.attacks.draws import Seeded
 from glassarmor.defenses.attacks.square import Square
+from glassarmor.defenses.options import require_one_of, require_whole
 from glassarmor.defenses.threat import L2, Linf, Threat
 from glassarmor.interpret.inputs import borrowed
 
@@ -24,7 +26,7 @@ LOGGER: Final = "auto-attack"  # the package's
 TARGETS = 9  # of the two targeted attacks, where there are as many wrong classes
 
 
-class AutoAttackPart:
+class AutoAttackPart(Seeded):
     """One attack of AutoAttack's standard version, as the package sets it up.
 
     An image that the attack does not fell comes back clean.  The global random generators, which the package seeds, are put
@@ -43,18 +45,13 @@ class AutoAttackPart:
     def __init__(self, threat: Threat, part: Part, queries: int = 5000, seed: int = 0) -> None:
         if not isinstance(threat, Linf | L2):
             raise ValueError(f"threat: AutoAttack's standard version is run for Linf and L2, found {threat}")
-        if part not in get_args(Part):
-            raise ValueError(f"attack.part: expected {', '.join(get_args(Part))}; found {part!r}")
-        if not isinstance(queries, int) or queries < 1:
-            raise ValueError(f"attack.queries: expected a whole number >= 1, found {queries!r}")
+        require_one_of("attack.part", part, get_args(Part))
+        require_whole("attack.queries", queries, 1)
         self.threat: Threat = threat
         self.part = part
         self.queries = queries
         self.seed = seed
         self.calls = 0
-
-    def reseed(self, call: int) -> None:
-        self.calls = call
 
     def replaced(self, size: tuple[int, int]) -> bool:
         """Whether images of this (height, width) get our Square in the place of the package's."""
@@ -62,8 +59,7 @@ class AutoAttackPart:
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial images (N, C, H, W), fp32, detached; for the arguments see :class:`.APGD`."""
-        seed = (self.seed * 1_000_003 + self.calls) % 2**63
-        self.calls += 1
+        seed = self.next_seed()
         with borrowed(net, x, y) as (x, y), quiet(), torch.no_grad(), _forked(x.device):
             if self.replaced((x.shape[2], x.shape[3])):
                 ours = Square(self.threat, max(3, self.queries), seed=self.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from glassarmor.defenses.options import require_whole
 from glassarmor.defenses.threat import Threat
 from glassarmor.interpret.inputs import checked
 
@@ -27,8 +28,7 @@ class Free(nn.Module):
 
     def __init__(self, threat: Threat, replays: int = 4) -> None:
         super().__init__()
-        if not isinstance(replays, int) or replays < 1:
-            raise ValueError(f"defense.attack.replays: expected a whole number >= 1, found {replays!r}")
+        require_whole("defense.attack.replays", replays, 1)
         self.threat = threat
         self.replays = replays
         self.delta: Tensor | None = None  # (largest batch so far, C, H, W)

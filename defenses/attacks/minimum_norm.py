@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from glassarmor.defenses.attacks.objectives import Margin, Targeted
 from glassarmor.defenses.attacks.supported import Masked
 from glassarmor.defenses.losses import margin
+from glassarmor.defenses.options import require_number, require_one_of, require_whole
 from glassarmor.defenses.threat import Linf, Threat, norms, parse_eps, per_sample
 from glassarmor.interpret.inputs import borrowed
 
@@ -69,15 +70,11 @@ class MinimumNorm(ABC):
         objective: Margin | Targeted | None,
         abort_early: bool,
     ) -> None:
-        if steps < 1 or search_steps < 1:
-            raise ValueError(
-                f"attack: expected steps >= 1 and search_steps >= 1, found steps={steps}, search_steps={search_steps}"
-            )
-        if not (step_size > 0 and initial_c > 0 and confidence >= 0):
-            raise ValueError(
-                "attack: expected step_size > 0, initial_c > 0 and confidence >= 0, "
-                f"found step_size={step_size}, initial_c={initial_c}, confidence={confidence}"
-            )
+        require_whole("attack.steps", steps, 1)
+        require_whole("attack.search_steps", search_steps, 1)
+        require_number("attack.step_size", step_size, "(0, inf)")
+        require_number("attack.initial_c", initial_c, "(0, inf)")
+        require_number("attack.confidence", confidence, "[0, inf)")
         self.objective = Margin() if objective is None else objective
         if not isinstance(self.objective, Margin | Targeted):
             raise ValueError(
@@ -301,10 +298,8 @@ class ElasticNet(Proximal):
         eps: str | float | None = None,
     ) -> None:
         super().__init__(steps, search_steps, step_size, initial_c, confidence, objective, abort_early, l2=1.0, eps=eps)
-        if beta < 0:
-            raise ValueError(f"attack.beta: expected a number >= 0, found {beta}")
-        if rule not in ("L1", "EN"):
-            raise ValueError(f"attack.rule: expected L1 or EN, found {rule!r}")
+        require_number("attack.beta", beta, "[0, inf)")
+        require_one_of("attack.rule", rule, ("L1", "EN"))
         self.beta = beta
         self.rule = rule
 
@@ -354,10 +349,9 @@ class GroupSparse(Proximal):
         eps: str | float | None = None,
     ) -> None:
         super().__init__(steps, search_steps, step_size, initial_c, confidence, objective, abort_early, l2=gamma, eps=eps)
-        if not (gamma >= 0 and tau >= 0):
-            raise ValueError(f"attack: expected gamma >= 0 and tau >= 0, found gamma={gamma}, tau={tau}")
-        if cell is not None and cell < 1:
-            raise ValueError(f"attack.cell: expected a side of at least 1 pixel, found {cell}")
+        require_number("attack.gamma", gamma, "[0, inf)")
+        require_number("attack.tau", tau, "[0, inf)")
+        require_whole("attack.cell", cell, 1, null=True)
         self.tau = tau
         self.cell = cell
         self.refine = refine

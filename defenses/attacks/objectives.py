@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glassarmor.defenses import losses
+from glassarmor.defenses.options import require_whole
 
 
 class Objective(Protocol):
@@ -121,8 +122,7 @@ class TargetedDLR:
     needs_clean: ClassVar[bool] = True
 
     def __init__(self, rank: int = 1) -> None:
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"objective.rank: expected a whole number >= 1, found {rank!r}")
+        require_whole("objective.rank", rank, 1)
         self.rank = rank
 
     def __call__(self, logits: Tensor, y: Tensor, clean: Tensor | None) -> Tensor:

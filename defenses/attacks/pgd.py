@@ -10,8 +10,10 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from glassarmor.defenses.attacks.draws import Seeded
 from glassarmor.defenses.attacks.objectives import CrossEntropy, KLToClean, NuclearCE, Objective
 from glassarmor.defenses.losses import margin
+from glassarmor.defenses.options import require_one_of, require_whole
 from glassarmor.defenses.threat import Threat, parse_eps, per_sample
 from glassarmor.interpret.inputs import borrowed
 from glassarmor.interpret.network.folding import folded
@@ -43,7 +45,7 @@ class Scalable(Attack, Protocol):
         ...
 
 
-class PGD:
+class PGD(Seeded):
     """Projected gradient ascent (Madry et al. 2018, 1706.06083) and, as its special cases below, its one-step kin.
 
     Forwards per call: ``steps × restarts``, + 1 for an objective that looks at the clean logits, + ``restarts`` when there
@@ -72,12 +74,9 @@ class PGD:
         objective: Objective | None = None,
         seed: int = 0,
     ) -> None:
-        if not all(isinstance(count, int) and count >= 1 for count in (steps, restarts)):
-            raise ValueError(
-                f"attack: expected whole numbers steps >= 1 and restarts >= 1, found steps={steps!r}, restarts={restarts!r}"
-            )
-        if start not in ("uniform", "gaussian", "bernoulli", "none"):
-            raise ValueError(f"attack.start: expected uniform, gaussian, bernoulli or none; found {start!r}")
+        require_whole("attack.steps", steps, 1)
+        require_whole("attack.restarts", restarts, 1)
+        require_one_of("attack.start", start, ("uniform", "gaussian", "bernoulli", "none"))
         if restarts > 1 and start == "none":
             raise ValueError("attack.restarts: several restarts need a random start, found start=none")
         if restarts > 1 and isinstance(objective, NuclearCE):
@@ -101,9 +100,6 @@ class PGD:
         self.seed = seed
         self.calls = 0
 
-    def reseed(self, call: int) -> None:
-        self.calls = call
-
     def scaled(self, eps: float, step: float) -> PGD:
         twin = copy.copy(self)
         twin.threat, twin.step_size = self.threat.scaled(eps), self.step_size * eps * step
@@ -118,9 +114,7 @@ class PGD:
             y: true labels (N,).
         """
         with borrowed(net, x, y) as (x, y), self._lightened(net, x):
-            # One generator a call: its seed names the call, so nothing has to be saved to repeat it.
-            generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
-            self.calls += 1
+            generator = self.generator(x.device)
             value = self._value(net, x, y)
             best = self._ascend(x, value, generator)
             if self.restarts > 1:

@@ -7,7 +7,9 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from glassarmor.defenses.attacks.draws import Seeded
 from glassarmor.defenses.losses import margin
+from glassarmor.defenses.options import require_number, require_whole
 from glassarmor.defenses.threat import L2, Linf, Threat, norms, per_sample
 from glassarmor.interpret.inputs import borrowed
 
@@ -15,7 +17,7 @@ HALVED: Final = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 1
 SHARES: Final = {Linf: 0.8, L2: 0.1}  # p of the paper's experiments
 
 
-class Square:
+class Square(Seeded):
     """Random search over square windows that raises the margin max_{c≠y} Z_c − Z_y (1912.00049, algorithms 1 to 3).
 
     L∞: a window of all channels is set to ± ε, a sign a channel.  L2: a window gets the length of two windows and what the
@@ -37,18 +39,13 @@ class Square:
     def __init__(self, threat: Threat, queries: int = 1000, share: float | None = None, seed: int = 0) -> None:
         if not isinstance(threat, Linf | L2):
             raise ValueError(f"attack.threat: the Square attack knows L∞ and L2, found {threat!r}")
-        if not isinstance(queries, int) or queries < 3:
-            raise ValueError(f"attack.queries: expected a whole number >= 3, found {queries!r}")
-        if share is not None and not 0 < share <= 1:
-            raise ValueError(f"attack.share: expected a number in (0, 1], found {share!r}")
+        require_whole("attack.queries", queries, 3)
+        require_number("attack.share", share, "(0, 1]", null=True)
         self.threat: Threat = threat
         self.queries = queries
         self.share = SHARES[type(threat)] if share is None else share
         self.seed = seed
         self.calls = 0
-
-    def reseed(self, call: int) -> None:
-        self.calls = call
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The best images found, (N, C, H, W), fp32, detached, in the ball; the clean ones where they were wrong already."""
@@ -63,8 +60,7 @@ class Square:
             y: true labels (N,).
         """
         with borrowed(net, x, y) as (x, y), torch.no_grad():
-            generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
-            self.calls += 1
+            generator = self.generator(x.device)
             best = x.clone()
             score = margin(net(x), y)
             spent = torch.ones_like(y)

@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from glassarmor.defenses.attacks.draws import seed_of
 from glassarmor.defenses.attacks.objectives import Targeted
 from glassarmor.defenses.attacks.pgd import Attack
+from glassarmor.defenses.options import require_number, require_one_of
 from glassarmor.defenses.threat import Threat
 from glassarmor.interpret.inputs import borrowed
 from glassarmor.interpret.observation import feature_layers, find_layers, observe, strongest_wrong
@@ -79,10 +81,8 @@ class Supported:
         where: Literal["cam", "shifted", "random"] = "cam",
         seed: int = 0,
     ) -> None:
-        if not 0 <= quantile < 1:
-            raise ValueError(f"attack.quantile: expected 0 <= quantile < 1, found {quantile}")
-        if where not in ("cam", "shifted", "random"):
-            raise ValueError(f"attack.where: expected cam, shifted or random; found {where!r}")
+        require_number("attack.quantile", quantile, "[0, 1)")
+        require_one_of("attack.where", where, ("cam", "shifted", "random"))
         self.attack = attack
         self.layer = layer
         self.quantile = quantile
@@ -135,7 +135,7 @@ class Supported:
         if self.where == "cam":
             return support
         n, _, height, width = support.shape
-        generator = torch.Generator(support.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
+        generator = torch.Generator(support.device).manual_seed(seed_of(self.seed, self.calls))
         if self.where == "shifted":
             offsets = torch.rand((n, 2), generator=generator, device=support.device)
             rolls = [(int(down * height), int(right * width)) for down, right in offsets.tolist()]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from glassarmor.defenses.attacks.objectives import Objective, Targeted
 from glassarmor.defenses.attacks.pgd import PGD, Value
+from glassarmor.defenses.options import require_number
 from glassarmor.defenses.threat import Threat
 from glassarmor.defenses.training.terms import Term
 from glassarmor.interpret.observation import feature_layers, find_layers, observe
@@ -52,8 +53,7 @@ class AdaptivePGD(PGD):
         seed: int = 0,
     ) -> None:
         super().__init__(threat, steps, step_size, start, restarts, objective, seed)
-        if not isinstance(weight, int | float) or not abs(weight) < float("inf"):
-            raise ValueError(f"attack.weight: expected a finite number, found {weight!r}")
+        require_number("attack.weight", weight, "(-inf, inf)")
         self.weight = weight
         weights = {name: weight * term.weight_at(float("inf")) for name, term in terms.items()}
         self.weights = {name: value for name, value in weights.items() if value != 0}

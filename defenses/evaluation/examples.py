@@ -7,8 +7,8 @@ attack = Recalled(fallen, places, PGD(threat))  # answers with the suite's own i
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from glassarmor.defenses.attacks.pgd import Attack
+from glassarmor.defenses.options import require_whole
 from glassarmor.defenses.threat import Threat
+from glassarmor.interpret.storage import write_atomic
 
 
 class FelledExamples:
@@ -41,8 +43,8 @@ class FelledExamples:
     """
 
     def __init__(self, most: int, path: str | Path | None = None, each: int = 4) -> None:
-        if not (isinstance(most, int) and most >= 1 and isinstance(each, int) and each >= 0):
-            raise ValueError(f"fallen: expected most >= 1 and each >= 0 images, found most={most!r} each={each!r}")
+        require_whole("examples.most", most, 1)
+        require_whole("examples.each", each, 0)
         self.most, self.each = most, each
         self.path = None if path is None else Path(path)
         self._clear(0, {})
@@ -94,15 +96,15 @@ class FelledExamples:
         return by_chance[later.long().argsort(stable=True)]
 
     def _save(self, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
+        content = io.BytesIO()
         np.savez(
-            temporary,
+            content,
             fingerprint=json.dumps(self.fingerprint),
             places=self.places.numpy(),
             attacks=self.attacks.numpy(),
             images=self.images.numpy(),
         )
-        os.replace(temporary, path)
+        write_atomic(path, content.getbuffer())
 
 
 class Replay:

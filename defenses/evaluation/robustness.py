@@ -11,7 +11,6 @@ All attacks run in fp32, in eval mode, on logits, through whatever the net is ma
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from glassarmor.defenses.evaluation.suite import Suite, SuiteName, SuiteSettings
 from glassarmor.defenses.threat import Threat
 from glassarmor.defenses.training.terms import Term
 from glassarmor.interpret.inputs import checked
+from glassarmor.interpret.storage import write_atomic
 
 STANDS: Final = -1  # in ``felled``: no attack felled it
 WRONG: Final = -2  # misclassified without any attack
@@ -171,9 +171,7 @@ class _State:
         return saved
 
     def save(self, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomic(path, json.dumps(asdict(self)))
 
 
 def evaluate_robustness(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from statistics import NormalDist
-
 import torch
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 from torch import Tensor
 
 
@@ -21,12 +19,8 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
         raise ValueError(f"interval: expected 0..n successes among n >= 1, found {successes} among {n}")
     if not 0 < confidence < 1:
         raise ValueError(f"interval.confidence: expected a number in (0, 1), found {confidence!r}")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = successes / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    # Exactly the ends where nothing or everything succeeded: there the formula gives them up to rounding.
-    return 0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half
+    found = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def luck(answers: Tensor, y: Tensor, classes: int) -> float:

@@ -25,6 +25,7 @@ from scipy.special import betaincinv
 from torch import Tensor, nn
 
 from glassarmor.defenses import losses
+from glassarmor.defenses.attacks.draws import Seeded
 from glassarmor.defenses.attacks.objectives import CrossEntropy, Margin, Objective
 from glassarmor.defenses.attacks.pgd import FGSM, PGD, Attack
 from glassarmor.defenses.attacks.square import Square
@@ -192,18 +193,15 @@ class Sureness:
         return -losses.margin(logits, y)
 
 
-class Noise:
+class Noise(Seeded):
     """The worst of uniform and of corner noise in the ball, by the margin: what needs no gradient and no search."""
 
     def __init__(self, threat: Threat, draws: int = 20, seed: int = 0) -> None:
         self.threat, self.draws, self.seed, self.calls = threat, draws, seed, 0
 
-    def reseed(self, call: int) -> None:
-        self.calls = call
-
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with borrowed(net, x, y) as (x, y), torch.no_grad():
-            generator = torch.Generator(x.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
+            generator = self.generator(x.device)
             score = torch.full((len(x),), -torch.inf, device=x.device)
             best = x
             for draw in range(self.draws):

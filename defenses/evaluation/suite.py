@@ -19,6 +19,7 @@ from glassarmor.defenses.attacks.objectives import CrossEntropy, Margin
 from glassarmor.defenses.attacks.pgd import PGD, Attack
 from glassarmor.defenses.attacks.square import Square
 from glassarmor.defenses.evaluation.adaptive import AdaptivePGD
+from glassarmor.defenses.options import require_whole
 from glassarmor.defenses.threat import Threat
 from glassarmor.defenses.training.terms import Term
 
@@ -78,8 +79,7 @@ class SuiteSettings:
     corruptions: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ValueError(f"batch_size: expected a whole number >= 1, found {self.batch_size!r}")
+        require_whole("batch_size", self.batch_size, 1)
 
     def attacks(self, threat: Threat, classes: int) -> Suite:
         """The suite itself, which is made of its name where it has one."""

@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 from glassarmor.defenses.attacks.pgd import NFGSM, PGD, Attack
 from glassarmor.defenses.monitoring.readings import MULTI_STEP, Reading
+from glassarmor.defenses.options import require_number
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 <= value <= 1):
-                raise ValueError(f"health.limits.{field.name}: expected null or a share in [0, 1], found {value!r}")
+            require_number(f"health.limits.{field.name}", getattr(self, field.name), "[0, 1]", null=True)
 
     def of(self, name: str) -> float | None:
         """The limit of an indicator; of ``nonfinite`` always 0."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from glassarmor.defenses.attacks.free import Free
 from glassarmor.defenses.attacks.pgd import Attack, Scalable
+from glassarmor.defenses.options import require_one_of
 from glassarmor.defenses.training.compiling import Compiled, ways
 from glassarmor.defenses.training.terms import Ramp, Term, at_epoch
 from glassarmor.defenses.training.weights import AWP, moved
@@ -108,8 +109,7 @@ class Defense(nn.Module):
             ("passes", self.passes, get_args(Passes)),
             ("attack_batchnorm", self.attack_batchnorm, ("running", "batch")),
         ):
-            if value not in allowed:
-                raise ValueError(f"defense.{key}: expected {', '.join(allowed)}; found {value!r}")
+            require_one_of(f"defense.{key}", value, allowed)
         compared = [name for name in self.regularizer_names if self.named_terms()[name].needs_clean]
         if self.passes == "separate" and compared:
             raise ValueError(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glassarmor.defenses.attacks.draws import Seeded
 from glassarmor.defenses.losses import cross_entropy
+from glassarmor.defenses.options import require_number, require_whole
 from glassarmor.defenses.threat import Threat, norms, per_sample
 from glassarmor.defenses.training.terms import Ramp, Term
 from glassarmor.interpret.observation import Observation
@@ -30,7 +32,7 @@ def clean_images(obs: Observation) -> Tensor:
     return obs.x.detach()
 
 
-class _Local(Term):
+class _Local(Seeded, Term):
     """Reads x, y and the net; draws from its own generator, one seed a step."""
 
     looks_inside = False
@@ -38,15 +40,6 @@ class _Local(Term):
     def __init__(self, weight: float | Ramp, seed: int = 0) -> None:
         super().__init__(weight)
         self.seed, self.calls = seed, 0
-
-    def reseed(self, step: int) -> None:
-        self.calls = step
-
-    def _generator(self, like: Tensor) -> torch.Generator:
-        # One generator a call: its seed names the call, so nothing has to be saved to repeat it.
-        generator = torch.Generator(like.device).manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
-        self.calls += 1
-        return generator
 
 
 class GradientNorm(_Local):
@@ -83,7 +76,7 @@ class GradAlign(_Local):
     def forward(self, obs: Observation) -> Tensor:
         """(N,)."""
         x = clean_images(obs)
-        beside = x + self.threat.noise(x, self._generator(x))
+        beside = x + self.threat.noise(x, self.generator(x.device))
         _, gradients = loss_and_gradient(obs, torch.cat([x, beside]), obs.y.repeat(2))
         # By the largest entry first: the squares of a confident sample's gradient underflow.
         largest = norms(gradients.detach(), float("inf"))
@@ -110,10 +103,8 @@ class LocalLinearity(_Local):
         self, threat: Threat, weight: float | Ramp = 4.0, slope: float = 0.75, steps: int = 0, seed: int = 0
     ) -> None:
         super().__init__(weight, seed)
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"regularizers.local_linearity.steps: expected a whole number >= 0, found {steps!r}")
-        if not isinstance(slope, int | float) or not 0 <= slope < float("inf"):
-            raise ValueError(f"regularizers.local_linearity.slope: expected a finite number >= 0, found {slope!r}")
+        require_whole("regularizers.local_linearity.steps", steps, 0)
+        require_number("regularizers.local_linearity.slope", slope, "[0, inf)")
         self.threat, self.slope, self.steps = threat, slope, steps
         self.needs_attack = steps == 0
         self.extra_passes = 2 if steps == 0 else 3 + steps
@@ -130,7 +121,7 @@ class LocalLinearity(_Local):
     def _search(self, obs: Observation, x: Tensor) -> Tensor:
         """δ by projected ascent on |CE(x+δ) − CE(x) − δ·∇CE(x)|, whose gradient is ±(∇CE(x+δ) − ∇CE(x))."""
         at_x, gradient = loss_and_gradient(obs, x, obs.y)
-        x_adv = self.threat.project(x, x + self.threat.noise(x, self._generator(x)))
+        x_adv = self.threat.project(x, x + self.threat.noise(x, self.generator(x.device)))
         for _ in range(self.steps):
             value, slope = loss_and_gradient(obs, x_adv, obs.y)
             gap = value - at_x - (gradient * (x_adv - x)).flatten(1).sum(1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from glassarmor.defenses.options import require_flag, require_number, require_one_of, require_whole
 from glassarmor.defenses.training.terms import Ramp, Term
 from glassarmor.interpret.concepts.association import Mode, concept_weights
 from glassarmor.interpret.concepts.dissection import ConceptData, dissect
@@ -80,19 +81,13 @@ class PSE(Term):
         suppression: float = 1.0,
     ) -> None:
         super().__init__(weight, layers)
-        if over not in ("units", "positions", "both", "activations"):
-            raise ValueError(f"regularizers.pse.over: expected units, positions, both or activations; found {over!r}")
-        if power not in (1, 2):
-            raise ValueError(f"regularizers.pse.power: expected 1 or 2, found {power!r}")
-        if not 0 < top <= 1:
-            raise ValueError(f"regularizers.pse.top: expected a share in (0, 1], found {top!r}")
-        if scale not in ("share", "margin", "logits", "none"):
-            raise ValueError(f"regularizers.pse.scale: expected share, margin, logits or none; found {scale!r}")
-        if samples not in get_args(Samples):
-            raise ValueError(f"regularizers.pse.samples: expected {', '.join(get_args(Samples))}; found {samples!r}")
-        for name, factor in (("promotion", promotion), ("suppression", suppression)):
-            if not isinstance(factor, int | float) or not 0 <= factor < float("inf"):
-                raise ValueError(f"regularizers.pse.{name}: expected a finite number >= 0, found {factor!r}")
+        require_one_of("regularizers.pse.over", over, ("units", "positions", "both", "activations"))
+        require_one_of("regularizers.pse.power", power, (1, 2))
+        require_number("regularizers.pse.top", top, "(0, 1]")
+        require_one_of("regularizers.pse.scale", scale, ("share", "margin", "logits", "none"))
+        require_one_of("regularizers.pse.samples", samples, get_args(Samples))
+        require_number("regularizers.pse.promotion", promotion, "[0, inf)")
+        require_number("regularizers.pse.suppression", suppression, "[0, inf)")
         if promotion == suppression == 0:
             raise ValueError("regularizers.pse.promotion: expected it or suppression above 0, found both 0")
         self.over, self.power, self.top, self.scale, self.samples = over, power, top, scale, samples
@@ -213,14 +208,10 @@ class UnitSensitivity(Term):
         noise_corrected: bool = False,
     ) -> None:
         super().__init__(weight, layers)
-        if not isinstance(noise_corrected, bool):
-            raise ValueError(f"regularizers.sensitivity.noise_corrected: expected true or false, found {noise_corrected!r}")
-        if samples not in get_args(Samples):
-            raise ValueError(f"regularizers.sensitivity.samples: expected {', '.join(get_args(Samples))}; found {samples!r}")
-        if at not in ("all", "turning"):
-            raise ValueError(f"regularizers.sensitivity.at: expected all or turning, found {at!r}")
-        if mode not in get_args(Mode):
-            raise ValueError(f"regularizers.sensitivity.mode: expected {', '.join(get_args(Mode))}; found {mode!r}")
+        require_flag("regularizers.sensitivity.noise_corrected", noise_corrected)
+        require_one_of("regularizers.sensitivity.samples", samples, get_args(Samples))
+        require_one_of("regularizers.sensitivity.at", at, ("all", "turning"))
+        require_one_of("regularizers.sensitivity.mode", mode, get_args(Mode))
         self.at, self.samples = at, samples
         self.concepts, self.mode = concepts, mode
         self.concept_data: ConceptData | None = None
@@ -393,12 +384,8 @@ class CAMDiscrepancy(Term):
         scale: Literal["none", "share"] = "none",
     ) -> None:
         super().__init__(weight, layers)
-        if classes is not None and (not isinstance(classes, int) or classes < 1):
-            raise ValueError(
-                f"regularizers.cam_discrepancy.classes: expected a whole number >= 1 or null, found {classes!r}"
-            )
-        if scale not in ("none", "share"):
-            raise ValueError(f"regularizers.cam_discrepancy.scale: expected none or share, found {scale!r}")
+        require_whole("regularizers.cam_discrepancy.classes", classes, 1, null=True)
+        require_one_of("regularizers.cam_discrepancy.scale", scale, ("none", "share"))
         self.classes, self.scale = classes, scale
 
     def prepare(self, obs: Observation, features: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassarmor.defenses import losses
+from glassarmor.defenses.options import require_number
 from glassarmor.interpret.observation import Observation
 
 
@@ -41,8 +42,7 @@ def check_smoothing(value: float) -> float:
     Raises:
         ValueError: not in [0, 1).
     """
-    if not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), found {value!r}")
+    require_number("label_smoothing", value, "[0, 1)")
     return float(value)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from glassarmor.defenses.options import require_number
 from glassarmor.interpret.modes import buffers_kept
 
 Shifts = Mapping[nn.Parameter, Tensor]  # parameter → what is added to it, of its shape
@@ -35,9 +36,7 @@ class AWP:
 
     def __post_init__(self) -> None:
         for name in ("gamma", "warmup"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(f"awp.{name}: expected a finite number >= 0, found {value!r}")
+            require_number(f"awp.{name}", getattr(self, name), "[0, inf)")
 
     def shifts(self, net: nn.Module, loss: Callable[[], Tensor]) -> dict[nn.Parameter, Tensor]:
         """v of each weight tensor that learns, along the gradient of ``loss()``, averaged over processes.

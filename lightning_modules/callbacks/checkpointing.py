@@ -20,6 +20,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from glassarmor.defenses.monitoring.readings import count_nonfinite
+from glassarmor.defenses.options import require_whole
 from glassarmor.interpret.storage import write_atomic
 from glassarmor.lightning_modules.randomness import generator_states, set_generator_states
 from glassarmor.lightning_modules.run.folder import load_checkpoint
@@ -96,8 +97,7 @@ class Checkpoints(Checkpoint):
     """
 
     def __init__(self, folder: Path, every_n_steps: int | None = None, select: Select = OLD) -> None:
-        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
-            raise ValueError(f"checkpoint_every: expected null or a whole number >= 1, found {every_n_steps!r}")
+        require_whole("checkpoint_every", every_n_steps, 1, null=True)
         self.best, self.last, self.previous = (folder / f"{name}.ckpt" for name in ("best", "last", "previous"))
         self.healthy = folder / HEALTHY  # written by the health monitor
         self.every_n_steps, self.select = every_n_steps, select

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glassarmor.defenses.attacks.pgd import Attack
+from glassarmor.defenses.options import require_whole
 from glassarmor.interpret.views.view import Panel, View
 from glassarmor.lightning_modules.callbacks.look import Look, ProbeSet
 from glassarmor.lightning_modules.run.log import RunLog
@@ -18,8 +19,7 @@ from glassarmor.lightning_modules.run.log import RunLog
 
 def check_every(every_n_epochs: object) -> None:
     """Raises ValueError unless panels can be drawn so often."""
-    if not isinstance(every_n_epochs, int) or every_n_epochs < 1:
-        raise ValueError(f"probe.every_n_epochs: expected a whole number >= 1, found {every_n_epochs!r}")
+    require_whole("probe.every_n_epochs", every_n_epochs, 1)
 
 
 def net_inside(module: Any) -> nn.Module:

@@ -27,6 +27,7 @@ from glassarmor.defenses.monitoring.alarms import (
     withstands,
 )
 from glassarmor.defenses.monitoring.readings import FEW, Images, Reading, measure
+from glassarmor.defenses.options import require_whole
 from glassarmor.defenses.threat import Threat
 from glassarmor.defenses.training.terms import at_epoch
 from glassarmor.interpret.observation import feature_layers
@@ -84,14 +85,12 @@ class Health(pl.Callback):
         safer: Sequence[str] = ("noise", "two_steps", "smaller_step"),
         most: int = 5,
     ) -> None:
-        counts = {"background": background, "steps": steps, "thorough_every": thorough_every}
-        optional = {"images": images, "every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps}
-        for key, value in {**counts, **{k: v for k, v in optional.items() if v is not None}}.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"health.{key}: expected a whole number >= 1, found {value!r}")
-        for key, value in {"most": most, **({} if grace is None else {"grace": grace})}.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"health.{key}: expected a whole number >= 0, found {value!r}")
+        for key, count in {"background": background, "steps": steps, "thorough_every": thorough_every}.items():
+            require_whole(f"health.{key}", count, 1)
+        for key, some in {"images": images, "every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps}.items():
+            require_whole(f"health.{key}", some, 1, null=True)
+        require_whole("health.most", most, 0)
+        require_whole("health.grace", grace, 0, null=True)
         if every_n_epochs is None and every_n_steps is None:
             raise ValueError("health: every_n_epochs and every_n_steps are both null; to switch it off, say health=off")
         for key, given, expected, example in (

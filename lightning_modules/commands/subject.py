@@ -15,10 +15,11 @@ from torch import nn
 
 from glassarmor.datamodules.fingerprint import fingerprint
 from glassarmor.datamodules.images import ImageDataModule, ProbeBatch
+from glassarmor.defenses.options import require_one_of, require_whole
 from glassarmor.interpret.storage import check_links, check_name, file_name, read_object
 from glassarmor.lightning_modules.callbacks.look import Look, ProbeSet
 from glassarmor.lightning_modules.networks.build import load_weights, make_network
-from glassarmor.lightning_modules.run.console import console, note, require_whole
+from glassarmor.lightning_modules.run.console import console, note
 from glassarmor.lightning_modules.run.data_record import Fingerprint, compared, places_of
 from glassarmor.lightning_modules.run.folder import RunFolder
 from glassarmor.lightning_modules.run.saved_config import read_config
@@ -168,9 +169,9 @@ def subject(cfg: DictConfig) -> Subject:
         weights, run = (None, None) if cfg.model and cfg.checkpoint is None else located(cfg.checkpoint)
     own = cfg.get("data") is None
     cfg = completed(cfg, run)
-    require_whole(cfg, {"seed": 0, "threads": 1, "training": 1, "images": 1, "batch": 1})
-    if cfg.split not in ("test", "val"):
-        raise ValueError(f"split: expected val or test, found {cfg.split!r}")
+    for key, least in {"seed": 0, "threads": 1, "training": 1, "images": 1, "batch": 1}.items():
+        require_whole(key, cfg[key], least, null=True)
+    require_one_of("split", cfg.split, ("val", "test"))
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

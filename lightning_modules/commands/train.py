@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from glassarmor.datamodules.fingerprint import fingerprint
 from glassarmor.datamodules.images import ImageDataModule, ProbeBatch
 from glassarmor.defenses.monitoring.alarms import Limits
+from glassarmor.defenses.options import require_whole
 from glassarmor.interpret.views.page.page import ReportPage
 from glassarmor.lightning_modules.callbacks.averaging import Averaging, averaging
 from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
@@ -40,7 +41,7 @@ from glassarmor.lightning_modules.commands.errors import Stopped, require_class,
 from glassarmor.lightning_modules.commands.resuming import note_changes, resumed_config
 from glassarmor.lightning_modules.commands.starting import WarmStart, warm_start
 from glassarmor.lightning_modules.networks.build import make_network
-from glassarmor.lightning_modules.run.console import clear_errors, console, note, require_whole, show
+from glassarmor.lightning_modules.run.console import clear_errors, console, note, show
 from glassarmor.lightning_modules.run.data_record import compared, note_data
 from glassarmor.lightning_modules.run.doors import as_given, make_importable, spelled
 from glassarmor.lightning_modules.run.folder import ResumePoint, RunFolder
@@ -65,7 +66,8 @@ class Parts:
 
 def build(cfg: DictConfig) -> Parts:
     """Instantiate everything that is trained, and check that it fits together, before anything is written."""
-    require_whole(cfg, {"seed": 0, "threads": 1})
+    require_whole("seed", cfg.seed, 0, null=True)
+    require_whole("threads", cfg.threads, 1, null=True)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -164,7 +166,7 @@ def prepare(cfg: DictConfig, what: str, command: str) -> Plan:
     if folder is not None:
         check_same_step(folder.info, *step)
     point = folder.resume_point(module) if folder is not None else None
-    require_whole({"checkpoint_every": cfg.get("checkpoint_every")}, {"checkpoint_every": 1})
+    require_whole("checkpoint_every", cfg.get("checkpoint_every"), 1, null=True)
     many, leads = {"processes": step[0], "images_a_step": math.prod(step)}, is_leader()
     if not leads:
         console.quiet = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any, Final
@@ -87,14 +87,6 @@ def clear_errors(debug: bool, how: str = "debug=true") -> Iterator[None]:
         if not is_echo():
             print(f"error: {kind}{printable(' '.join(str(root).split()))}\n({how} shows the stack trace)", file=sys.stderr)
         sys.exit(2)
-
-
-def require_whole(config: Mapping[str, Any], least: Mapping[str, int]) -> None:
-    """Raises ValueError unless these entries are whole numbers of at least so much; None is left to its default."""
-    for key, low in least.items():
-        value = config[key]
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-            raise ValueError(f"{key}: expected a whole number >= {low}, found {value!r}")
 
 
 NOT_FINITE: Final = " (not finite)"  # behind the name of a network: its accuracies mean nothing

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import wandb
 from pytorch_lightning.loggers import WandbLogger
 
+from glassarmor.defenses.options import require_one_of
 from glassarmor.interpret.storage import read_lines, read_numbers, write_atomic
 from glassarmor.interpret.views.charts import Table
 from glassarmor.interpret.views.page.page import ReportPage
@@ -243,8 +244,7 @@ def open_log(folder: str | Path, project: str = "glassarmor", mode: WandbMode = 
 
 def check_wandb_mode(mode: str) -> None:
     """Raises ValueError for an unknown mode."""
-    if mode not in get_args(WandbMode):
-        raise ValueError(f"wandb.mode: expected {', '.join(get_args(WandbMode))}; found {mode!r}")
+    require_one_of("wandb.mode", mode, get_args(WandbMode))
 
 
 def wandb_logger(

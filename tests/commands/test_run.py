@@ -496,7 +496,7 @@ ERRORS = [
         ["health.limits._target_: expected glassarmor.defenses.Limits, found 'x'"],
     ),
     (["defense.passes=separate"], ["defense.passes", "regularizers.pse", "joined"]),
-    (["defense.attack_batchnorm=train"], ["defense.attack_batchnorm", "running, batch"]),
+    (["defense.attack_batchnorm=train"], ["defense.attack_batchnorm", "running or batch"]),
     (["defense.eps_share=2"], ["defense.eps_share", "[0, 1]"]),
     (["defense.loss.clean_ce.label_smoothing=1"], ["label_smoothing", "[0, 1)"]),
     (["defense=free_at", "defense.attack.replays=0"], ["defense.attack.replays"]),

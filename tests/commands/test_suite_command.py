@@ -375,8 +375,8 @@ def test_a_radius_is_set_by_eps_where_the_run_brings_the_threat() -> None:
     [
         ("suite=autoattack", "suite: expected probe, fast, standard, strong, adaptive; found 'autoattack'"),
         ("images=100000", "images: expected 1 to 359 images of the test split"),
-        ("images=0", "images: expected a whole number >= 1"),
-        ("batch=0", "batch: expected a whole number >= 1"),
+        ("images=0", "images: expected null or a whole number >= 1"),
+        ("batch=0", "batch: expected null or a whole number >= 1"),
         ("split=train", "split: expected val or test"),
         ("eps=8", "threat.eps"),
         ("name=a/b", "plain name"),

@@ -238,8 +238,8 @@ def test_too_few_classes_are_refused_with_the_reason(objective, classes) -> None
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: APGD(Linf(0.1), steps=0), "steps >= 1"),
-        (lambda: APGD(Linf(0.1), restarts=0), "restarts >= 1"),
+        (lambda: APGD(Linf(0.1), steps=0), "steps: expected a whole number >= 1"),
+        (lambda: APGD(Linf(0.1), restarts=0), "restarts: expected a whole number >= 1"),
         (lambda: APGD(Linf(0.1), rho=1.0), "attack.rho"),
         (lambda: APGDT(Linf(0.1), targets=0), "attack.targets"),
         (lambda: APGDT(Linf(0.1), loss="ce"), "attack.loss"),

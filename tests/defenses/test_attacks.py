@@ -248,8 +248,8 @@ def test_the_gradient_of_kl_to_clean_vanishes_at_the_image():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "attack: expected whole numbers steps >= 1 and restarts >= 1, found steps=0"),
-        ({"restarts": 0}, "found steps=10, restarts=0"),
+        ({"steps": 0}, "attack.steps: expected a whole number >= 1, found 0"),
+        ({"restarts": 0}, "attack.restarts: expected a whole number >= 1, found 0"),
         ({"start": "middle"}, "attack.start: expected uniform, gaussian, bernoulli or none; found 'middle'"),
         ({"start": "none", "restarts": 2}, "attack.restarts: several restarts need a random start"),
         ({"step_size": 0}, "attack.step_size: expected a positive number, found 0"),

@@ -131,5 +131,5 @@ def test_an_interruption_changes_nothing_and_a_foreign_file_is_said(tmp_path: Pa
 
 
 def test_bad_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"fallen: expected most >= 1"):
+    with pytest.raises(ValueError, match=r"examples.most: expected a whole number >= 1"):
         FelledExamples(0)

@@ -207,7 +207,7 @@ def test_errors():
     with pytest.raises(ValueError, match="mask: all 4 units of layer 'units' would be masked; mask a smaller share"):
         choose_units(net, *data, ["units"], 0.9)
     with pytest.raises(
-        ValueError, match=r"masking\.by: expected sensitivity, margin, noise_corrected, random; found 'luck'"
+        ValueError, match=r"masking\.by: expected sensitivity, margin, noise_corrected or random; found 'luck'"
     ):
         choose_units(net, *data, ["units"], 0.25, "luck")
     with pytest.raises(ValueError, match=r"masking\.fill: expected zero or mean, found 'one'"):

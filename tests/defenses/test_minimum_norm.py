@@ -235,14 +235,14 @@ def test_early_abort_saves_forwards_and_little_else():
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (CarliniWagner, {"steps": 0}, "attack: expected steps >= 1 and search_steps >= 1, found steps=0"),
-        (CarliniWagner, {"confidence": -1.0}, "attack: expected step_size > 0, initial_c > 0 and confidence >= 0"),
+        (CarliniWagner, {"steps": 0}, "attack.steps: expected a whole number >= 1, found 0"),
+        (CarliniWagner, {"confidence": -1.0}, "attack.confidence: expected a finite number >= 0"),
         (CarliniWagner, {"objective": CrossEntropy()}, "attack.objective: expected Margin or Targeted.*CrossEntropy"),
-        (ElasticNet, {"beta": -1.0}, "attack.beta: expected a number >= 0, found -1"),
+        (ElasticNet, {"beta": -1.0}, "attack.beta: expected a finite number >= 0, found -1"),
         (ElasticNet, {"rule": "L2"}, "attack.rule: expected L1 or EN, found 'L2'"),
         (ElasticNet, {"eps": 8}, "did you mean '8.0/255'"),
-        (GroupSparse, {"tau": -1.0}, "attack: expected gamma >= 0 and tau >= 0"),
-        (GroupSparse, {"cell": 0}, "attack.cell: expected a side of at least 1 pixel, found 0"),
+        (GroupSparse, {"tau": -1.0}, "attack.tau: expected a finite number >= 0"),
+        (GroupSparse, {"cell": 0}, "attack.cell: expected null or a whole number >= 1, found 0"),
     ],
 )
 def test_options_that_make_no_attack(make, options, message):

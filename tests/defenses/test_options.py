@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+from functools import partial
+from math import inf, nan
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 from glassarmor.defenses.attacks.minimum_norm import CarliniWagner
 from glassarmor.defenses.attacks.objectives import KLToClean, NuclearCE
 from glassarmor.defenses.attacks.pgd import FGSM, FGSMRS, NFGSM, PGD
+from glassarmor.defenses.options import require_flag, require_number, require_one_of, require_whole
 from glassarmor.defenses.threat import L2, Linf
 from glassarmor.defenses.training.defense import Defense
 from glassarmor.defenses.training.regularizers import PSE, UnitSensitivity
@@ -176,8 +180,8 @@ def test_nuat_is_the_published_step():
 
 PGD_AT = {"attack": PGD(BALL, 2), "loss": {"ce": AdversarialCE()}}
 REFUSED = [
-    ({**PGD_AT, "passes": "apart"}, r"defense\.passes: expected auto, joined, shared, separate; found 'apart'"),
-    ({**PGD_AT, "attack_batchnorm": "eval"}, r"defense\.attack_batchnorm: expected running, batch; found 'eval'"),
+    ({**PGD_AT, "passes": "apart"}, r"defense\.passes: expected auto, joined, shared or separate; found 'apart'"),
+    ({**PGD_AT, "attack_batchnorm": "eval"}, r"defense\.attack_batchnorm: expected running or batch, found 'eval'"),
     ({**PGD_AT, "passes": "separate", "regularizers": {"pse": PSE()}}, r"defense\.passes: regularizers\.pse compares"),
     (
         {**PGD_AT, "passes": "separate", "regularizers": {"s": UnitSensitivity()}},
@@ -206,10 +210,48 @@ def test_what_makes_no_sense_is_refused_with_a_reason(options, message):
 @pytest.mark.parametrize("smoothing", [-0.1, 1, "a lot"])
 @pytest.mark.parametrize("term", [AdversarialCE, CleanCE])
 def test_label_smoothing_is_a_share(term, smoothing):
-    with pytest.raises(ValueError, match=r"label_smoothing: expected a number in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"label_smoothing: expected a share in \[0, 1\)"):
         term(label_smoothing=smoothing)
 
 
 def test_restarts_cannot_choose_by_a_number_of_the_whole_batch():
     with pytest.raises(ValueError, match=r"attack\.restarts: .*the nuclear norm belongs to the batch"):
         PGD(BALL, restarts=2, objective=NuclearCE())
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad", "says"),
+    [
+        (partial(require_whole, least=2), [2, 7], [1, 2.0, True, "2", None], "expected a whole number >= 2, found "),
+        (
+            partial(require_whole, least=0, null=True),
+            [0, None],
+            [-1, False],
+            "expected null or a whole number >= 0, found ",
+        ),
+        (
+            partial(require_number, interval="(0, 1]"),
+            [1, 0.1],
+            [0, 1.1, nan, True, "1"],
+            r"expected a share in \(0, 1\], found ",
+        ),
+        (partial(require_number, interval="[0, inf)"), [0, 1e9], [-1, inf, nan], "expected a finite number >= 0, found "),
+        (partial(require_number, interval="(0, inf)"), [1e-9], [0, -1, inf], "expected a finite number > 0, found "),
+        (
+            partial(require_number, interval="(-inf, inf)"),
+            [-5, 0],
+            [inf, -inf, nan, None],
+            "expected a finite number, found ",
+        ),
+        (partial(require_number, interval="(1, 9)"), [2], [1, 9], r"expected a number in \(1, 9\), found "),
+        (partial(require_one_of, allowed=("a", "b")), ["a", "b"], ["c", None, [1]], "expected a or b, found "),
+        (partial(require_one_of, allowed=(1, 2, 3), null=True), [1, None], [4], "expected null, 1, 2 or 3; found "),
+        (require_flag, [True, False], [0, 1, "true", None], "expected true or false, found "),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_in_one_sentence(check, good: list, bad: list, says: str) -> None:
+    for value in good:
+        check("k", value)
+    for value in bad:
+        with pytest.raises(ValueError, match="k: " + says + re.escape(repr(value))):
+            check("k", value)

@@ -482,9 +482,9 @@ def test_cam_discrepancy_asks_for_positions():
         (
             UnitSensitivity,
             {"samples": "some"},
-            "regularizers.sensitivity.samples: expected all, held, flipped; found 'some'",
+            "regularizers.sensitivity.samples: expected all, held or flipped; found 'some'",
         ),
-        (CAMDiscrepancy, {"classes": 0}, "regularizers.cam_discrepancy.classes: expected a whole number >= 1 or null"),
+        (CAMDiscrepancy, {"classes": 0}, "regularizers.cam_discrepancy.classes: expected null or a whole number >= 1"),
         (CAMDiscrepancy, {"scale": "margin"}, "regularizers.cam_discrepancy.scale: expected none or share, found 'margin'"),
     ],
 )
@@ -501,7 +501,7 @@ def test_other_options_outside_the_list(term, options, message):
         ({"top": 0}, r"regularizers.pse.top: expected a share in \(0, 1\], found 0"),
         ({"top": 1.5}, r"found 1.5"),
         ({"scale": "log"}, "regularizers.pse.scale: expected share, margin, logits or none; found 'log'"),
-        ({"samples": "some"}, "regularizers.pse.samples: expected all, held, flipped; found 'some'"),
+        ({"samples": "some"}, "regularizers.pse.samples: expected all, held or flipped; found 'some'"),
         ({"promotion": -1}, "regularizers.pse.promotion: expected a finite number >= 0, found -1"),
         ({"promotion": 0, "suppression": 0}, "expected it or suppression above 0, found both 0"),
     ],

@@ -148,7 +148,7 @@ def test_images_of_any_shape(shape, threat):
     ("options", "message"),
     [
         ({"queries": 2}, "attack.queries: expected a whole number >= 3, found 2"),
-        ({"share": 0.0}, r"attack.share: expected a number in \(0, 1\], found 0.0"),
+        ({"share": 0.0}, r"attack.share: expected null or a share in \(0, 1\], found 0.0"),
         ({"threat": None}, "attack.threat: the Square attack knows L∞ and L2, found None"),
     ],
 )

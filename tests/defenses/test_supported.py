@@ -213,7 +213,7 @@ def test_the_net_is_given_back_when_the_attack_fails():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantile": 1.0}, "attack.quantile: expected 0 <= quantile < 1, found 1.0"),
+        ({"quantile": 1.0}, r"attack.quantile: expected a share in \[0, 1\), found 1.0"),
         ({"where": "grad"}, "attack.where: expected cam, shifted or random; found 'grad'"),
     ],
 )

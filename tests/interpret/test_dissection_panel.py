@@ -15,7 +15,7 @@ from glassarmor.interpret.concepts.dissection import dissect
 from glassarmor.interpret.observation import observe
 from glassarmor.interpret.views.charts import Maps, Scatter, Trend
 from glassarmor.interpret.views.page.encode import encode
-from glassarmor.interpret.views.panels.dissection import DissectionPanel, holm
+from glassarmor.interpret.views.panels.dissection import DissectionPanel
 from glassarmor.interpret.views.view import Probe
 
 
@@ -81,13 +81,6 @@ def test_a_card_outlines_where_the_unit_exceeds_its_threshold(probe: Probe) -> N
     assert not magenta[:, :8].any()
     assert not magenta[2:-2, 10:-2].any()  # the inside is left as it is
     encode(card)
-
-
-def test_holm_keeps_only_what_survives_the_number_of_layers() -> None:
-    assert holm({"a": 0.04, "b": 0.001, "c": 0.03}) == ("b",)  # 0.03 · 2 is above 0.05
-    assert holm({"a": 0.02, "b": 0.001, "c": 0.9}) == ("a", "b")
-    assert holm({"a": float("nan"), "b": 0.01}) == ("b",)
-    assert holm({"a": 0.2}) == ()
 
 
 def test_cards_keep_a_colour_scale_of_their_own(probe: Probe) -> None:

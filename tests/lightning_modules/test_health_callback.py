@@ -479,7 +479,7 @@ def built() -> train.Parts:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("health.images=0", r"health\.images: expected a whole number >= 1, found 0"),
+        ("health.images=0", r"health\.images: expected null or a whole number >= 1, found 0"),
         ("health.every_n_steps=0.5", r"health\.every_n_steps"),
         ("health.every_n_epochs=null", "both null"),
         ("health.actions.masked=pray", r"health\.actions\.masked: expected one of .*pray"),
@@ -487,7 +487,7 @@ def built() -> train.Parts:
         ("health.safer=[hope]", r"health\.safer: expected any of .*hope"),
         ("health.limits.gap=2", r"health\.limits\.gap: expected null or a share"),
         ("health.most=-1", r"health\.most"),
-        ("health.grace=-1", r"health\.grace: expected a whole number >= 0"),
+        ("health.grace=-1", r"health\.grace: expected null or a whole number >= 0"),
         ("health.images=100000", r"health\.images: expected 1 to"),
         ("health.limits=3", r"health\.limits: expected limits by name, .*; found 3"),
         ("health.limits=null", r"health\.limits: expected limits by name, .*; found None"),

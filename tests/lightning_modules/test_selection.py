@@ -117,7 +117,7 @@ def test_images_in_another_order_are_not_paired() -> None:
     ("config", "says"),
     [
         ({"by": "luck"}, r"select\.by: expected null, robust or clean; found 'luck'"),
-        ({"within": -1}, r"select\.within: expected null or a number >= 0, found -1"),
+        ({"within": -1}, r"select\.within: expected null or a finite number >= 0, found -1"),
         ({"within": True}, r"select\.within"),
         ({"within": float("nan")}, r"select\.within"),
         ({"best": 1}, r"select: expected by and within"),

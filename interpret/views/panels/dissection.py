@@ -12,6 +12,7 @@ from glassarmor.interpret.concepts.association import Association, UnitRow, link
 from glassarmor.interpret.concepts.dissection import ConceptData, Dissection, Union, dissect, upsampling
 from glassarmor.interpret.network.layouts import layouts_of
 from glassarmor.interpret.observation import Observation, record
+from glassarmor.interpret.statistics import holm
 from glassarmor.interpret.views.charts import MapColumn, Maps, Scatter, Table, Trend
 from glassarmor.interpret.views.draw.figures import charts_figure, to_array
 from glassarmor.interpret.views.rows import images as pictures
@@ -130,7 +131,8 @@ def headline(found: Mapping[str, Dissection], links: Mapping[str, Mapping[str, A
             by_category[category] = by_category.get(category, 0) + count
     most = max(by_category, key=lambda name: by_category[name])
     text = f"{detectors} of {units} units detect a concept" + (f", most of them {most}." if detectors else ".")
-    told = holm({layer: a["attack"].spearman_p for layer, a in links.items()})
+    adjusted = holm([a["attack"].spearman_p for a in links.values()])
+    told = [layer for layer, p in zip(links, adjusted, strict=True) if p < 0.05]
     if not told:
         return text + " In no layer is sensitivity to the attack tied to interpretability (p ≥ 0.05, Holm over layers)."
     parts = []
@@ -141,16 +143,6 @@ def headline(found: Mapping[str, Dissection], links: Mapping[str, Mapping[str, A
             f"{'falls' if rho < 0 else 'rises'} with IoU in {layer} (Spearman {rho:+.2f}, {sure})".replace("-", "−")
         )
     return text + f" Sensitivity {', '.join(parts)}."
-
-
-def holm(p: Mapping[str, float], level: float = 0.05) -> tuple[str, ...]:
-    """The names whose p-values stay below ``level`` after Holm's correction for how many there are."""
-    kept = []
-    for place, name in enumerate(sorted(p, key=lambda name: (p[name] != p[name], p[name]))):
-        if not p[name] * (len(p) - place) < level:
-            break
-        kept.append(name)
-    return tuple(name for name in p if name in kept)
 
 
 def link_scatter(rows: list[UnitRow], layers: list[str]) -> Scatter:
