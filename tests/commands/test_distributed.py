@@ -134,7 +134,7 @@ class Normed(Plain):
 SMOOTH = (
     *SMALL[1:],
     "network=imported",
-    "network.target=tests.test_distributed:Plain",
+    "network.target=tests.commands.test_distributed:Plain",
     "threat=l2",
     "threat.eps=0.5",
     "+val_attack.start=none",
@@ -152,7 +152,7 @@ TERMS = {
         "regularizers.sensitivity.weight=1e-12",  # divides by the spread within a process's batch; kept running here
     ),
     "MART, BatchNorm over both": (
-        "network.target=tests.test_distributed:Normed",
+        "network.target=tests.commands.test_distributed:Normed",
         "defense=mart",
         "defense.attack.steps=2",
         "+defense.attack.start=none",
@@ -402,7 +402,7 @@ def check(overrides: tuple[str, ...], **trainer: object) -> None:
 
 def test_what_ddp_would_wait_for_is_refused_before_training() -> None:
     check(("regularizers=[pse,sensitivity]",))
-    idle = ("network=imported", "network.target=tests.test_distributed:Idle", "regularizers=[]")
+    idle = ("network=imported", "network.target=tests.commands.test_distributed:Idle", "regularizers=[]")
     with pytest.raises(
         ValueError, match=r"^trainer\.strategy: this loss reaches 2 parameters not .*second\.weight.*find_unused_parameters"
     ):
