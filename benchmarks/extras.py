@@ -38,7 +38,7 @@ from glassarmor.defenses.training.defense import Defense
 from glassarmor.defenses.training.regularizers import PSE, CAMDiscrepancy, UnitSensitivity
 from glassarmor.defenses.training.terms import AdversarialCE, CleanCE, MartBCE, MartKL, Term, TradesKL
 from glassarmor.interpret.observation import feature_layers
-from glassarmor.interpret.views.draw.figures import write_png
+from glassarmor.interpret.views.draw.figures import to_array, write_png
 from glassarmor.interpret.views.page.page import ReportPage
 from glassarmor.lightning_modules.callbacks.dashboard import Dashboard
 from glassarmor.lightning_modules.networks.resnet import resnet18
@@ -217,8 +217,8 @@ def epoch(bench: Bench, attack_steps: int, rounds: int, images: int = 50_000) ->
         def write() -> None:
             log.epoch(0, 0, {}, views)
             for view in views:
-                if view.figure is not None:
-                    write_png(view.figure, Path(folder) / f"{view.name}.png")
+                if view.drawing is not None:
+                    write_png(to_array(view.drawing), Path(folder) / f"{view.name}.png")
 
         shown = dashboard.shown.prepared(net)
         for name, panel in shown.panels.items():

@@ -1,7 +1,7 @@
 """What a panel hands on: one immutable :class:`View`, drawn the same in the local page and in W&B.
 
 A panel is a callable ``(Probe) -> View``.  It measures with the pure functions of ``interpret`` and draws nothing twice:
-``charts`` is data that the local page renders, ``figure`` is a picture for W&B and for papers.
+``charts`` is data that the local page renders, ``drawing`` is a picture for W&B and for papers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
-import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -100,18 +99,24 @@ class View:
 
     ``headline`` is one sentence computed from the numbers shown: what a reader should conclude.  ``how_to_read`` is the
     one line that a newcomer needs before the charts.
+
+    Raises:
+        ValueError: ``table`` is none of ``charts``.
     """
 
     name: str  # W&B key and page anchor, e.g. "pse"
     title: str
     headline: str
     charts: tuple[Chart, ...]
-    figure: np.ndarray | None = None  # (H, W, 3) uint8: W&B shows [0,1] floats as black
+    drawing: Figure | None = None  # a picture for W&B, and for papers as SVG
     scalars: Mapping[str, float] = field(default_factory=dict)
-    table: Table | None = None  # goes to W&B with fixed example ids
+    table: Table | None = None  # the one of ``charts`` that goes to W&B, with fixed example ids
     how_to_read: str = ""
     answers: tuple[Answer, ...] = ()  # for the overview, where those of one question stand together
-    drawing: Figure | None = None  # what ``figure`` shows, for papers: written as SVG
+
+    def __post_init__(self) -> None:
+        if self.table is not None and not any(chart is self.table for chart in self.charts):
+            raise ValueError(f"view {self.name}: expected the table for W&B to be one of its charts")
 
 
 class Panel(Protocol):

@@ -14,6 +14,7 @@ from glassarmor.defenses.threat import Threat
 from glassarmor.interpret.inputs import checked
 from glassarmor.interpret.modes import undisturbed
 from glassarmor.interpret.observation import feature_layers, find_layers, observe
+from glassarmor.interpret.views.draw.figures import to_array
 from glassarmor.interpret.views.view import Panel, Probe, View
 
 
@@ -101,7 +102,9 @@ class Look:
         device = next((p.device for p in net.parameters()), self.probe_set.x.device)
         for name, panel in self.panels.items():
             try:
-                replace(few, panels={name: panel}).views(net, device, {})
+                for view in replace(few, panels={name: panel}).views(net, device, {}):
+                    if view.drawing is not None:
+                        to_array(view.drawing)
             except Exception as error:
                 raise ValueError(f"panels.{name}: {error}") from error
 

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from glassarmor.defenses.evaluation.card import VERSION, differences, read_card
 from glassarmor.interpret.statistics import holm
 from glassarmor.interpret.views.charts import Bars, Lines, Table
-from glassarmor.interpret.views.draw.figures import charts_figure, to_array
+from glassarmor.interpret.views.draw.figures import charts_figure
 from glassarmor.interpret.views.view import View
 
 Card = Mapping[str, Any]
@@ -160,7 +160,7 @@ def cards_view(cards: Mapping[str, Card]) -> View:
         "Result cards",
         title,
         (*cards_tables(cards), lines, *bars),
-        figure=to_array(charts_figure([lines, *bars[:5]], title, columns=2)),
+        drawing=charts_figure([lines, *bars[:5]], title, columns=2),
         how_to_read="Images won and lost are those that this network holds and the first does not, and the reverse; p is "
         "McNemar's exact test over the images, about these networks and not about the methods that trained them. One "
         f"network withstands most only if it differs from every other with p < {LEVEL} (Holm over all pairs).",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glassarmor.interpret.views.draw.figures import save, write_png
+from glassarmor.interpret.views.draw.figures import save, to_array, write_png
 from glassarmor.interpret.views.page.page import KeyFigure, ReportPage
 from glassarmor.interpret.views.view import View
 
@@ -15,9 +15,8 @@ def draw(folder: Path, meta: dict[str, Any], views: Sequence[View], figures: tup
     """A self-contained page, and a PNG and SVG a panel."""
     folder.mkdir(parents=True, exist_ok=True)
     for view in views:
-        if view.figure is not None:
-            write_png(view.figure, folder / f"{view.name}.png")
         if view.drawing is not None:
+            write_png(to_array(view.drawing), folder / f"{view.name}.png")
             save(view.drawing, folder / f"{view.name}.svg")
     page = ReportPage(folder, folder.name, meta, key_figures=figures, overview=None)
     page.write_epoch(0, 0, {}, views)

@@ -23,7 +23,7 @@ from glassarmor.defenses.evaluation.suite import SuiteSettings
 from glassarmor.defenses.threat import Linf, Threat
 from glassarmor.interpret.storage import write_atomic
 from glassarmor.interpret.views.charts import Bars, Chart, Lines, Table
-from glassarmor.interpret.views.draw.figures import charts_figure, to_array
+from glassarmor.interpret.views.draw.figures import charts_figure
 from glassarmor.interpret.views.view import Answer, View
 from glassarmor.lightning_modules.cards.markdown import markdown
 from glassarmor.lightning_modules.run.console import console, note, now_and_then, show
@@ -180,7 +180,7 @@ def card_view(card: Mapping[str, Any], sanity: SanityReport, found: Evaluation, 
         "Result card",
         title,
         tuple(charts),
-        figure=to_array(charts_figure(drawn, title, columns=2)),
+        drawing=charts_figure(drawn, title, columns=2),
         answers=(Answer("trust", f"{sanity.verdict.capitalize()}. {title}"),),
         how_to_read="An image counts as robust only if it withstands every attack of the suite. Trusted: every sanity check "
         "passed; suspicious: one failed; invalid: one failed by so much that the number cannot be used.",

@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import WandbLogger
 from glassarmor.defenses.options import require_one_of
 from glassarmor.interpret.storage import read_lines, read_numbers, write_atomic
 from glassarmor.interpret.views.charts import Table
+from glassarmor.interpret.views.draw.figures import to_array
 from glassarmor.interpret.views.page.page import ReportPage
 from glassarmor.interpret.views.view import View
 from glassarmor.lightning_modules.run.doors import spelled
@@ -92,8 +93,8 @@ class RunLog:
         payload: dict[str, Any] = {"epoch": epoch, "trainer/global_step": step}
         for view in views:
             payload.update(view.scalars)
-            if view.figure is not None:
-                payload[f"dashboard/{view.name}"] = wandb.Image(view.figure, caption=view.headline)
+            if view.drawing is not None:
+                payload[f"dashboard/{view.name}"] = wandb.Image(to_array(view.drawing), caption=view.headline)
             if view.table is not None:
                 rows = [list(row) for row in view.table.rows]
                 payload[f"tables/{view.name}"] = wandb.Table(columns=list(view.table.columns), data=rows)

@@ -56,7 +56,7 @@ def test_table_and_maps_hold_the_closed_form() -> None:
     assert view.scalars["failures/fallen"] == 3
     assert view.scalars["failures/largest_pair"] == pytest.approx(2 / 3)
     assert "dog → cat (2)" in view.headline
-    assert view.figure is not None
+    assert view.drawing is not None
 
 
 def test_the_turn_is_named_where_training_images_say_what_a_class_is() -> None:

@@ -365,8 +365,8 @@ def test_panel_gives_a_view_that_the_page_takes(panel: pse.PSEPanel, probe: Prob
     assert view.charts
     assert all(isinstance(value, float) and np.isfinite(value) for value in view.scalars.values())
     if panel.name != "training":
-        assert view.figure is not None
-        assert_picture(view.figure)
+        assert view.drawing is not None
+        assert_picture(figures.to_array(view.drawing))
     ReportPage(tmp_path, "run").write_epoch(1, 1, probe.scalars, [view])
 
 
@@ -519,3 +519,10 @@ def test_page_says_so_when_its_data_are_missing(tmp_path: Path) -> None:
     page = ReportPage(tmp_path / "report", "run")
     shutil.rmtree(tmp_path / "report" / "data")
     assert "data/manifest.js is missing" in open_in_browser(page.index, tmp_path / "profile")
+
+
+def test_a_table_for_wandb_is_one_of_the_charts() -> None:
+    table = Table("t", ("a",), [(1,)])
+    assert View("v", "V", "", (table,), table=table).table is table
+    with pytest.raises(ValueError, match="view v: expected the table for W&B to be one of its charts"):
+        View("v", "V", "", (), table=table)

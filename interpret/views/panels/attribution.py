@@ -7,7 +7,7 @@ from torch import Tensor
 
 from glassarmor.interpret.signals.captum_bridge import METHODS, attribute
 from glassarmor.interpret.views.charts import MapColumn, Maps, Trend
-from glassarmor.interpret.views.draw.figures import maps_figure, to_array
+from glassarmor.interpret.views.draw.figures import maps_figure
 from glassarmor.interpret.views.rows import image_columns, numpy, row_titles
 from glassarmor.interpret.views.view import Probe, View
 
@@ -56,7 +56,6 @@ class AttributionPanel:
                     limits=(0.0, 1.0),
                 ),
             ),
-            figure=to_array(drawing),
             drawing=drawing,
             scalars={"attribution/similarity": float(similarity.mean()), "attribution/change": change},
             how_to_read=f"Orange pixels raise the true class's logit, blue ones lower it ({self.method.replace('_', ' ')} "

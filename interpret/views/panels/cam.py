@@ -12,7 +12,7 @@ from glassarmor.interpret.signals.cam import Interpretability, class_activation_
 from glassarmor.interpret.signals.overlap import Overlap, region_overlap
 from glassarmor.interpret.signals.pse import KIND_NAMES
 from glassarmor.interpret.views.charts import Bars, MapColumn, Maps, Table, Trend
-from glassarmor.interpret.views.draw.figures import maps_figure, to_array
+from glassarmor.interpret.views.draw.figures import maps_figure
 from glassarmor.interpret.views.rows import image_columns, numpy, row_titles
 from glassarmor.interpret.views.view import Probe, View
 
@@ -92,7 +92,6 @@ class CAMPanel:
                 ),
                 overlap_table(overlap),
             ),
-            figure=to_array(drawing),
             drawing=drawing,
             scalars=scalars,
             how_to_read="Orange places speak for the class, blue ones against it; the mean of a map is the class's logit "

@@ -14,7 +14,7 @@ from glassarmor.interpret.network.layouts import layouts_of
 from glassarmor.interpret.observation import Observation, record
 from glassarmor.interpret.statistics import holm
 from glassarmor.interpret.views.charts import MapColumn, Maps, Scatter, Table, Trend
-from glassarmor.interpret.views.draw.figures import charts_figure, to_array
+from glassarmor.interpret.views.draw.figures import charts_figure
 from glassarmor.interpret.views.rows import images as pictures
 from glassarmor.interpret.views.rows import numpy
 from glassarmor.interpret.views.view import Probe, View
@@ -72,7 +72,7 @@ class DissectionPanel:
         title = headline(found, links)
         scatter = link_scatter(rows, layers)
         scalars = summarise(found, links)
-        drawing = charts_figure([scatter], title)
+        drawing, units = charts_figure([scatter], title), unit_table(rows)
         return View(
             name=self.name,
             title="Concepts of units",
@@ -93,12 +93,11 @@ class DissectionPanel:
                     limits=(-1.0, 1.0),
                 ),
                 link_table(links),
-                unit_table(rows),
+                units,
             ),
-            figure=to_array(drawing),
             drawing=drawing,
             scalars=scalars,
-            table=unit_table(rows),
+            table=units,
             how_to_read=f"A unit detects a concept if its strongest {100 * self.quantile:g} % of positions overlap the "
             f"concept's pixels with IoU above {self.detection:g}. Concepts come from drawn scenes with exact masks unless "
             "others were chosen. In the cards, the outlined part is where the unit exceeds its threshold.",

@@ -13,7 +13,7 @@ from glassarmor.interpret.profiles.profiles import activation_profiles
 from glassarmor.interpret.signals.cam import class_activation_map
 from glassarmor.interpret.signals.pse import BALANCED, PROMOTION, SUPPRESSION
 from glassarmor.interpret.views.charts import Bars, Chart, MapColumn, Maps, Table
-from glassarmor.interpret.views.draw.figures import maps_figure, to_array
+from glassarmor.interpret.views.draw.figures import maps_figure
 from glassarmor.interpret.views.panels.cam import last_map
 from glassarmor.interpret.views.rows import class_name, images, numpy, percent
 from glassarmor.interpret.views.view import Probe, View
@@ -84,7 +84,7 @@ class FailuresPanel:
             TITLE,
             title,
             charts,
-            figure=to_array(maps_figure(maps, {}, title)),
+            drawing=maps_figure(maps, {}, title),
             scalars={"failures/fallen": float(total), "failures/largest_pair": len(pairs[0].members) / total},
             table=table,
             how_to_read=HOW,

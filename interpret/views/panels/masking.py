@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from glassarmor.interpret.views.charts import Bars, MapColumn, Maps, Table
-from glassarmor.interpret.views.draw.figures import charts_figure, to_array
+from glassarmor.interpret.views.draw.figures import charts_figure
 from glassarmor.interpret.views.panels import outcome, pse
 from glassarmor.interpret.views.rows import image_columns, numpy, row_titles
 from glassarmor.interpret.views.view import Probe, View
@@ -73,7 +73,6 @@ def masking_view(
         title="The network with masked units",
         headline=title,
         charts=(*bars, table, maps, units_table(masked_units)),
-        figure=to_array(drawing),
         drawing=drawing,
         scalars={f"masking/{key}/{name}": m[key] for name, m in zip(NAMES, measured, strict=True) for key in keys},
         how_to_read="The units were chosen on validation images and answer a constant; each network is attacked anew, "

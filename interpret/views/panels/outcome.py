@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from glassarmor.interpret.views.charts import Bars, Table
-from glassarmor.interpret.views.draw.figures import charts_figure, to_array
+from glassarmor.interpret.views.draw.figures import charts_figure
 from glassarmor.interpret.views.rows import class_name, numpy, percent
 from glassarmor.interpret.views.view import Answer, Probe, View
 
@@ -34,7 +34,6 @@ class OutcomePanel:
             title="What the attack achieved",
             headline=title,
             charts=(robust, size_table(scalars), classes),
-            figure=to_array(drawing),
             drawing=drawing,
             scalars=scalars,
             answers=(Answer("healthy", title),),

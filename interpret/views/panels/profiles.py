@@ -24,7 +24,6 @@ from glassarmor.interpret.signals.conductance import conductance
 from glassarmor.interpret.signals.pse import PromotionSuppression
 from glassarmor.interpret.signals.sensitivity import SensitivityControl, sensitivity_control
 from glassarmor.interpret.views.charts import LayerNode, Lines, Profiles, Table, Trend, UnitMaps
-from glassarmor.interpret.views.draw.figures import to_array
 from glassarmor.interpret.views.draw.flow import flow_figure
 from glassarmor.interpret.views.rows import class_name, images, numpy, row_titles
 from glassarmor.interpret.views.view import Answer, Probe, Question, View
@@ -110,7 +109,6 @@ class ProfilesPanel:
                 lines,
                 Trend("Where examples turn", keys, found.layers, "%", "share"),
             ),
-            figure=to_array(drawing),
             drawing=drawing,
             scalars=summarise(found),
             how_to_read="Each line is one image on its way through the layers, on the axis from the centre of its true "

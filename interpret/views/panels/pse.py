@@ -9,7 +9,7 @@ import numpy as np
 from glassarmor.interpret.signals.pse import BALANCED, INACTIVE, KIND_NAMES, PROMOTION, SUPPRESSION, PromotionSuppression
 from glassarmor.interpret.signals.running import KindShares
 from glassarmor.interpret.views.charts import MapColumn, Maps, Table, Trend
-from glassarmor.interpret.views.draw.figures import maps_figure, to_array
+from glassarmor.interpret.views.draw.figures import maps_figure
 from glassarmor.interpret.views.rows import answers, class_name, flipped, image_columns, margins, numpy, row_titles
 from glassarmor.interpret.views.view import Probe, View
 
@@ -37,7 +37,7 @@ class PSEPanel:
         maps = self.maps(probe, effects)
         scalars = summarise(effects)
         title = headline(probe, scalars)
-        drawing = maps_figure(maps, {"effect": self.limit}, title)
+        drawing, examples = maps_figure(maps, {"effect": self.limit}, title), example_table(probe, effects)
         return View(
             name=self.name,
             title="Promotion and suppression",
@@ -51,12 +51,11 @@ class PSEPanel:
                     ("promotion of the target", "suppression of the true class", "interaction gap"),
                     "logits",
                 ),
-                example_table(probe, effects),
+                examples,
             ),
-            figure=to_array(drawing),
             drawing=drawing,
             scalars=scalars,
-            table=example_table(probe, effects),
+            table=examples,
             how_to_read="Each region is set back to clean in turn. Promotion is what the target's logit then loses, "
             "suppression what the true class regains; orange helped the attack, blue hindered it. Regions are dominated "
             "by one effect when it is more than twice the other.",

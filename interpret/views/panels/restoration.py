@@ -6,7 +6,7 @@ import numpy as np
 
 from glassarmor.interpret.signals.restoration import RestorationCurve, restoration_curve
 from glassarmor.interpret.views.charts import Bars, Lines, Trend
-from glassarmor.interpret.views.draw.figures import charts_figure, to_array
+from glassarmor.interpret.views.draw.figures import charts_figure
 from glassarmor.interpret.views.rows import numpy
 from glassarmor.interpret.views.view import Probe, View
 
@@ -55,7 +55,6 @@ class RestorationPanel:
                     limits=(0.0, 1.0),
                 ),
             ),
-            figure=to_array(drawing),
             drawing=drawing,
             scalars={f"restoration/{order}": curve.areas[order] for order in ORDERS},
             how_to_read=HOW,

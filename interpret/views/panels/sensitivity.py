@@ -8,7 +8,7 @@ import numpy as np
 
 from glassarmor.interpret.signals.sensitivity import SensitivityControl, StrengthCurves, strength_curves, unit_spread
 from glassarmor.interpret.views.charts import Bars, Lines, Scatter, Trend
-from glassarmor.interpret.views.draw.figures import charts_figure, to_array
+from glassarmor.interpret.views.draw.figures import charts_figure
 from glassarmor.interpret.views.rows import numpy
 from glassarmor.interpret.views.view import Probe, View
 
@@ -57,7 +57,6 @@ class SensitivityPanel:
                     "%",
                 ),
             ),
-            figure=to_array(drawing),
             drawing=drawing,
             scalars=scalars,
             how_to_read="The control is random noise of the attack's own L2 norm, image by image. A unit above the dashed "

@@ -10,7 +10,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from glassarmor.interpret.signals.sensitivity import SILENT, relative_unit_sensitivity
 from glassarmor.interpret.views.charts import Bars, MapColumn, Maps, Scatter, Table
-from glassarmor.interpret.views.draw.figures import charts_figure, to_array
+from glassarmor.interpret.views.draw.figures import charts_figure
 from glassarmor.interpret.views.rows import class_name, numpy
 from glassarmor.interpret.views.view import Answer, Probe, View
 
@@ -70,19 +70,18 @@ class UnitsPanel:
         by_unit = [unit_bars(layer, self.top) for layer in pick_spread(layers, self.max_layers)]
         decision = margin_bars(layers[-1], self.top)
         points = unit_scatter(probe, layers, self.detailed)
-        drawing = charts_figure([points, by_layer, decision], title)
+        drawing, table = charts_figure([points, by_layer, decision], title), unit_table(layers)
         return View(
             name=self.name,
             title="Attack-sensitive units",
             headline=title,
-            charts=(points, by_layer, decision, *by_unit, unit_table(layers)),
-            figure=to_array(drawing),
+            charts=(points, by_layer, decision, *by_unit, table),
             drawing=drawing,
             scalars={
                 **{f"units/sensitivity/{layer.layer}": float(layer.sensitivity.mean()) for layer in layers},
                 **{f"units/gap/{layer.layer}": layer.gap for layer in layers},
             },
-            table=unit_table(layers),
+            table=table,
             answers=(Answer("units", carriers(layers[-1], self.top)),),
             how_to_read="Right: the unit lowers the true class's logit under attack; up: it raises the target's. 1 σ means "
             "that the attack moves the unit as far as clean images vary it. The mark on each bar is the mean of the layer; "

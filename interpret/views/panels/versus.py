@@ -9,7 +9,6 @@ import torch
 
 from glassarmor.interpret.profiles.profiles import ActivationProfiles, Comparison, compare
 from glassarmor.interpret.views.charts import Lines, Table
-from glassarmor.interpret.views.draw.figures import to_array
 from glassarmor.interpret.views.draw.flow import flow_figure
 from glassarmor.interpret.views.panels.profiles import Measured, ProfilesPanel
 from glassarmor.interpret.views.rows import numpy, percent
@@ -43,7 +42,6 @@ def versus_view(names: tuple[str, str], probes: tuple[Probe, Probe], panel: Prof
             table(names, probes, measured),
             *(replace(m.chart, title=name) for m, name in zip(measured, names, strict=True)),
         ),
-        figure=to_array(drawing),
         drawing=drawing,
         scalars={f"versus/turned/{key}": float(count) for key, count in both.turned.items()},
         how_to_read="0 is the centre of an image's true class among training images, 1 that of what the attack on that "
