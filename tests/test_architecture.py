@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from importlib import import_module
 from pathlib import Path
@@ -16,10 +17,16 @@ ROOMS = ("interpret", "defenses", "datamodules", "lightning_modules")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Full dotted names of all modules a file imports, wherever in the file; of a package, what is taken from it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -27,7 +34,7 @@ def imports(path: Path) -> set[str]:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 found.add(inner if _is_module(inner) else node.module or "")
-    return found
+    return frozenset(found)
 
 
 def _is_module(name: str) -> bool:
@@ -35,7 +42,7 @@ def _is_module(name: str) -> bool:
     return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
 
 
-def top(names: set[str]) -> set[str]:
+def top(names: frozenset[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
@@ -111,14 +118,14 @@ def test_everything_is_called_by_one_name() -> None:
 
 def test_no_private_name_crosses_files() -> None:
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("glassarmor."):
                 assert [alias.name for alias in node.names if alias.name.startswith("_")] == [], where(path)
 
 
 def test_functions_are_short_and_doors_thin() -> None:
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 allowed = 60 if "/commands/" in where(path) else 80

@@ -304,7 +304,7 @@ def together(out: Path, *arguments: str, plans: tuple = ({}, {})) -> list[int | 
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same run in one process and in two."""
     out = tmp_path_factory.mktemp("runs")
-    common = (*WHOLE, "panels=[training,pse,sensitivity]", f"out={out}", "wandb.mode=offline")
+    common = (*WHOLE, "panels=[training,pse]", "compare_undefended=false", f"out={out}", "wandb.mode=offline")
     assert run(out / "log", *common, "data.batch_size=32", "name=one") == 0, (out / "log").read_text()
     assert together(out, *common, *TWO, "name=two") == [0, 0], (out / "said" / "0").read_text()
     return out / "one", out / "two"

@@ -49,7 +49,7 @@ THROUGH_OURS = {
         ("train", ["resume=RUN"]),
         ("evaluate", ["checkpoint=RUN"]),
         ("evaluate", ["checkpoint=RUN", "suite=probe"]),
-        ("evaluate", ["images=16", "checkpoint=MINE", "against=RUN"]),
+        ("evaluate", ["images=16", "panels=[outcome]", "checkpoint=MINE", "against=RUN"]),
         ("evaluate", ["checkpoint=MINE", "twin=RUN", "suite=probe"]),
     ],
 )

@@ -163,7 +163,7 @@ def test_an_evaluation_in_l2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_masked_net_is_judged_through_its_mask(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ("suite=probe", "images=40", f"checkpoint={weights}", f"out={tmp_path / 'out'}")
+    asked = ("suite=probe", "images=40", "panels=[]", f"checkpoint={weights}", f"out={tmp_path / 'out'}")
     masking = ("masking.by=margin", "masking.share=0.75", "masking.images=20", "masking.layers=[stage2,stage3]")
     command(monkeypatch, evaluate, *NAMED, *asked, "name=whole")
     command(monkeypatch, evaluate, *NAMED, *asked, *masking)
@@ -211,7 +211,15 @@ def test_progress_is_told_with_a_terminal_and_without(terminal: bool, monkeypatc
 
 
 def test_a_stopped_command_goes_on(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ("suite=probe", "images=120", "batch=3", f"checkpoint={weights}", f"out={tmp_path / 'out'}", "split=val")
+    asked = (
+        "suite=probe",
+        "images=24",
+        "batch=3",
+        "panels=[]",
+        f"checkpoint={weights}",
+        f"out={tmp_path / 'out'}",
+        "split=val",
+    )
     command(monkeypatch, evaluate, *NAMED, *asked, "name=whole")
     attacked = []
     original = judging.run_suite

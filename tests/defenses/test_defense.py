@@ -185,7 +185,7 @@ def test_at_names_the_step_so_that_a_resumed_run_repeats():
     assert torch.equal(resumed(net, x, y).obs.adv.x, second)
 
 
-@pytest.mark.parametrize("name", ["pgd_at", "trades"])
+@pytest.mark.parametrize("name", ["pgd_at", pytest.param("trades", marks=pytest.mark.long)])
 def test_regularizers_lower_what_they_measure(name):
     """A few steps on one batch with a regulariser, and the same without: its own value ends lower."""
 

@@ -19,7 +19,6 @@ import pytorch_lightning as pl
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 
 from glassarmor.defenses.attacks.pgd import NFGSM, PGD
 from glassarmor.defenses.monitoring.alarms import ABOUT_ATTACKS, KINDS, Limits, remedy
@@ -37,18 +36,14 @@ from tests.composing import SMALL, config
 from tests.wandb_log import finished
 
 TINY = (
-    *SMALL, "defense=fgsm_rs", "regularizers=[sensitivity]", "panels=[]", "val_attack.steps=1", "probe.attack.steps=1",
+    *SMALL, "data.train_limit=80", "data.batch_size=16", "defense=fgsm_rs", "regularizers=[sensitivity]", "panels=[]",
+    "val_attack.steps=1", "probe.attack.steps=1",
     "trainer.max_epochs=3", "threads=1", "health.images=8", "health.background=20", "health.steps=1",
     "health.thorough_every=5",
 )  # fmt: skip
 WELL = {"nonfinite": 0.0, "fgsm": 0.5, "pgd": 0.5, "gap": 0.0}
 NOISE = re.escape("one-step attack from noise of 2ε (N-FGSM)")
 ILL = {"nonfinite": 0.0, "fgsm": 0.8, "pgd": 0.1, "gap": 0.7}
-
-
-@functools.cache
-def composed(overrides: tuple[str, ...]) -> DictConfig:
-    return config(*TINY, *overrides)
 
 
 class Fit:
@@ -58,7 +53,7 @@ class Fit:
         self, folder: Path, *overrides: str, script: list[dict] | None = None, ema: float | None = None,
         monitored: bool = True, resume: bool = False, extra: list[pl.Callback] | None = None, trial: int = 20,
     ) -> None:  # fmt: skip
-        cfg = composed(overrides)
+        cfg = config(*TINY, *overrides)
         parts = train.build(cfg)
         self.module, average = parts.module, averaging(ema)
         self.health = watch(instantiate(cfg.health, _convert_="all"), self.module, parts.data) if monitored else []
@@ -473,7 +468,7 @@ def test_the_limit_of_rollbacks_and_one_measure_after_the_other(tmp_path: Path) 
 
 @functools.cache
 def built() -> train.Parts:
-    return train.build(composed(()))
+    return train.build(config(*TINY))
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,11 @@ def test_a_file_that_is_no_study(tmp_path: Path) -> None:
     assert read_study(path) == study()
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.long] if path.stem in ("search", "parts") else []) for path in STUDIES],
+    ids=lambda path: path.stem,
+)
 def test_every_study_composes_and_its_members_compare(path: Path) -> None:
     """One point of each method's grid; what a comparison would refuse is refused before any training."""
     found = read_study(path)
