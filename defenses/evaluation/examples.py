@@ -137,10 +137,11 @@ class Replay:
         """
         if len(x) != len(self.known):
             raise ValueError(f"recalled: expected the {len(self.known)} examples it was made for, found {len(x)}")
-        found = x.detach().clone()
-        known = self.known.to(x.device)
-        if known.any():
-            found[known] = self.images.to(x)
-        if not known.all():
-            found[~known] = self.attack(net, x[~known], y[~known]).to(x)
+        with torch.inference_mode(False), torch.no_grad():  # ordinary images, wherever they are asked for
+            found = x.detach().clone()
+            known = self.known.to(x.device)
+            if known.any():
+                found[known] = self.images.to(x)
+            if not known.all():
+                found[~known] = self.attack(net, x[~known], y[~known]).to(x)
         return found

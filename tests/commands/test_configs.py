@@ -169,21 +169,6 @@ def test_every_panel_instantiates() -> None:
     assert sorted(train.build(config(*SMALL, f"panels=[{names}]")).panels) == options("panels")
 
 
-@pytest.mark.parametrize("name", options("attack"))
-def test_every_attack_attacks(name: str) -> None:
-    cfg = config(*SMALL, f"+attack={name}", "panels=[]")
-    parts = train.build(cfg)
-    attack = instantiate(cfg.attack, _convert_="all")
-    inner = getattr(attack, "attack", attack)
-    for option in ("steps", "search_steps", "queries"):
-        if hasattr(inner, option):
-            setattr(inner, option, 2)
-    few = parts.data.probe(2)
-    x_adv = attack(parts.module.net, few.x, few.y)
-    assert x_adv.shape == few.x.shape
-    assert 0 <= float(x_adv.min()) <= float(x_adv.max()) <= 1
-
-
 def test_experiments_compose() -> None:
     for name in options("experiment"):
         assert config(f"experiment={name}").data is not None

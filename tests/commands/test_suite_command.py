@@ -213,7 +213,7 @@ def test_progress_is_told_with_a_terminal_and_without(terminal: bool, monkeypatc
 def test_a_stopped_command_goes_on(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = (
         "suite=probe",
-        "images=24",
+        "images=120",
         "batch=3",
         "panels=[]",
         f"checkpoint={weights}",

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
@@ -16,9 +14,9 @@ from glassarmor.defenses.attacks.objectives import DLR, CrossEntropy, Margin, Ta
 from glassarmor.defenses.attacks.pgd import PGD
 from glassarmor.defenses.evaluation.inputs import counted
 from glassarmor.defenses.losses import margin
-from glassarmor.defenses.threat import L2, Linf, norms
+from glassarmor.defenses.threat import L2, Linf
 from tests.reference import apgd as reference
-from tests.reference.nets import Linear, batch, conv_bn, seeded, unchanged, untidy
+from tests.reference.nets import Linear, seeded
 
 
 class Bowl(nn.Module):
@@ -96,30 +94,6 @@ def test_the_step_is_halved_by_the_two_conditions_of_the_paper() -> None:
     found = halves(rises, 20, halved_before, best, before)
     # too few rises; enough; no better best with the same step; no better best, but the step is new; all well
     assert found.tolist() == [True, False, True, False, False]
-
-
-@given(
-    ball=st.sampled_from([Linf, L2]),
-    eps=st.floats(0, 0.9),
-    steps=st.integers(1, 6),
-    restarts=st.integers(1, 2),
-    targeted=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_every_output_lies_in_the_ball_and_the_net_is_left_alone(ball, eps, steps, restarts, targeted, seed) -> None:
-    net = untidy(conv_bn())
-    x = torch.rand(4, 3, 8, 8, generator=seeded(seed)).round(decimals=1)
-    y = torch.randint(5, (4,), generator=seeded(seed))
-    threat = ball(eps)
-    attack = APGDT(threat, steps, 2, restarts, seed=seed) if targeted else APGD(threat, steps, restarts, seed=seed)
-    before = torch.get_rng_state()
-    with unchanged(net):
-        found = attack(net, x, y)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not found.requires_grad
-    assert found.dtype == torch.float32
-    assert (norms(found - x, threat.p) <= eps + 1e-6).all()
-    assert 0 <= float(found.min()) <= float(found.max()) <= 1
 
 
 @pytest.mark.parametrize("classes", [2, 3, 6])
@@ -201,16 +175,6 @@ def test_what_fell_is_attacked_no_further_and_the_budget_is_kept() -> None:
         found = APGD(Linf(0.5), 50, restarts=3)(net, x, y)
     assert (net(found).argmax(1) != y).all()
     assert passes.backwards < 6 * 10
-
-
-def test_a_call_number_names_its_start() -> None:
-    net = conv_bn().eval()
-    x, _, y = batch(n=6)
-    attack = APGD(Linf(0.01), 3, seed=5)
-    first, second = attack(net, x, y), attack(net, x, y)
-    assert not torch.equal(first, second)
-    attack.reseed(0)
-    assert torch.equal(attack(net, x, y), first)
 
 
 def test_worse_or_equal_for_the_net_than_pgd_on_a_saturated_softmax() -> None:
