@@ -44,7 +44,7 @@ def regularizer(word: str) -> DictConfig | ListConfig:
 
 
 def words(group: str) -> list[str]:
-    return sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
+    return sorted(path.stem for path in (ROOT / "configs" / group).glob("[!_]*.yaml"))
 
 
 def comment(group: str, word: str, line: int) -> str:

@@ -40,4 +40,4 @@ def without_guessing(patch: pytest.MonkeyPatch) -> None:
 
 def options(group: str) -> list[str]:
     """Names of the YAML files of a group."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    return sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
