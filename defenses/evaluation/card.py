@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from glassarmor.defenses.attacks.objectives import Margin
 from glassarmor.defenses.attacks.pgd import PGD, Attack
-from glassarmor.defenses.evaluation.consistency import contradictions
+from glassarmor.defenses.evaluation.consistency import SCALES, contradictions
 from glassarmor.defenses.evaluation.inputs import answered, device_of, predict
 from glassarmor.defenses.evaluation.robustness import Evaluation
 from glassarmor.defenses.evaluation.sanity import SanityReport
@@ -29,7 +29,6 @@ from glassarmor.interpret.storage import read_object
 
 SCHEMA: Final = Path(__file__).with_name("card.schema.json")
 VERSION: Final = "glassarmor-card/1"
-SCALES: Final = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)
 MUST_AGREE: Final = {  # what makes the accuracies of two cards comparable, and how a reader calls it
     ("threat", "norm"): "norm of the threat",
     ("threat", "eps"): "ε",

@@ -20,6 +20,7 @@ from glassarmor.defenses.evaluation.sanity import (
     Check,
     SanityReport,
     finite_check,
+    guess_check,
     share_check,
 )
 from glassarmor.defenses.evaluation.sanity import (
@@ -42,6 +43,7 @@ ALWAYS: Final = frozenset(
     | {"gradients beat noise", "gradients beat Square", "suite against the checks"}
 )
 ASKED: Final = frozenset({"checkpoint", "suite", "split", "seed", "batch"})  # keys by which evaluate.py's config is known
+SCALES: Final = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)  # radii of a curve over that of the threat
 CLOSE: Final = 2e-6  # shares are written in fp32
 ROUNDED: Final = 1e-5  # a config keeps six digits
 
@@ -169,11 +171,15 @@ def _curve(card: Mapping[str, Any]) -> Iterator[Claim]:
     yield Claim("accuracy/by_eps", shares, sorted(shares, reverse=True), "a curve that never rises")
     if len(radii) > 1 and not any(math.isclose(eps, card["threat"]["eps"], rel_tol=CLOSE) for eps in radii):
         yield Claim("accuracy/by_eps", radii, "a point at it", f"threat/eps = {card['threat']['eps']:.5g}")
+    if card["config"].keys() >= ASKED and len(radii) > 1 and card["threat"]["norm"] in THREATS:
+        ball = THREATS[card["threat"]["norm"]](card["threat"]["eps"])
+        follows = [0.0, *(float(ball.scaled(scale).eps) for scale in SCALES)]
+        yield Claim("accuracy/by_eps", radii, follows, "threat/eps")
     yield from _of_images("accuracy/by_eps", shares, [count for count in dict.fromkeys((some, n)) if count])
     places = card["sanity"].get("places", [*range(n)] if some == n else None)
     if places is not None and shares and all(place < n for place in places):
-        follows = _share([correct[i] for i in places]) if places else 0.0
-        yield Claim("accuracy/by_eps/0", shares[0], follows, "examples/correct")
+        clean = _share([correct[i] for i in places]) if places else 0.0
+        yield Claim("accuracy/by_eps/0", shares[0], clean, "examples/correct")
 
 
 def _attacks(card: Mapping[str, Any]) -> Iterator[Claim]:
@@ -259,10 +265,23 @@ def _measured(check: Mapping[str, Any], unit: float) -> Iterator[Claim]:
         yield Claim(f"{place}/passed", check["passed"], figure == 0, f"{place}/figure")
         words = "none" if "rounds to no half" in said or "calls nothing" in said else "some"
         yield Claim(f"{place}/sentence", words, "some" if figure else "none", f"{place}/figure")
+    elif check["name"] == "better than guessing":
+        yield from _guessing(check)
     elif check["name"] == "logits are finite":
         follows = finite_check(round(figure), int(of[1]) if (of := re.search(r" of (\d+) images", said)) else 1)
         for key in ("passed", "sentence", "grave"):
             yield Claim(f"{place}/{key}", check[key], getattr(follows, key), f"{place}/figure")
+
+
+def _guessing(check: Mapping[str, Any]) -> Iterator[Claim]:
+    """Of the check for guessing, the sentence tells the figure (in cards of before only where it failed)."""
+    place, figure, said = f"sanity/checks/{check['name']}", check["figure"], check["sentence"]
+    right, n = (int(count[1]), int(count[2])) if (count := re.match(r"(\d+) of (\d+) images", said)) else (0, 0)
+    follows = guess_check(figure, right, n, 1 if "one and the same answer" in said else 2)
+    if said != follows.sentence.partition(";")[0]:
+        yield Claim(f"{place}/sentence", said, follows.sentence, f"{place}/figure")
+    for key in ("passed", "expected", "grave"):
+        yield Claim(f"{place}/{key}", check[key], getattr(follows, key), f"{place}/figure")
 
 
 def _asked(card: Mapping[str, Any]) -> Iterator[Claim]:

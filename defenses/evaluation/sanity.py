@@ -170,6 +170,8 @@ def guess_check(chance: float, right: int, n: int, answers: int) -> Check:
         sentence += ", no better than guessing: all images get one and the same answer"
     elif not known:
         sentence += f", no better than guessing: {100 * chance:.2g} % of guessers reach that"
+    else:
+        sentence += f"; {100 * chance:.2g} % of guessers reach that"
     return Check("better than guessing", known, chance, f"≤ {100 * LUCK[0]:g} % of guessers as good", sentence, grave)
 
 

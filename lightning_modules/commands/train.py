@@ -42,7 +42,7 @@ from glassarmor.lightning_modules.commands.resuming import note_changes, resumed
 from glassarmor.lightning_modules.commands.starting import WarmStart, warm_start
 from glassarmor.lightning_modules.networks.build import make_network
 from glassarmor.lightning_modules.run.console import clear_errors, console, note, show
-from glassarmor.lightning_modules.run.data_record import compared, note_data
+from glassarmor.lightning_modules.run.data_record import compared, data_changes, note_data
 from glassarmor.lightning_modules.run.doors import as_given, make_importable, spelled
 from glassarmor.lightning_modules.run.folder import ResumePoint, RunFolder
 from glassarmor.lightning_modules.run.hardware import resolve_auto, wandb_sweep
@@ -157,7 +157,7 @@ def prepare(cfg: DictConfig, what: str, command: str) -> Plan:
     known_start = parts.start.checked(folder)
     own = folder is not None and cfg.data == OmegaConf.load(folder.config).data
     differs = [] if folder is None else compared(folder.path, about, "resume", own)
-    probe = data.probe(cfg.probe.size)
+    probe = probe_of(cfg, data)
     attacks = instantiate(cfg.test_attacks, _convert_="all")
     look = look_of(cfg, parts, probe)
     health = watch(instantiate(cfg.get("health"), _convert_="all"), module, data)
@@ -196,6 +196,15 @@ def checked_words(cfg: DictConfig) -> Select:
         if cfg.trainer.get(key, True) is not True:
             raise ValueError(f"trainer.{key}: expected true, for train.py brings its own; found {cfg.trainer[key]!r}")
     return select
+
+
+def probe_of(cfg: DictConfig, data: ImageDataModule) -> ProbeBatch:
+    """The images of the dashboard: as many as asked for, or all where there are fewer."""
+    require_whole("probe.size", cfg.probe.size, 1)
+    there = len(data.val)
+    if cfg.probe.size > there:
+        note(f"probe.size: all {there} validation images are shown, for there are fewer than {cfg.probe.size}")
+    return data.probe(min(cfg.probe.size, there))
 
 
 def look_of(cfg: DictConfig, parts: Parts, probe: ProbeBatch) -> Look:
@@ -245,6 +254,10 @@ class Records:
     threat: str
 
 
+def _since(change: Mapping[str, Any]) -> str:
+    return f"from epoch {change['epoch']}, step {change['step']}, on"
+
+
 def records_of(plan: Plan) -> Records:
     """Open the report, the log and W&B's run, and tell them to the callbacks."""
     cfg, folder, data = plan.cfg, plan.folder, plan.parts.data
@@ -255,6 +268,7 @@ def records_of(plan: Plan) -> Records:
         "threat": str(look.attack.threat),
         "data": f"{len(data.train.images)} training, {len(data.val.images)} validation, {len(data.test.images)} test images",
         "probe": f"{len(plan.probe.ids)} validation images, hash {plan.probe.hash}",
+        **({"other images": "; ".join(_since(each) for each in others)} if (others := data_changes(info)) else {}),
         "seed": cfg.seed,
         "commit": info["commit"],
         "started": info["started"],

@@ -22,6 +22,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from hydra.utils import instantiate
 from torch import nn
 
 from glassarmor.defenses.attacks.pgd import PGD
@@ -38,7 +39,7 @@ from glassarmor.lightning_modules.run.log import RunLog, wandb_logger
 from glassarmor.lightning_modules.study import tables
 from glassarmor.lightning_modules.study import verdicts as comparison
 from glassarmor.lightning_modules.study.records import read_record, record_of, write_record
-from tests.composing import SMALL, without_guessing
+from tests.composing import SMALL, config, without_guessing
 from tests.wandb_log import history, run_ids
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -462,7 +463,6 @@ ERRORS = [
     (["data.val_fraction=2"], ["data.val_fraction"]),
     (["panels.dissection.concepts.count=0"], ["panels.dissection", "count"]),
     (["panels.attribution.method=luck"], ["panels.attribution", "method"]),
-    (["probe.size=100000"], ["probe"]),
     (["network=torchvision", "network.name=resnet999"], ["network.name", "resnet999"]),
     (["network=imported"], ["network.target"]),
     (["network=imported", "network.target=no_such_module:f"], ["network.target", "no_such_module"]),
@@ -641,3 +641,14 @@ def test_a_run_that_an_alarm_stopped_says_so_by_its_exit_code(monkeypatch, capsy
         run_command(stopped, train.CONFIGS, "train", "")
     assert ended.value.code == 1
     assert capsys.readouterr().err == "stopped: no better than guessing: still so after 2 safety measures\n"
+
+
+def test_more_dashboard_images_than_there_are_takes_all_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config(*SMALL[1:3], "probe.size=100000")
+    data = instantiate(cfg.data, _convert_="all")
+    data.setup("fit")
+    assert len(train.probe_of(cfg, data).y) == len(data.val)
+    assert f"all {len(data.val)} validation images are shown, for there are fewer than 100000" in capsys.readouterr().out
+    cfg.probe.size = 0
+    with pytest.raises(ValueError, match=r"probe\.size: expected a whole number >= 1, found 0"):
+        train.probe_of(cfg, data)

@@ -20,6 +20,7 @@ from glassarmor.datamodules.image_folder import ImageFolder
 from glassarmor.datamodules.images import ImageDataModule
 from glassarmor.datamodules.shapes import Shapes
 from glassarmor.defenses.evaluation.card import read_card
+from glassarmor.interpret.views.page.page import read_script
 from glassarmor.lightning_modules.commands import evaluate, train
 from glassarmor.lightning_modules.run.data_record import other_classes, other_images
 from glassarmor.lightning_modules.study.records import check_comparable, record_of
@@ -305,6 +306,8 @@ def test_a_run_that_goes_on_over_other_images_says_so_for_ever(
     info = json.loads((there / "runs/run/run.json").read_text())
     assert [each["step"] for each in info["earlier_data"]] == [info["earlier_data"][0]["step"]]
     assert info["data"] != info["earlier_data"][0]["data"]
+    page = read_script(there / "runs/run/report/data/manifest.js")
+    assert dict(page["meta"])["other images"].startswith("from epoch "), "its page says so, too"
     whole, mixed = (record_of(there / "runs" / name) for name in ("plain", "run"))
     assert any(change.startswith("data from") for change in mixed.about["changed"])
     assert not any("data.path" in change for change in mixed.about["changed"])

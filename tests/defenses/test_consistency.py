@@ -17,7 +17,7 @@ from glassarmor.defenses.attacks.pgd import PGD
 from glassarmor.defenses.evaluation.card import accuracy_curve, check_card, make_card, read_card
 from glassarmor.defenses.evaluation.robustness import evaluate_robustness
 from glassarmor.defenses.evaluation.sampling import stratified_rows
-from glassarmor.defenses.evaluation.sanity import Check, SanityReport, share_check
+from glassarmor.defenses.evaluation.sanity import Check, SanityReport, guess_check, share_check
 from glassarmor.defenses.evaluation.suite import Step, Suite
 from glassarmor.defenses.threat import Linf
 from glassarmor.lightning_modules.study.members import Member
@@ -30,7 +30,7 @@ SUITES = sorted(STUDY.glob("*/suites/*.json"))
 FREE = (
     *("model", "data/selection", "data/images", "data/fingerprint", "versions", "commit", "notes", "interpretation"),
     *("sanity/checks/0", "sanity/checks/1/name", "sanity/checks/1/sentence", "schema"),
-    *("config/checkpoint", "examples/rows/5", "accuracy/by_eps/1", "accuracy/by_eps/3"),
+    *("config/checkpoint", "examples/rows/5", "sanity/checks/2/name"),
     *("data/classes/2", "sanity/places"),  # no image of that class; other images checked
 )
 
@@ -49,14 +49,18 @@ def card() -> dict[str, Any]:
     steps = (Step("weak", PGD(threat, 1, step_size=0.004, seed=1), 1), Step("PGD-20", PGD(threat, 20, seed=1), 21))
     found = evaluate_robustness(own, x, y, threat, Suite("own", steps), batch_size=16, corruptions=True, seed=1)
     few = stratified_rows(found.labels, 40, 1)
-    checks = Check("losses agree", True, 0.0, "≤ 5 %", "they do"), share_check("PGD ≥ FGSM", 8, 40, "fall to FGSM alone")
+    checks = (
+        Check("losses agree", True, 0.0, "≤ 5 %", "they do"),
+        share_check("PGD ≥ FGSM", 8, 40, "fall to FGSM alone"),
+        guess_check(2e-9, 30, 40, 3),
+    )
     made = make_card(
         found,
         threat,
         model={"name": "net", "source": "by hand", "parameters": 1},
         data={"name": "Noise", "split": "test", "selection": "nothing", "fingerprint": {"n": 60, "sample": "0" * 16}},
         class_names=("a", "b", "c"),
-        curve=accuracy_curve(own, x[few], y[few], threat, (0.5, 1.0, 2.0)),
+        curve=accuracy_curve(own, x[few], y[few], threat),
         sanity=SanityReport(checks, {}, 40),
         interpretation={"outcome/clean_acc": 0.5},
         seed=1,
@@ -164,12 +168,20 @@ EXAMPLES = {  # what was read without a word
     "no attack of that name": (lambda c: c["examples"]["felled_by"].__setitem__(0, "luck"), "examples/felled_by/0"),
     "another radius": (lambda c: c["threat"].update(eps=4 / 255), "threat/eps is 0.0156863"),
     "a curve that rises": (lambda c: c["accuracy"]["by_eps"][2].update(robust=0.975), "accuracy/by_eps"),
-    "a curve that leaves ε out": (lambda c: c["accuracy"]["by_eps"].pop(2), "threat/eps"),
+    "a curve that leaves ε out": (lambda c: c["accuracy"]["by_eps"].pop(4), "threat/eps"),
     "half an image": (lambda c: c["accuracy"]["by_corruption"]["JPEG"].__setitem__(0, 0.5083), "60 images"),
     "a check that passed but did not": (lambda c: c["sanity"]["checks"][1].update(passed=True), "PGD ≥ FGSM/passed"),
     "a number that is none": (lambda c: c["accuracy"].update(robust=float("nan")), "accuracy/robust"),
     "no end": (lambda c: c["interpretation"].update(x=float("inf")), "interpretation/x"),
     "an attack's settings": (lambda c: c["suite"]["attacks"][1]["settings"].update(steps=1), "suite/settings"),
+    "a lucky guesser": (
+        lambda c: c["sanity"]["checks"][2].update(figure=1e-3),
+        "better than guessing/sentence is 30 of 40 images are classified rightly; 2e-07 % of guessers",
+    ),
+    "a curve of other radii": (
+        lambda c: c["accuracy"]["by_eps"][2].update(eps=0.45 * 8 / 255),
+        "accuracy/by_eps is ['0', '0.00784",
+    ),
     "another class's name": (lambda c: c["data"].update(classes=["b", "a", "c"]), "accuracy/by_class/a"),
 }
 
