@@ -443,7 +443,7 @@ def recorded(out: Path, of: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def main(argv: Iterable[str] | None = None) -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=device_named, default="cuda")
     parser.add_argument("--data", help="folder of train*.npz and test.npz")
@@ -459,6 +459,11 @@ def main(argv: Iterable[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--again", action="store_true", help="try what failed once more")
+    return parser
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    parser = arguments()
     args = parser.parse_args(None if argv is None else list(argv))
     until = time.perf_counter() + 60 * args.minutes
     device = args.device

@@ -1,4 +1,8 @@
-"""BatchNorm folded into the convolution before it, for the passes that only ask for gradients of the images."""
+"""BatchNorm folded into the convolution before it, for the passes that only ask for gradients of the images.
+
+An attack of ResNet-18 is 1.06 times as fast with it in bf16 and 1.14 times in fp32 (0.763 → 0.718 and 1.591 → 1.393 s,
+``python benchmarks/throughput.py --what folding --steps 2 --batch 32 --rounds 3``).
+"""
 
 from __future__ import annotations
 

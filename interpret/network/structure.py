@@ -207,7 +207,23 @@ class _Frame:
 
 
 class _Trace(TorchFunctionMode):
-    """Where every value of one forward comes from.  Holds all tensors, so that none's identity is used twice."""
+    """Where every value of one forward comes from.  Holds all tensors, so that none's identity is used twice.
+
+    Six operations, of a net with the modules ``conv`` and ``fc``, and what is kept of them::
+
+        operation                            event                             made by
+        x (given)                            0  input                          the caller
+        h = self.conv(x)                     1  conv2d  reads 0, 2 weights     frame 1, conv
+        r = torch.relu(h)                    2  relu    reads 1                frame 0, the net
+        a = r + x                            3  add     reads 2 and 0          frame 0
+        m = a.mean((2, 3), keepdim=True)     4  mean    reads 3                frame 0
+        v = m.flatten(1)                     –  a wire: v is still event 4
+        y = self.fc(v)                       5  linear  reads 4, 2 weights     frame 2, fc
+
+    A frame is a call of a module, with the events that began and ended in it: 1:6 for the net, 1:2 for ``conv``, 5:6 for
+    ``fc``.  A module that calls no other is one node, an event outside such a module is a node of its own, and what an event
+    reads are the edges: input → conv → relu → add → mean → fc, and input → add.
+    """
 
     def __init__(self, net: nn.Module, x: Tensor) -> None:
         super().__init__()

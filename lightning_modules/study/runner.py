@@ -120,7 +120,18 @@ class Place:
 
 
 def command(member: Member, place: Place, program: Program) -> list[str]:
-    """What trains, or goes on training, a member, or judges it by the next suite."""
+    """What trains, or goes on training, a member, or judges it by the next suite.
+
+    =========  ====================================  ===========================================  =========================
+    state      what is in its folder                 command                                      after a failure
+    =========  ====================================  ===========================================  =========================
+    new        neither results nor ``last.ckpt``     ``train``, with the member's overrides       begins anew
+    resumable  ``last.ckpt``                         ``train resume=``                            the run is deleted: *new*
+    resumable  results, a suite without its card     ``evaluate`` by the first such suite         again by that suite
+    failed     as above, after ``TRIES`` failures    none                                         –
+    done       results, and the card of each suite   none                                         –
+    =========  ====================================  ===========================================  =========================
+    """
     if place.trained:
         suite = place.unjudged[0]
         folder = place.judged(suite).parent
