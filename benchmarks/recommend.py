@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.compiling import compare, ways
 from benchmarks.composing import composed, help_if_asked
 from benchmarks.timing import machine, paired, ratio, rows
+from glassarmor.defenses.options import require_whole
 from glassarmor.lightning_modules.commands import train
-from glassarmor.lightning_modules.run.console import clear_errors, require_whole
+from glassarmor.lightning_modules.run.console import clear_errors
 from glassarmor.lightning_modules.run.hardware import suited
 
 WAYS = {
@@ -68,7 +69,8 @@ def main() -> None:
     help_if_asked(__doc__)
     with clear_errors(debug="debug=true" in sys.argv):
         cfg, own = composed(train.CONFIGS, "train", {"rounds": 5, "images": None, "compile": True})
-        require_whole(own, {"rounds": 1, "images": 1})
+        for key in ("rounds", "images"):
+            require_whole(key, own[key], 1)
         rounds, images, compiles = own.values()
         if not isinstance(compiles, bool):
             raise ValueError(f"compile: expected true or false, found {compiles!r}")

@@ -20,9 +20,10 @@ from benchmarks.composing import composed, help_if_asked
 from benchmarks.throughput import Unfolded
 from benchmarks.timing import machine
 from glassarmor.defenses.attacks.pgd import PGD
+from glassarmor.defenses.options import require_whole
 from glassarmor.lightning_modules.commands.subject import completed, located
 from glassarmor.lightning_modules.networks.build import load_weights, make_network
-from glassarmor.lightning_modules.run.console import clear_errors, require_whole
+from glassarmor.lightning_modules.run.console import clear_errors
 from glassarmor.lightning_modules.run.saved_config import CONFIGS
 
 
@@ -30,7 +31,8 @@ def main() -> None:
     help_if_asked(__doc__)
     with clear_errors(debug="debug=true" in sys.argv):
         cfg, given = composed(CONFIGS, "evaluate", {"count": 2000, "batch": 250, "steps": 20})
-        require_whole(given, dict.fromkeys(given, 1))
+        for key, value in given.items():
+            require_whole(key, value, 1)
         count, batch, steps = given.values()
         weights, run = located(cfg.checkpoint)
         cfg = completed(cfg, run)
