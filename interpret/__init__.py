@@ -1,5 +1,6 @@
 """Understand: what an attack does inside a network, as pure functions of one observation."""
 
+from glassarmor.interpret.modes import reading
 from glassarmor.interpret.observation import Forward, Observation, feature_layers, observe, record
 from glassarmor.interpret.signals.cam import (
     CAMTable,
@@ -47,6 +48,7 @@ __all__ = [
     "interpretability_score",
     "observe",
     "position_effects",
+    "reading",
     "record",
     "region_effects",
     "region_overlap",

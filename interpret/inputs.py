@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from glassarmor.interpret.modes import undisturbed
+from glassarmor.interpret.modes import logits_in, uncompiled, undisturbed
 
 # What a net raises that was made for other images.
 FOREIGN: Final = (RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
@@ -24,6 +24,8 @@ def typed(net: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: images that are no floats (N, C, H, W), at least one; or labels that are no whole numbers (N,).
     """
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"net: expected a torch.nn.Module to look into or to train, found {type(net).__name__}")
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point() or x.numel() == 0:
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
@@ -34,7 +36,7 @@ def typed(net: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if not whole or y.shape != x.shape[:1]:
         found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"labels: expected int64 ({len(x)},), one an image; found {found}")
-    return x.to(_kind(net, x)), y.long()
+    return x.to(floats_of(net, x)), y.long()
 
 
 def checked(net: nn.Module, x: Tensor, y: Tensor, numbers: bool = True) -> tuple[Tensor, Tensor, range]:
@@ -81,7 +83,7 @@ def borrowed(net: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Ten
     Raises:
         ValueError: as :func:`checked`; also where the net returns no logits (N, K) for these labels, or no gradient.
     """
-    with undisturbed(net):
+    with undisturbed(net, eager=False):  # whoever compiles a net wants its attacks fast
         x, y, labels = checked(net, x, y, numbers=False)
         ran: list[bool] = []
 
@@ -112,7 +114,8 @@ def answer(net: nn.Module, x: Tensor, labels: range) -> Tensor:
         ValueError: the net cannot run on them, or as :func:`require_logits`.
     """
     try:
-        logits: Tensor = net(x.clone())
+        with uncompiled(net):
+            logits: Tensor = logits_in(net(x.clone()))
     except Exception as error:
         raise _failed(net, x, error) from error
     require_logits(logits, x, labels)
@@ -133,9 +136,10 @@ def _failed(net: nn.Module, x: Tensor, error: Exception) -> Exception:
 def require_logits(logits: object, x: Tensor, labels: range) -> None:
     """Raises ValueError unless these can be the logits (N, K) of images x with these labels; reads no value."""
     if not isinstance(logits, Tensor):
+        keys = f" with {', '.join(map(str, list(logits)[:8]))}" if isinstance(logits, Mapping) else ""
         raise ValueError(
-            f"net: expected logits (N, classes), found a {type(logits).__name__}; wrap the net so that it returns "
-            "the logits alone"
+            f"net: expected logits (N, classes), found a {type(logits).__name__}{keys}; say which entry holds them: "
+            "output=NAME on a command line, interpret.reading(net, NAME) in Python"
         )
     if logits.dim() == 1 and not logits.is_floating_point():
         raise ValueError(
@@ -155,7 +159,7 @@ def require_logits(logits: object, x: Tensor, labels: range) -> None:
         )
 
 
-def _kind(net: nn.Module, x: Tensor) -> torch.dtype:
+def floats_of(net: nn.Module, x: Tensor) -> torch.dtype:
     """The floats that images have to be for this net.
 
     Raises:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +18,121 @@ def lend(_net: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(each.clone() if isinstance(each, Tensor) else each for each in inputs)
 
 
+def logits_in(output: Any, key: str | int | None = None) -> Any:
+    """What a net's output has for logits, of those that return more than them.  A tensor is that itself.
+
+    Without ``key`` the first of a tuple or list, or what is named ``logits`` in a dict, a named tuple or another object; the
+    only entry of a dict.  Auxiliary heads, which some nets return in training alone, are left out so.  What has no such
+    entry comes back as it is.
+
+    Args:
+        key: which to take: the name of an entry, or its place in a tuple.
+
+    Raises:
+        ValueError: no entry of this key; or a tuple of tables (N, …) of different widths: the first may be features.
+    """
+    if isinstance(output, Tensor):
+        return output
+    entries = _entries(output)
+    if key is not None:
+        named = {str(name): value for name, value in entries.items()}
+        if str(key) not in named:
+            raise ValueError(f"output: expected one of {', '.join(named) or 'none'} of what the net returns, found {key!r}")
+        return named[str(key)]
+    if "logits" in entries:
+        return entries["logits"]
+    if isinstance(output, Mapping):
+        return next(iter(entries.values())) if len(entries) == 1 else output
+    if not isinstance(output, tuple | list) or not output:
+        return output
+    widths = {value.shape[1] for value in output if isinstance(value, Tensor) and value.dim() == 2}
+    if len(widths) > 1:
+        raise ValueError(f"output: the net returns tables of {sorted(widths)} columns; say which is the logits: output=0, …")
+    return output[0]
+
+
+def _entries(output: Any) -> dict[str | int, Any]:
+    """Names, else places, of what an output holds."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if isinstance(output, tuple) and hasattr(output, "_asdict"):
+        return dict(output._asdict())
+    if isinstance(output, tuple | list):
+        return dict(enumerate(output))
+    return {"logits": output.logits} if isinstance(getattr(output, "logits", None), Tensor) else {}
+
+
+def read_logits(_net: nn.Module, _inputs: object, output: object, key: str | int | None = None) -> object:
+    """A hook after the forward: whoever calls the net gets its logits (:func:`logits_in`)."""
+    return logits_in(output, key)
+
+
+def reading(net: nn.Module, key: str | int | None = None) -> nn.Module:
+    """``net`` itself, which from now on returns its logits alone, in any mode; no wrapper, so that no name changes."""
+    net.register_forward_hook(partial(read_logits, key=key))
+    return net
+
+
+class Function(nn.Module):
+    """A plain function of images (N, C, H, W) to logits (N, K), as a net without parameters."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+def as_module(net: nn.Module | Callable[[Tensor], Any]) -> nn.Module:
+    """The net itself; a plain function as :class:`Function`.
+
+    Raises:
+        TypeError: nothing that can be called.
+    """
+    if isinstance(net, nn.Module):
+        return net
+    if not callable(net):
+        raise TypeError(f"net: expected a torch.nn.Module or a function of images, found {type(net).__name__}")
+    return Function(net)
+
+
 @contextmanager
-def evaluating(net: nn.Module) -> Iterator[nn.Module]:
+def answering(net: nn.Module | Callable[[Tensor], Any]) -> Iterator[nn.Module]:
+    """Inside, the net (:func:`as_module`) returns its logits alone, in any mode."""
+    module = as_module(net)
+    hook = None if read_logits in module._forward_hooks.values() else module.register_forward_hook(read_logits)
+    try:
+        yield module
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+@contextmanager
+def uncompiled(net: nn.Module) -> Iterator[None]:
+    """Inside, a net that ``torch.compile`` compiled runs as it was written.
+
+    A compiled one shows nothing to hooks that came later, and has no second derivative.
+    """
+    wrapped = isinstance(net, torch._dynamo.OptimizedModule)
+    compiled = wrapped or any(module._compiled_call_impl is not None for module in net.modules())
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        yield
+
+
+@contextmanager
+def evaluating(net: nn.Module, eager: bool = True) -> Iterator[nn.Module]:
     """Eval mode inside; each submodule gets back its own mode (a net may mix both, e.g. frozen BatchNorm).
 
-    The net sees copies (:func:`lend`).
+    The net sees copies (:func:`lend`), returns its logits (:func:`logits_in`), and is :func:`uncompiled` if ``eager``.
     """
     modes = [(module, module.training) for module in net.modules()]
     lent = None if lend in net._forward_pre_hooks.values() else net.register_forward_pre_hook(lend)
     net.eval()
     try:
-        yield net
+        with answering(net), uncompiled(net) if eager else nullcontext():
+            yield net
     finally:
         if lent is not None:
             lent.remove()
@@ -79,7 +184,7 @@ def buffers_kept(net: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def undisturbed(net: nn.Module) -> Iterator[nn.Module]:
+def undisturbed(net: nn.Module, eager: bool = True) -> Iterator[nn.Module]:
     """Eval mode, frozen, gradients enabled; afterwards modes, flags, buffers and ``.grad`` are what they were, bit for bit.
 
     Works inside Lightning's ``validate``/``test`` loops too, which run under inference mode where gradients fail; tensors
@@ -89,7 +194,7 @@ def undisturbed(net: nn.Module) -> Iterator[nn.Module]:
     for parameter, _ in grads:
         parameter.grad = None  # set aside, so that nothing inside can add to it
     try:
-        with buffers_kept(net), torch.inference_mode(False), torch.enable_grad(), evaluating(net), frozen(net):
+        with buffers_kept(net), torch.inference_mode(False), torch.enable_grad(), evaluating(net, eager), frozen(net):
             yield net
     finally:
         for parameter, grad in grads:

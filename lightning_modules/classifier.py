@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from glassarmor.defenses.attacks.draws import seed_of
 from glassarmor.defenses.attacks.pgd import Attack
 from glassarmor.defenses.training.defense import Defense
+from glassarmor.interpret.modes import logits_in
 from glassarmor.lightning_modules.learning import rate_factors, require_learning, scale_rates
 
 Batch = tuple[Tensor, Tensor]
@@ -74,7 +75,8 @@ class RobustClassifier(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, K) of images in [0,1]: the plain network, no interpretation inside."""
-        return self.net(x)
+        logits: Tensor = logits_in(self.net(x))
+        return logits
 
     def on_validation_epoch_start(self) -> None:
         self.broken_logits.reset()
@@ -137,7 +139,7 @@ class RobustClassifier(pl.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             x_adv = self.val_attack(self.net, x, y)
             with torch.no_grad():
-                answers = self.net(x).float(), self.net(x_adv).float()
+                answers = self(x).float(), self(x_adv).float()
                 clean(answers[0], y)
                 robust(answers[1], y)
                 if split == "val":

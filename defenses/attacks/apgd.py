@@ -20,6 +20,7 @@ from glassarmor.defenses.losses import margin
 from glassarmor.defenses.options import require_number, require_one_of, require_whole
 from glassarmor.defenses.threat import Threat, per_sample
 from glassarmor.interpret.inputs import borrowed
+from glassarmor.interpret.modes import as_module
 
 MOMENTUM: Final = 0.75  # α, the share of the new step
 
@@ -123,6 +124,7 @@ class APGD(Seeded):
             x: images in [0,1], (N, C, H, W).
             y: true labels (N,).
         """
+        net = as_module(net)
         with borrowed(net, x, y) as (x, y):
             generator = self.generator(x.device)
             with torch.no_grad():

@@ -20,6 +20,7 @@ from glassarmor.defenses.attacks.square import Square
 from glassarmor.defenses.options import require_one_of, require_whole
 from glassarmor.defenses.threat import L2, Linf, Threat
 from glassarmor.interpret.inputs import borrowed
+from glassarmor.interpret.modes import as_module
 
 Part = Literal["apgd-ce", "apgd-t", "fab-t", "square"]
 LOGGER: Final = "auto-attack"  # the package's
@@ -60,6 +61,7 @@ class AutoAttackPart(Seeded):
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial images (N, C, H, W), fp32, detached; for the arguments see :class:`.APGD`."""
         seed = self.next_seed()
+        net = as_module(net)
         with borrowed(net, x, y) as (x, y), quiet(), torch.no_grad(), _forked(x.device):
             if self.replaced((x.shape[2], x.shape[3])):
                 ours = Square(self.threat, max(3, self.queries), seed=self.seed)

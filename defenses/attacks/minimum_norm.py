@@ -21,6 +21,7 @@ from glassarmor.defenses.losses import margin
 from glassarmor.defenses.options import require_number, require_one_of, require_whole
 from glassarmor.defenses.threat import Linf, Threat, norms, parse_eps, per_sample
 from glassarmor.interpret.inputs import borrowed
+from glassarmor.interpret.modes import as_module
 
 HALVINGS: Final = 8
 Lead = Callable[[Tensor], Tensor]  # images (N, C, H, W) → by how many logits the attack has won, (N,)
@@ -106,6 +107,7 @@ class MinimumNorm(ABC):
             x: images in [0,1], (N, C, H, W).
             y: true labels (N,).
         """
+        net = as_module(net)
         with borrowed(net, x, y) as (x, y):
             return self._attack(net, x, y)
 

@@ -16,6 +16,7 @@ from glassarmor.defenses.losses import margin
 from glassarmor.defenses.options import require_one_of, require_whole
 from glassarmor.defenses.threat import Threat, parse_eps, per_sample
 from glassarmor.interpret.inputs import borrowed
+from glassarmor.interpret.modes import as_module
 from glassarmor.interpret.network.folding import folded
 
 Value = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (N, C, H, W) → logits (N, K), what is maximised (N,)
@@ -113,6 +114,7 @@ class PGD(Seeded):
             x: images in [0,1], (N, C, H, W).
             y: true labels (N,).
         """
+        net = as_module(net)
         with borrowed(net, x, y) as (x, y), self._lightened(net, x):
             generator = self.generator(x.device)
             value = self._value(net, x, y)

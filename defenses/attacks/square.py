@@ -12,6 +12,7 @@ from glassarmor.defenses.losses import margin
 from glassarmor.defenses.options import require_number, require_whole
 from glassarmor.defenses.threat import L2, Linf, Threat, norms, per_sample
 from glassarmor.interpret.inputs import borrowed
+from glassarmor.interpret.modes import as_module
 
 HALVED: Final = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the area is halved
 SHARES: Final = {Linf: 0.8, L2: 0.1}  # p of the paper's experiments
@@ -59,6 +60,7 @@ class Square(Seeded):
             x: images in [0,1], (N, C, H, W).
             y: true labels (N,).
         """
+        net = as_module(net)
         with borrowed(net, x, y) as (x, y), torch.no_grad():
             generator = self.generator(x.device)
             best = x.clone()

@@ -13,6 +13,7 @@ from glassarmor.defenses.attacks.pgd import Attack
 from glassarmor.defenses.options import require_number, require_one_of
 from glassarmor.defenses.threat import Threat
 from glassarmor.interpret.inputs import borrowed
+from glassarmor.interpret.modes import as_module
 from glassarmor.interpret.observation import feature_layers, find_layers, observe, strongest_wrong
 from glassarmor.interpret.signals.cam import class_activation_map, class_region
 
@@ -101,6 +102,7 @@ class Supported:
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial images (N, C, H, W), equal to x outside the support; see :class:`.Attack`."""
+        net = as_module(net)
         with borrowed(net, x, y) as (x, y):
             masked = Masked(net, x, self.support(net, x, y))
             self.calls += 1

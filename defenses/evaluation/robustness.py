@@ -32,6 +32,7 @@ from glassarmor.defenses.evaluation.suite import Suite, SuiteName, SuiteSettings
 from glassarmor.defenses.threat import Threat
 from glassarmor.defenses.training.terms import Term
 from glassarmor.interpret.inputs import checked
+from glassarmor.interpret.modes import answering
 from glassarmor.interpret.storage import write_atomic
 
 STANDS: Final = -1  # in ``felled``: no attack felled it
@@ -217,7 +218,8 @@ def evaluate_robustness(
         ValueError: see :func:`check_images`; also a subset or a batch size out of range, or an unknown suite.
     """
     settings = SuiteSettings(suite, subset, batch_size, seed, terms, twin, corruptions)
-    return run_suite(net, images, labels, threat, settings, state=state, progress=progress, fallen=fallen)
+    with answering(net) as module:
+        return run_suite(module, images, labels, threat, settings, state=state, progress=progress, fallen=fallen)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,7 @@ from glassarmor.defenses.evaluation.gradient import (
 from glassarmor.defenses.evaluation.sampling import luck
 from glassarmor.defenses.threat import Threat
 from glassarmor.interpret.inputs import answer, borrowed, checked
-from glassarmor.interpret.modes import undisturbed
+from glassarmor.interpret.modes import answering, undisturbed
 from glassarmor.interpret.network.chunks import measuring
 
 Verdict = Literal["trusted", "suspicious", "invalid"]
@@ -289,40 +289,41 @@ def sanity_checks(
     Logits that are not finite, that are the same for all images, or never rightly largest make the net invalid, and nothing
     more is asked of it.  So does a clean accuracy that a guesser reaches; of that net no attack is asked.
     """
-    x, y, labels = _require(net, x, y, threat, held)
-    devices = [] if x.device.type == "cpu" else [x.device]
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices, device_type=x.device.type):
-        torch.manual_seed(seed)  # what a random net draws repeats
-        x, y = x.detach().clone(), y.clone()  # clones: tensors made under inference mode refuse autograd
-        with undisturbed(net), measuring(net) as largest, torch.no_grad():
-            answer(net, x[:2], labels)
-        # A whole sample in one batch where it fits: the net is judged as it is used.
-        trial = _Trial(Reachable(net), x, y, largest.chunk(x.device), tell, rounding(net, x[:2]))
-        tell("outputs")
-        logits = trial.logits(x)
-        right = (logits.argmax(1) == y) & logits.isfinite().all(1)
-        checks = [finite_check(int((~logits.isfinite().all(1)).sum()), len(x)), _varied(logits)]
-        stand = {"clean": right}
-        if not any(check.grave for check in checks):
-            answers = logits.argmax(1)
-            chance = luck(answers, y, logits.shape[1])
-            checks.append(guess_check(chance, int(right.sum()), len(x), len(answers.unique())))
-        if right.any() and not any(check.grave for check in checks[:2]):
-            checks += [
-                _rounding_check(trial.unit),
-                _logits_check(trial, logits, threat),
-                _repeats(trial, logits),
-                _alone(trial, logits),
-                *_gradient_checks(net, trial, right, seed),
-                _jumps(net, trial, right, threat, float(logits.std()), seed),
-            ]
-            if thorough or not any(check.grave for check in checks):
-                suite = right if held is None else held.to(x.device)
-                found, after = _attack_checks(trial, right, suite, threat, transfer_from, steps, queries, seed)
-                checks, stand = [*checks, *found], stand | after
-        accuracy = {name: float(left.double().mean()) for name, left in stand.items()}
-        report = SanityReport(tuple(checks), accuracy, len(x), tuple([*stand.values()][-1].tolist()))
-        return report if held is None else replace(report, checks=(*checks, suite_check(held, report)))
+    with answering(net) as net:
+        x, y, labels = _require(net, x, y, threat, held)
+        devices = [] if x.device.type == "cpu" else [x.device]
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices, device_type=x.device.type):
+            torch.manual_seed(seed)  # what a random net draws repeats
+            x, y = x.detach().clone(), y.clone()  # clones: tensors made under inference mode refuse autograd
+            with undisturbed(net), measuring(net) as largest, torch.no_grad():
+                answer(net, x[:2], labels)
+            # A whole sample in one batch where it fits: the net is judged as it is used.
+            trial = _Trial(Reachable(net), x, y, largest.chunk(x.device), tell, rounding(net, x[:2]))
+            tell("outputs")
+            logits = trial.logits(x)
+            right = (logits.argmax(1) == y) & logits.isfinite().all(1)
+            checks = [finite_check(int((~logits.isfinite().all(1)).sum()), len(x)), _varied(logits)]
+            stand = {"clean": right}
+            if not any(check.grave for check in checks):
+                answers = logits.argmax(1)
+                chance = luck(answers, y, logits.shape[1])
+                checks.append(guess_check(chance, int(right.sum()), len(x), len(answers.unique())))
+            if right.any() and not any(check.grave for check in checks[:2]):
+                checks += [
+                    _rounding_check(trial.unit),
+                    _logits_check(trial, logits, threat),
+                    _repeats(trial, logits),
+                    _alone(trial, logits),
+                    *_gradient_checks(net, trial, right, seed),
+                    _jumps(net, trial, right, threat, float(logits.std()), seed),
+                ]
+                if thorough or not any(check.grave for check in checks):
+                    suite = right if held is None else held.to(x.device)
+                    found, after = _attack_checks(trial, right, suite, threat, transfer_from, steps, queries, seed)
+                    checks, stand = [*checks, *found], stand | after
+            accuracy = {name: float(left.double().mean()) for name, left in stand.items()}
+            report = SanityReport(tuple(checks), accuracy, len(x), tuple([*stand.values()][-1].tolist()))
+            return report if held is None else replace(report, checks=(*checks, suite_check(held, report)))
 
 
 def _attack_checks(

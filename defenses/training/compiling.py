@@ -7,6 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from glassarmor.interpret.modes import logits_in
+
 MODES: Final = ("reduce-overhead", "max-autotune")  # of inductor: CUDA graphs, and kernels chosen by timing them, too
 
 
@@ -45,7 +47,7 @@ class Compiled(nn.Module):
         before = {"forward": attributes["forward"]} if "forward" in attributes else {}
         attributes["forward"] = self.run
         try:
-            logits: Tensor = self._orig_mod(x)
+            logits: Tensor = logits_in(self._orig_mod(x))
         except torch._dynamo.exc.TorchDynamoException as error:
             said = " ".join(str(error).split())[:200]
             raise NotCompiled(

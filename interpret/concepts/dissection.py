@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from glassarmor.interpret.concepts.quantiles import ExactTail, HistogramTail, TailThreshold
+from glassarmor.interpret.inputs import floats_of
 from glassarmor.interpret.modes import evaluating
 from glassarmor.interpret.network.layouts import Layout, layouts_of
 from glassarmor.interpret.observation import record
@@ -273,7 +274,7 @@ def _batches(net: nn.Module, data: ConceptData, layers: Sequence[str]) -> Iterat
         if low < -1 or high >= len(data.concepts):
             raise ValueError(f"concepts: labels must lie in -1..{len(data.concepts) - 1}, found {int(low)}..{int(high)}")
         device = images.device if like is None else like.device
-        images = images.to(device)
+        images = images.to(device, floats_of(net, images))
         layouts = layouts_of(net, images, layers)
         with evaluating(net), record(net, layers, layouts) as acts:
             net(images)

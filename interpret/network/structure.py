@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from glassarmor.interpret.inputs import floats_of
 from glassarmor.interpret.modes import replaying, rng_state, undisturbed
 
 MOVES = frozenset({"clone", "contiguous", "double", "float", "half", "reshape", "to", "type_as"})
@@ -93,7 +94,7 @@ def structure(net: nn.Module, x: Tensor) -> Structure:
         x: a few images, (N, C, H, W); two are enough.
     """
     with undisturbed(net), replaying(rng_state(x.device), x.device):
-        x = x.detach().clone()
+        x = x.detach().to(floats_of(net, x), copy=True)
         trace = _Trace(net, x)
         with trace:
             net(x)

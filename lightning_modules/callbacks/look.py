@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glassarmor.defenses.attacks.pgd import Attack
 from glassarmor.defenses.threat import Threat
-from glassarmor.interpret.inputs import checked
+from glassarmor.interpret.inputs import checked, floats_of
 from glassarmor.interpret.modes import undisturbed
 from glassarmor.interpret.observation import feature_layers, find_layers, observe
 from glassarmor.interpret.views.draw.figures import to_array
@@ -82,6 +82,7 @@ class Look:
         Raises:
             ValueError: a layer that the network does not have.
         """
+        floats_of(net, self.probe_set.x)  # said in a sentence, before a layer raises
         if self.layers:
             find_layers(net, self.layers, key="probe.layers")
             return self

@@ -16,7 +16,6 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -39,6 +38,7 @@ from glassarmor.lightning_modules.commands.subject import (
     located,
     look_of,
     named,
+    network_of,
     new_folder,
     renamed_keys,
     say,
@@ -105,7 +105,7 @@ def against(cfg: DictConfig, data: ImageDataModule) -> Other:
     for key in ("_target_", "classes"):
         if saved.data.get(key) != cfg.data.get(key):
             raise ValueError(f"against: {cfg.against} was trained on other data: data.{key} is {saved.data.get(key)}")
-    net = make_network(instantiate(saved.network), data, bool(saved.get("channels_last")))
+    net = make_network(network_of(saved), data, bool(saved.get("channels_last")))
     with renamed_keys(checkpoint="against"):
         say(load_weights(net, weights).notes)
     if run is not None:

@@ -38,6 +38,7 @@ from glassarmor.lightning_modules.commands.subject import (
     Subject,
     located,
     look_of,
+    network_of,
     new_folder,
     renamed_keys,
     say,
@@ -139,7 +140,7 @@ def twin_of(of: Subject) -> tuple[nn.Module | None, list[str]]:
     with renamed_keys(checkpoint="twin", network="twin"):
         weights, run = located(cfg.twin)
         saved = cfg if run is None else OmegaConf.create(read_config(run, "twin", cfg.trust))
-        twin = make_network(instantiate(saved.network), of.data).eval()
+        twin = make_network(network_of(saved), of.data).eval()
         say(load_weights(twin, weights).notes)
     return twin, [] if run is None else compared(run.parent, of.about, "twin", own=False)
 

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from glassarmor.defenses.threat import Threat
+from glassarmor.interpret.modes import reading
 from glassarmor.interpret.storage import read_object, write_atomic
 from glassarmor.lightning_modules.networks.build import load_weights
 from glassarmor.lightning_modules.run.console import clear_errors, console
@@ -59,6 +60,7 @@ def load(run: str | Path, checkpoint: str = "best", trust: bool = False) -> Load
     channels = _channels(weights)
     one = (0.0,) * channels, (1.0,) * channels  # the weights bring mean and deviation along
     net = instantiate(config["network"])(num_classes=len(classes), in_channels=channels, mean=one[0], std=one[1])
+    net = reading(net, config.get("output"))
     load_weights(net, weights)
     return Loaded(net.eval(), instantiate(config["threat"]), tuple(classes))
 

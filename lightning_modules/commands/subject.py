@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import nn
 from glassarmor.datamodules.fingerprint import fingerprint
 from glassarmor.datamodules.images import ImageDataModule, ProbeBatch
 from glassarmor.defenses.options import require_one_of, require_whole
+from glassarmor.interpret.modes import reading
 from glassarmor.interpret.storage import check_links, check_name, file_name, read_object
 from glassarmor.lightning_modules.callbacks.look import Look, ProbeSet
 from glassarmor.lightning_modules.networks.build import load_weights, make_network
@@ -99,7 +100,7 @@ def completed(cfg: DictConfig, run: Path | None) -> DictConfig:
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     saved = OmegaConf.create(read_config(run, "checkpoint", cfg.trust) if run is not None else {})
-    for key in ("data", "network", "threat", "budget", "channels_last", "regularizers"):
+    for key in ("data", "network", "threat", "budget", "channels_last", "regularizers", "output"):
         if cfg.get(key) is None and saved.get(key) is not None:
             cfg[key] = saved[key]
     if run is not None and cfg.get("data") is not None and cfg.data == saved.get("data"):
@@ -118,6 +119,12 @@ def completed(cfg: DictConfig, run: Path | None) -> DictConfig:
     if cfg.eps is not None:
         cfg.threat.eps = cfg.eps
     return cfg
+
+
+def network_of(cfg: DictConfig) -> Callable[..., nn.Module]:
+    """What makes the network of a config, which returns its logits alone."""
+    factory = instantiate(cfg.network)
+    return lambda **about: reading(factory(**about), cfg.get("output"))
 
 
 def command_of(run: Path | None) -> str:
@@ -181,7 +188,7 @@ def subject(cfg: DictConfig) -> Subject:
     differs = () if run is None else tuple(compared(run.parent, about, "checkpoint", own))
     say(differs)
     with renamed_keys(**theirs):
-        net = make_network(instantiate(cfg.network), data, bool(cfg.get("channels_last")), differentiable=cfg.suite is None)
+        net = make_network(network_of(cfg), data, bool(cfg.get("channels_last")), differentiable=cfg.suite is None)
         if weights is not None:
             say(load_weights(net, weights).notes)
     return Subject(cfg, data, net.eval(), weights, run, about, differs)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 import hydra
 import pytorch_lightning as pl
@@ -40,6 +40,7 @@ from glassarmor.lightning_modules.classifier import Diverged, RobustClassifier
 from glassarmor.lightning_modules.commands.errors import Stopped, require_class, run_command
 from glassarmor.lightning_modules.commands.resuming import note_changes, resumed_config
 from glassarmor.lightning_modules.commands.starting import WarmStart, warm_start
+from glassarmor.lightning_modules.commands.subject import network_of
 from glassarmor.lightning_modules.networks.build import make_network
 from glassarmor.lightning_modules.run.console import clear_errors, console, note, show
 from glassarmor.lightning_modules.run.data_record import compared, data_changes, note_data
@@ -52,6 +53,8 @@ from glassarmor.lightning_modules.run.processes import be_patient, check_process
 from glassarmor.lightning_modules.run.saved_config import CONFIGS
 from glassarmor.lightning_modules.selection import Select
 from glassarmor.lightning_modules.study.records import write_correct
+
+PRECISIONS: Final = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")  # the last three as Lightning abbreviates them
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def build(cfg: DictConfig) -> Parts:
         torch.set_num_threads(cfg.threads)
     data: ImageDataModule = instantiate(cfg.data, _convert_="all")
     data.setup("fit")
-    net = make_network(instantiate(cfg.network), data, cfg.channels_last)
+    net = make_network(network_of(cfg), data, cfg.channels_last)
     start = warm_start(cfg, net)
     defense = instantiate(cfg.defense, _convert_="all")
     if defense.attack is not None:
@@ -224,6 +227,11 @@ def check_trainer(cfg: DictConfig, parts: Parts, attacks: Mapping[str, Any]) -> 
     for key in ("max_epochs", "limit_train_batches", "limit_val_batches"):
         if not isinstance(cfg.trainer[key], int | float) or not cfg.trainer[key] > 0:
             raise ValueError(f"trainer.{key}: expected a number above 0, found {cfg.trainer[key]!r}")
+    if str(cfg.trainer.precision) not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision: expected {', '.join(PRECISIONS)}, for weights and images are fp32 in any; "
+            f"found {cfg.trainer.precision!r}"
+        )
     if not attacks:
         raise ValueError("test_attacks: expected at least one attack for the final table, found none")
     # refuses bad values

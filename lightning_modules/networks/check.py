@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from typing import TypeVar
 
@@ -51,6 +52,10 @@ def check_network(net: nn.Module, image_shape: tuple[int, int, int], num_classes
         with torch.set_grad_enabled(differentiable), torch.random.fork_rng():
             net.eval()
             _check_logits(_run(net, images), images, num_classes, differentiable)
+            for module, mode in modes:
+                module.training = mode
+            if net.training and differentiable:  # some return more in training
+                _check_shape(_run(net, images), images, num_classes, " in training mode too")
     finally:
         for module, mode in modes:
             module.training = mode
@@ -69,12 +74,19 @@ def _run(net: nn.Module, images: Tensor) -> object:
         ) from error
 
 
-def _check_logits(logits: object, images: Tensor, num_classes: int, differentiable: bool) -> None:
+def _check_shape(logits: object, images: Tensor, num_classes: int, when: str = "", floating: bool = True) -> Tensor:
     expected = f"network: it must return logits, one floating-point tensor (N, num_classes) = ({len(images)}, {num_classes})"
     if not isinstance(logits, Tensor):
-        raise ValueError(f"{expected}  Got: {type(logits).__name__}")
-    if logits.shape != (len(images), num_classes) or (differentiable and not logits.is_floating_point()):
-        raise ValueError(f"{expected}  Got: {logits.dtype} of shape {tuple(logits.shape)}")
+        keys = f" with {', '.join(map(str, logits))}; output=NAME says which" if isinstance(logits, Mapping) else ""
+        raise ValueError(f"{expected}{when}  Got: {type(logits).__name__}{keys}")
+    if logits.shape != (len(images), num_classes) or (floating and not logits.is_floating_point()):
+        raise ValueError(f"{expected}{when}  Got: {logits.dtype} of shape {tuple(logits.shape)}")
+    return logits
+
+
+def _check_logits(found: object, images: Tensor, num_classes: int, differentiable: bool) -> None:
+    logits = _check_shape(found, images, num_classes, floating=differentiable)
+    expected = f"network: it must return logits, one floating-point tensor (N, num_classes) = ({len(images)}, {num_classes})"
     values = logits.detach().double()
     if not values.isfinite().all():
         raise ValueError(f"{expected}, all finite  Got: NaN or infinite values")
