@@ -78,7 +78,8 @@ def fit(net: nn.Module, given: WeightSet, new_head: bool, ignored: tuple[str, ..
     # What is not below the one module that all came from, e.g. the metrics of a Lightning module, is no part of the net.
     tops = {key.partition(".")[0] + "." for key in used if "." in key}
     inside = theirs or (tops.pop() if len(tops) == 1 and all("." in key for key in used) else "")
-    _left_over(found, {key for key in tensors if key not in used}, inside, normalisation, ignored)
+    rest = {key: value for key, value in tensors.items() if key not in used}
+    _left_over(found, rest, inside, normalisation, ignored)
     if found.new and not _is_head(found.new, wanted):
         found.problems += [f"{name} has another size than the network's" for name in found.new]
     return found
@@ -202,22 +203,27 @@ def _missing(found: Fit, net: nn.Module, name: str, normalisation: Mapping[str, 
 
 
 def _left_over(
-    found: Fit, keys: set[str], theirs: str, normalisation: Mapping[str, tuple[str, Tensor]], ignored: tuple[str, ...]
+    found: Fit,
+    tensors: Mapping[str, Tensor],
+    theirs: str,
+    normalisation: Mapping[str, tuple[str, Tensor]],
+    ignored: tuple[str, ...],
 ) -> None:
     """What becomes of the tensors that the network has no place for."""
     brought = {key for key, _ in normalisation.values()}
     taken = any(name.endswith(("normalize.mean", "normalize.std")) for name in found.state)
-    if brought & keys and not taken:
+    if brought & tensors.keys() and not taken:
         told = ", ".join(f"{what}={_listed(value)}" for what, (_, value) in normalisation.items())
         found.problems.append(f"the file brings a normalisation, which the network has no place for: add {told}")
     rest = sorted(
         key
-        for key in keys - brought
+        for key in tensors.keys() - brought
         if not key.endswith(COUNTERS) and not key.removeprefix(theirs).startswith(ignored or ("\0",))
     )
     unknown = [key for key in rest if key.startswith(theirs)]
     found.problems += [f"{key} is not in the network" for key in unknown]
-    if outside := [key for key in rest if not key.startswith(theirs)]:
+    # Of what lies elsewhere, vectors are sums of metrics and estimates of losses; anything larger may be a layer.
+    if outside := [key for key in rest if not key.startswith(theirs) and tensors[key].dim() > 1]:
         more = f" and {len(outside) - 2} more" if len(outside) > 2 else ""
         found.notes.append(f"left out, for they lie outside {theirs!r}: {', '.join(outside[:2])}{more}")
 

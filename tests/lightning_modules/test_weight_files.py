@@ -86,8 +86,15 @@ def test_published_shapes_load_bit_for_bit(shape: str, state: State, tmp_path: P
             kept = name.endswith("num_batches_tracked") and shape == "before counters"
             assert torch.equal(value, torch.zeros_like(value) if kept else state[name]), name
         assert len(filled.sha256) == 64
+    if shape == "Lightning":
+        assert not any("left out" in words for words in filled.notes)
     if "averaged, of" in shape:
         assert "state_dict_ema would fit too" in filled.notes[-1]
+
+
+def test_a_layer_outside_of_the_net_is_told(state: State, tmp_path: Path) -> None:
+    torch.save(prefixed(state, "backbone.") | {"projection.weight": torch.ones(2, 4)}, tmp_path / "w.pt")
+    assert load_weights(raw(), tmp_path / "w.pt").notes == ("left out, for they lie outside 'backbone.': projection.weight",)
 
 
 def test_other_formats_load_bit_for_bit(state: State, tmp_path: Path) -> None:
