@@ -48,7 +48,7 @@ def logits_in(output: Any, key: str | int | None = None) -> Any:
     widths = {value.shape[1] for value in output if isinstance(value, Tensor) and value.dim() == 2}
     if len(widths) > 1:
         raise ValueError(f"output: the net returns tables of {sorted(widths)} columns; say which is the logits: output=0, …")
-    return output[0]
+    return output[0] if isinstance(output[0], Tensor) else output
 
 
 def _entries(output: Any) -> dict[str | int, Any]:

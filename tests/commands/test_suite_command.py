@@ -283,7 +283,7 @@ def test_anyones_classifier_on_an_image_folder_and_on_npz(
         "        return self.net(x.detach())\n"
         "class Pair(Hidden):\n"
         "    def forward(self, x):\n"
-        "        return self.net(x), x\n"
+        "        return None, self.net(x)\n"
         "class Training(Hidden):\n"
         "    def forward(self, x):\n"
         "        if not self.training:\n"

@@ -279,10 +279,10 @@ class Numbers(Threshold):
 
 
 class Pair(Threshold):
-    """Logits and something else."""
+    """Something else, and logits behind it."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x), x
+    def forward(self, x: Tensor) -> tuple[None, Tensor]:
+        return None, super().forward(x)
 
 
 class Training(Threshold):
@@ -298,7 +298,7 @@ class Training(Threshold):
     ("net", "message"),
     [
         (Numbers(), r"found class numbers \(N,\), which tell no attack anything: return a score a class"),
-        (Pair(), "found a tuple; wrap the net so that it returns the logits alone"),
+        (Pair(), "found a tuple; say which entry holds them: output=NAME"),
         (Training(), r"runs in eval mode on images \(N, 1, 1, 2\), found RuntimeError: no eval mode here"),
         (nn.Sequential(nn.Flatten(), nn.Linear(5, 2)), "runs in eval mode on images .*found RuntimeError: mat1 and mat2"),
     ],

@@ -296,8 +296,12 @@ def test_a_net_that_changes_its_images_in_place_changes_nobody_elses(door: str) 
 
 
 BAD_NETS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], object], str]] = {
-    "a tuple": (itself, lambda z: (z, z), r"net: expected logits \(N, classes\), found a tuple"),
-    "a dict": (itself, lambda z: {"logits": z}, r"net: expected logits \(N, classes\), found a dict"),
+    "a tuple of no logits": (itself, lambda z: (None, z), r"net: expected logits \(N, classes\), found a tuple"),
+    "a dict of others": (
+        itself,
+        lambda z: {"scores": z, "features": z},
+        r"net: expected logits \(N, classes\), found a dict with scores, features",
+    ),
     "one number an image": (itself, lambda z: z[:, 0], r"net: expected logits \(\d+, classes\), two classes at least"),
     "class numbers": (itself, lambda z: z.argmax(1), r"net: expected logits \(N, classes\), found class numbers"),
     "other channels": (
