@@ -69,8 +69,8 @@ def main() -> None:
     help_if_asked(__doc__)
     with clear_errors(debug="debug=true" in sys.argv):
         cfg, own = composed(train.CONFIGS, "train", {"rounds": 5, "images": None, "compile": True})
-        for key in ("rounds", "images"):
-            require_whole(key, own[key], 1)
+        require_whole("rounds", own["rounds"], 1)
+        require_whole("images", own["images"], 1, null=True)
         rounds, images, compiles = own.values()
         if not isinstance(compiles, bool):
             raise ValueError(f"compile: expected true or false, found {compiles!r}")
