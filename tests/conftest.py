@@ -21,9 +21,17 @@ settings.load_profile("glassarmor")
 LONG = (
     "test_run.py",
     "test_faults.py",
+    "test_health_callback.py",
     "test_configs.py",
+    "test_distributed.py",
     "test_evaluate.py",
+    "test_attacks.py",
+    "test_suite.py",
+    "test_sanity.py",
+    "test_suite_command.py",
     "test_browser.py",
+    "test_minimum_norm.py",
+    "test_study.py",
     "test_averaging.py",
     "test_free.py",
 )

@@ -313,27 +313,6 @@ def test_sensitivity_counts_only_in_training():
     assert term.running[0].samples == 0
 
 
-@pytest.mark.parametrize(
-    "term",
-    [
-        PSE(),
-        PSE(over="both", power=2),
-        PSE(over="activations", scale="logits"),
-        UnitKL(),
-        UnitSensitivity(),
-        CAMDiscrepancy(),
-    ],
-)
-def test_no_attack_effect_is_value_zero_and_finite_gradient(term):
-    net = conv_bn().train()
-    x, _, y = batch()
-    obs = observe(net, x, x.clone(), y, layers=LAYERS, joined=True, create_graph=True)
-    value = prepared(term, obs)(obs)
-    assert value.abs().max() < 1e-4
-    value.sum().backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
-
-
 # Where attacks turn the prediction.  One unit a layer; the means of class 0 and 1 stand at 0 and 1 on the evidence axis of
 # every layer, which the first epoch learns; then adversarial images of class 0 turn where the test puts them.
 
@@ -533,41 +512,6 @@ def test_ramp():
     assert TradesKL(Ramp(0, 0, 5)).absent
     assert not TradesKL(Ramp(0, 1, 5)).absent
     assert TradesKL(0).absent
-
-
-TERMS = {
-    **{
-        f"pse {over} {power} {top} {scale}": lambda o=over, p=power, t=top, s=scale: PSE(1.0, LAYERS, o, p, t, s)
-        for over, power, top, scale in OPTIONS
-        if scale != "margin"  # held fixed: tested below
-    },
-    "pse logits": lambda: PSE(1.0, LAYERS, scale="logits"),
-    "pse activations": lambda: PSE(1.0, LAYERS, "activations", 2),  # squared: one of so many sits at the kink of the relu
-    "pse apart, held": lambda: PSE(1.0, LAYERS, promotion=0.3, suppression=2.0, samples="held"),
-    "unit kl": lambda: UnitKL(1.0, LAYERS),
-    "sensitivity": lambda: UnitSensitivity(layers=LAYERS),
-    "sensitivity above noise": lambda: UnitSensitivity(layers=LAYERS, noise_corrected=True),
-    "sensitivity turning": lambda: UnitSensitivity(layers=LAYERS, at="turning"),
-    **{
-        f"cam {k} {scale}": lambda k=k, s=scale: CAMDiscrepancy(1.0, LAYERS, k, s) for k, scale in CAM_OPTIONS if k in (1, 9)
-    },
-    "trades": TradesKL,
-    "mart bce": MartBCE,
-    "mart kl": MartKL,
-    "pairing": LogitPairing,
-}
-
-
-@pytest.mark.parametrize(("mode", "name"), differences.every(*TERMS))
-def test_gradients_are_true(mode, name, double_precision):
-    net, make = differences.setting(mode)
-    term = prepared(TERMS[name](), make())
-    if isinstance(term, UnitSensitivity):
-        term(make())
-        term.end_epoch()  # weights that are not all one; no gradient goes through them
-        if term.turning is not None:
-            term.turning.share.copy_(torch.tensor([0.4, 1.6]))
-    differences.check(net, lambda: differences.weighted(term(make())))
 
 
 def test_the_margin_scale_is_held_fixed(double_precision):

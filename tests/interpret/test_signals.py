@@ -2,25 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
-from torch import nn
-
-from glassarmor.datamodules.concepts import procedural_concepts
-from glassarmor.interpret.observation import observe
-from glassarmor.interpret.views.panels.attribution import AttributionPanel
-from glassarmor.interpret.views.panels.cam import CAMPanel
-from glassarmor.interpret.views.panels.dissection import DissectionPanel
-from glassarmor.interpret.views.panels.failures import FailuresPanel
-from glassarmor.interpret.views.panels.outcome import OutcomePanel
-from glassarmor.interpret.views.panels.profiles import ProfilesPanel
-from glassarmor.interpret.views.panels.pse import PSEPanel
-from glassarmor.interpret.views.panels.restoration import RestorationPanel
-from glassarmor.interpret.views.panels.sensitivity import SensitivityPanel
-from glassarmor.interpret.views.panels.units import UnitsPanel
 from glassarmor.interpret.views.summary import summarised
-from glassarmor.interpret.views.view import Probe
 
 VALUES = {
     "pse/share_inactive": 0.2,
@@ -57,31 +39,3 @@ def test_kinds_turning_layer_units_and_detectors_are_told_with_their_units() -> 
     assert list(units[1][0]) == ["stage1", "0.08 σ", "0.02 σ", "75.0 %"]
     assert sentences[-1] == "mine/other: 0.1235", "what no sentence knows is still told"
     assert summarised({}) == ([], [])
-
-
-def test_no_number_of_the_panels_is_left_to_its_bare_name() -> None:
-    torch.manual_seed(0)
-    x = torch.rand(6, 1, 8, 8)
-    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).eval()
-    with torch.no_grad():
-        y = net(x).argmax(1)
-    obs = observe(net, x, (x + 0.4 * torch.randn_like(x)).clamp(0, 1), y, layers=["1"])
-    training = (torch.rand(12, 1, 8, 8), torch.arange(12) % 3)
-    probe = Probe(net, obs, ("1",), tuple("abcdef"), ("a", "b", "c"), {}, training)
-    panels = (
-        OutcomePanel(),
-        FailuresPanel(),
-        PSEPanel(),
-        RestorationPanel(),
-        UnitsPanel(),
-        SensitivityPanel(),
-        DissectionPanel(partial(procedural_concepts, count=40)),
-        ProfilesPanel(per_class=2, points=2),
-        CAMPanel(),
-        AttributionPanel(),
-    )
-    values = {key: 0.5 for panel in panels for key in panel(probe).scalars}
-    assert len(values) > 40
-    sentences, tables = summarised(values)
-    assert [text for text in sentences if text.split(":")[0] in values] == []
-    assert len(tables) == 3

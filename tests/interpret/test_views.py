@@ -27,7 +27,7 @@ from glassarmor.interpret.views.charts import Bars, Chart, Intervals, Lines, Map
 from glassarmor.interpret.views.draw import figures, raster
 from glassarmor.interpret.views.page import encode
 from glassarmor.interpret.views.page.page import ReportPage, read_script
-from glassarmor.interpret.views.panels import attribution, cam, pse, training, units
+from glassarmor.interpret.views.panels import cam, pse, training, units
 from glassarmor.interpret.views.panels.restoration import RestorationPanel
 from glassarmor.interpret.views.panels.sensitivity import SensitivityPanel
 from glassarmor.interpret.views.view import Probe, View
@@ -345,29 +345,6 @@ def probe() -> Probe:
         "train/loss/kl": 0.4,
     }
     return Probe(net, obs, ("1", "4"), tuple(f"val-{i}" for i in range(4)), ("zero", "one", "two", HOSTILE), scalars)
-
-
-PANELS = [
-    training.TrainingPanel(),
-    pse.PSEPanel(grid=(4, 4), images=3),
-    units.UnitsPanel(top=3),
-    cam.CAMPanel(images=3),
-    attribution.AttributionPanel(method="input_x_gradient", images=3),
-]
-
-
-@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.name)
-def test_panel_gives_a_view_that_the_page_takes(panel: pse.PSEPanel, probe: Probe, tmp_path: Path) -> None:
-    view = panel(probe)
-    assert view.name == panel.name
-    assert view.headline
-    assert view.how_to_read
-    assert view.charts
-    assert all(isinstance(value, float) and np.isfinite(value) for value in view.scalars.values())
-    if panel.name != "training":
-        assert view.drawing is not None
-        assert_picture(figures.to_array(view.drawing))
-    ReportPage(tmp_path, "run").write_epoch(1, 1, probe.scalars, [view])
 
 
 def test_training_headline_names_the_figures(probe: Probe) -> None:

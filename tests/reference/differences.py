@@ -16,7 +16,9 @@ MODES = ("eval", "joined", "shared")
 PARAMETERS = ("conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight", "bn2.weight", "bn2.bias", "head.weight")
 
 
-def setting(mode: str, create_graph: bool = True) -> tuple[nn.Module, Callable[[], Observation]]:
+def setting(
+    mode: str, create_graph: bool = True, layers: tuple[str, ...] = ("act1", "act2")
+) -> tuple[nn.Module, Callable[[], Observation]]:
     """A smooth float64 net and an observation of it in eval mode, in a joined train-mode pass, or with shared statistics."""
     net = smooth().train(mode != "eval")
     x = torch.rand(3, 2, 6, 6, generator=seeded(1), dtype=torch.float64)
@@ -24,9 +26,7 @@ def setting(mode: str, create_graph: bool = True) -> tuple[nn.Module, Callable[[
     y, target = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
 
     def observed() -> Observation:
-        return observe(
-            net, x, x_adv, y, target=target, layers=["act1", "act2"], joined=mode == "joined", create_graph=create_graph
-        )
+        return observe(net, x, x_adv, y, target=target, layers=layers, joined=mode == "joined", create_graph=create_graph)
 
     return net, observed
 
