@@ -34,8 +34,7 @@ class Node:
     ``name`` is unique; ``layer`` is the name in ``net.named_modules()``, "" for an operation.  ``shape``: one image's
     output, (C, H, W), or the whole shape where the first dimension is no longer the batch.  ``parameters``: how many it
     is the first to use.  ``parent``: name of the block around it, "" for the net; ``depth``: how many blocks there are.
-    ``observable``: ``record(net, [layer])`` can record it.  ``units_last``: its units are the last dimension, as in a
-    transformer's tokens (N, T, D), not the second (N, C, H, W).
+    ``observable``: ``record(net, [layer])`` can record it.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Node:
     parent: str
     depth: int
     observable: bool
-    units_last: bool
 
 
 @dataclass(frozen=True)
@@ -76,15 +74,6 @@ class Structure:
         # Where several end with one node, the inner is ready first: blocks are outer before inner.
         ends += [(block.stop, 2 + place, block) for place, block in enumerate(reversed(self.blocks))]
         return tuple(node.layer for _, _, node in sorted(ends, key=lambda end: end[:2]) if node.observable)
-
-    def token_layers(self) -> frozenset[str]:
-        """Layers whose units are their last dimension.
-
-        Decided by what the values meet: linear layers and layer norms work on the last dimension; convolutions,
-        batch norms and pooling on the second.  A layer that does neither (an activation, an addition) has the layout in
-        which it is read next, else the one it came in.
-        """
-        return frozenset(node.layer for node in (*self.nodes, *self.blocks) if node.layer and node.units_last)
 
 
 def structure(net: nn.Module, x: Tensor) -> Structure:
@@ -315,7 +304,6 @@ class _Trace(TorchFunctionMode):
         leaf = [frame.stop > frame.start and frame.calls == 0 for frame in self.frames]
         runs = Counter(frame.layer for frame in self.frames)
         names = _names(self.frames)
-        layouts = _Layouts(self.events)
         size = {id(parameter): parameter.numel() for parameter in self.net.parameters()}
         counted: set[int] = set()
         nodes: list[Node] = []
@@ -342,7 +330,6 @@ class _Trace(TorchFunctionMode):
                 0,
                 *around(frame.parent),
                 unwritten and once,
-                layouts.units_last(frame.event, len(frame.shape)),
             )
 
         for i, event in enumerate(self.events):
@@ -360,9 +347,8 @@ class _Trace(TorchFunctionMode):
                 parent, depth = around(event.frame)
                 name = _unique(f"{parent}.{event.name}" if parent else event.name, used)
                 kind = "input" if i == 0 else _function_kind(event.name)
-                last = layouts.units_last(i, len(event.shape))
                 shape = self._shape(event.shape)
-                nodes.append(Node(name, "", event.name, kind, shape, parameters, parent, depth, False, last))
+                nodes.append(Node(name, "", event.name, kind, shape, parameters, parent, depth, False))
             place.append(at)
         edges = {(place[a], place[i]) for i, event in enumerate(self.events) for a in event.reads if place[a] != place[i]}
         blocks = []
@@ -376,46 +362,6 @@ class _Trace(TorchFunctionMode):
 
     def _shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[1:] if shape[:1] == (self.batch,) else shape
-
-
-class _Layouts:
-    """Whether units are the last dimension of what an event gives; see :meth:`Structure.token_layers`."""
-
-    def __init__(self, events: list[_Event]) -> None:
-        self.events = events
-        self.read: dict[tuple[int, int], bool] = {}  # (event, dimensions) → what its readers take it to be
-        for i in reversed(range(len(events))):
-            event = events[i]
-            for source, dims in event.reads.items():
-                taken = _own_layout(event)
-                if taken is None and event.name not in PERMUTATIONS and dims == len(event.shape):
-                    taken = self.read.get((i, dims))
-                if taken is not None:
-                    self.read[source, dims] = taken  # going backwards, the earliest reader has the last word
-        self.found: list[bool | None] = []
-        for i, event in enumerate(events):
-            dims = len(event.shape)
-            decided = _own_layout(event)
-            if decided is None:
-                decided = self.read.get((i, dims))
-            if decided is None and event.name not in PERMUTATIONS:
-                came = (self.found[source] for source, d in event.reads.items() if d == dims)
-                decided = next((units for units in came if units is not None), None)
-            self.found.append(decided)
-
-    def units_last(self, event: int, dims: int) -> bool:
-        """``dims``: of the tensor that is looked at, which a reshape may have changed since."""
-        if event < 0 or dims < 3:
-            return False
-        if dims == len(self.events[event].shape):
-            return bool(self.found[event])
-        return self.read.get((event, dims), False)
-
-
-def _own_layout(event: _Event) -> bool | None:
-    if any(word in event.name for word in UNITS_LAST):
-        return True
-    return False if any(word in event.name for word in UNITS_FIRST) else None
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

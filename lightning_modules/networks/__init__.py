@@ -4,6 +4,7 @@ from glassarmor.lightning_modules.networks.imported import imported
 from glassarmor.lightning_modules.networks.peers import CASGate, CIFSGate, FSRGate, gated
 from glassarmor.lightning_modules.networks.resnet import preact_resnet18, resnet18
 from glassarmor.lightning_modules.networks.small_cnn import SmallCNN
+from glassarmor.lightning_modules.networks.small_vit import small_vit
 from glassarmor.lightning_modules.networks.timm_net import timm_net
 from glassarmor.lightning_modules.networks.torchvision_net import torchvision_net
 from glassarmor.lightning_modules.networks.wide_resnet import wide_resnet
@@ -17,6 +18,7 @@ __all__ = [
     "imported",
     "preact_resnet18",
     "resnet18",
+    "small_vit",
     "timm_net",
     "torchvision_net",
     "wide_resnet",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glassarmor.interpret.network.layouts import Layout, layouts_of
 from glassarmor.interpret.network.structure import Structure, layout, overview, structure
 from glassarmor.interpret.observation import Observation, Side, find_layers, observe
 from glassarmor.interpret.profiles.advice import Advice, advise
@@ -127,7 +128,7 @@ class ProfilesPanel:
             raise ValueError("training: profiles need training images as their background, found none")
         net, x, x_adv = probe.net, probe.obs.clean.x, probe.obs.adv.x
         drawing = overview(structure(net, x[:2]), self.most)
-        layers = self.layers or default_layers(drawing, x.shape[1])
+        layers = self.layers or default_layers(drawing, layouts_of(net, x), x.shape[1])
         find_layers(net, layers, key="panels.profiles.layers")
         with torch.no_grad():
             obs = observe(net, x, x_adv, probe.obs.y, target=probe.obs.target, layers=layers)
@@ -281,12 +282,16 @@ def strongest_tenth(effect: PromotionSuppression) -> tuple[float, float, float]:
     )
 
 
-def default_layers(drawing: Structure, channels: int) -> tuple[str, ...]:
-    """The boxes that can be recorded, without those that only rescale the image's own channels."""
+def default_layers(drawing: Structure, layouts: Mapping[str, Layout], channels: int) -> tuple[str, ...]:
+    """The boxes that can be recorded, without those that only rescale the image's own channels; a cell counts once."""
     return tuple(
-        node.layer
-        for node in drawing.nodes
-        if node.observable and node.kind != "input" and not (len(node.shape) == 3 and node.shape[0] == channels)
+        dict.fromkeys(
+            node.layer
+            for node in drawing.nodes
+            if node.layer in layouts
+            and (node.observable or layouts[node.layer].recurrent)
+            and not (len(node.shape) == 3 and node.shape[0] == channels)
+        )
     )
 
 
