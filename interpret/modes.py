@@ -164,6 +164,26 @@ def frozen(net: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
+def in_float32(net: nn.Module) -> Iterator[nn.Module]:
+    """Parameters and buffers in float32 inside; afterwards they are the very tensors they were.
+
+    For nets that train in bfloat16, float16 or float64: what is measured of them is measured in one precision.
+    """
+    slots: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    for tensor in [*net.parameters(), *net.buffers()]:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            slots.append((tensor, tensor.data, tensor.grad))
+            tensor.grad = None
+            tensor.data = tensor.data.float()
+    try:
+        yield net
+    finally:
+        for tensor, data, grad in slots:
+            tensor.data = data
+            tensor.grad = grad
+
+
+@contextmanager
 def buffers_kept(net: nn.Module) -> Iterator[nn.Module]:
     """Afterwards every buffer (BatchNorm's running statistics) is what it was, bit for bit; no mode or flag is touched."""
     buffers = [

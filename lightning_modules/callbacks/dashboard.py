@@ -19,7 +19,7 @@ from glassarmor.lightning_modules.run.log import RunLog
 
 def check_every(every_n_epochs: object) -> None:
     """Raises ValueError unless panels can be drawn so often."""
-    require_whole("probe.every_n_epochs", every_n_epochs, 1)
+    require_whole("every_n_epochs", every_n_epochs, 1)
 
 
 def net_inside(module: Any) -> nn.Module:
@@ -40,7 +40,7 @@ class Dashboard(pl.Callback):
         class_names: by class index.
         layers: observed layers; by default the stages of the network.
         every_n_epochs: how often panels are drawn (the last epoch always); metrics go out each epoch.
-        log: where it all goes; may be set later as ``log_to``.
+        log: where it all goes, from :func:`.open_log`; may be set until ``fit`` as ``log_to``.
         training: training images (M, C, H, W) in [0,1] and labels (M,), for panels that show the probe before them.
 
     Raises:
@@ -65,6 +65,7 @@ class Dashboard(pl.Callback):
         check_every(every_n_epochs)
         images = ProbeSet(x, y, tuple(ids), tuple(class_names), training)
         self._fill(Look(dict(panels), images, attack, tuple(layers)), every_n_epochs, log, net_inside, tuple)
+        self.rehearsed = False
 
     @classmethod
     def of(
@@ -75,7 +76,7 @@ class Dashboard(pl.Callback):
         net_of: Callable[[Any], nn.Module] = net_inside,
         lead: Callable[[], Sequence[View]] = tuple,
     ) -> Dashboard:
-        """From a look; ``lead``: views of others that come first, e.g. the run's health."""
+        """From a look that was rehearsed; ``lead``: views of others that come first, e.g. the run's health."""
         check_every(every_n_epochs)
         made = cls.__new__(cls)
         made._fill(shown, every_n_epochs, log, net_of, lead)
@@ -94,6 +95,18 @@ class Dashboard(pl.Callback):
         self.log_to = log
         self.net_of = net_of
         self.lead = lead
+        self.rehearsed = True
+        self.waiting: tuple[int, int, dict[str, float]] | None = None  # an epoch that was not drawn
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """What would fail at the end of the first epoch fails now."""
+        if self.log_to is None:
+            raise ValueError("log: expected a RunLog, e.g. open_log('my-run'); found none")
+        if not self.rehearsed and self.shown.panels:
+            net = self.net_of(pl_module)
+            self.shown = self.shown.prepared(net)
+            self.shown.rehearse(net)
+            self.rehearsed = True
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero:
@@ -106,12 +119,22 @@ class Dashboard(pl.Callback):
         }
         for optimizer in trainer.optimizers[:1]:
             scalars["train/lr"] = float(optimizer.param_groups[0]["lr"])
-        last = trainer.max_epochs is not None and epoch + 1 >= trainer.max_epochs
+        last = trainer.should_stop or epoch + 1 == trainer.max_epochs
+        drawn = last or epoch % self.every_n_epochs == 0
+        self._record(pl_module, epoch, int(trainer.global_step), scalars, drawn)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """The last epoch is drawn, also where nobody knew that it was the last: after so many steps, or so much time."""
+        if self.waiting is not None and trainer.is_global_zero:
+            self._record(pl_module, *self.waiting, drawn=True)
+
+    def _record(self, pl_module: Any, epoch: int, step: int, scalars: dict[str, float], drawn: bool) -> None:
+        assert self.log_to is not None
         views: list[View] = []
-        if self.shown.panels and (last or epoch % self.every_n_epochs == 0):
+        if drawn and self.shown.panels:
             views = self.look(self.net_of(pl_module), pl_module.device, scalars, strict=False)
-        assert self.log_to is not None, "Dashboard.log_to was never set"
-        self.log_to.epoch(epoch, int(trainer.global_step), scalars, [*self.lead(), *views])
+        self.waiting = None if views or not self.shown.panels else (epoch, step, scalars)
+        self.log_to.epoch(epoch, step, scalars, [*self.lead(), *views])
 
     def look(self, net: nn.Module, device: torch.device, scalars: Mapping[str, float], strict: bool = True) -> list[View]:
         """:meth:`.Look.views`, with the run's own folder in what they propose."""

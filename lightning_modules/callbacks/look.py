@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from glassarmor.defenses.attacks.pgd import Attack
 from glassarmor.defenses.threat import Threat
-from glassarmor.interpret.inputs import checked, floats_of
-from glassarmor.interpret.modes import undisturbed
+from glassarmor.interpret.inputs import checked
+from glassarmor.interpret.modes import in_float32, undisturbed
 from glassarmor.interpret.observation import feature_layers, find_layers, observe
 from glassarmor.interpret.views.draw.figures import to_array
 from glassarmor.interpret.views.view import Panel, Probe, View
@@ -63,6 +63,7 @@ class Look:
     """What is looked at, under which attack, by which panels.
 
     Leaves a network as it was: weights, buffers, gradients, modes and random numbers are the same with it and without.
+    Looks in float32, whatever the precision of the weights.
 
     panels: by name.  attack: draws the same random numbers each time, so that two looks compare.
     layers: observed layers; by default the stages of the network.
@@ -82,16 +83,16 @@ class Look:
         Raises:
             ValueError: a layer that the network does not have.
         """
-        floats_of(net, self.probe_set.x)  # said in a sentence, before a layer raises
         if self.layers:
-            find_layers(net, self.layers, key="probe.layers")
+            find_layers(net, self.layers)
             return self
         if not self.panels:
             return self
         try:
-            return replace(self, layers=tuple(feature_layers(net, self.probe_set.x[:2])))
+            with in_float32(net):
+                return replace(self, layers=tuple(feature_layers(net, self.probe_set.x[:2])))
         except ValueError as error:
-            raise ValueError(f"probe.{error}, or leave the panels out with panels=[]") from None
+            raise ValueError(f"{error}, or leave the panels out") from None
 
     def rehearse(self, net: nn.Module) -> None:
         """Draw every panel once for two images, before any training: what would fail at the end of an epoch fails now.
@@ -122,7 +123,7 @@ class Look:
         With ``strict=False`` a panel that fails says so in its place: drawing ends no run.
         """
         forked = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False):
+        with torch.random.fork_rng(forked), torch.autocast(device.type, enabled=False), in_float32(net):
             tell("attack")
             probe = self.probe(net, device, scalars)
             with undisturbed(net):

@@ -40,7 +40,7 @@ from glassarmor.lightning_modules.classifier import Diverged, RobustClassifier
 from glassarmor.lightning_modules.commands.errors import Stopped, require_class, run_command
 from glassarmor.lightning_modules.commands.resuming import note_changes, resumed_config
 from glassarmor.lightning_modules.commands.starting import WarmStart, warm_start
-from glassarmor.lightning_modules.commands.subject import network_of
+from glassarmor.lightning_modules.commands.subject import network_of, renamed_keys
 from glassarmor.lightning_modules.networks.build import make_network
 from glassarmor.lightning_modules.run.console import clear_errors, console, note, show
 from glassarmor.lightning_modules.run.data_record import compared, data_changes, note_data
@@ -214,9 +214,10 @@ def look_of(cfg: DictConfig, parts: Parts, probe: ProbeBatch) -> Look:
     """The panels of the config, rehearsed."""
     attack = instantiate(cfg.probe.attack, _convert_="all")
     training = parts.data.sample_training(cfg.probe.training)
-    check_every(cfg.probe.every_n_epochs)
     shown = ProbeSet(probe.x, probe.y, tuple(probe.ids), tuple(parts.data.class_names), training)
-    look = Look(parts.panels, shown, attack, tuple(cfg.probe.layers)).prepared(parts.module.net)
+    with renamed_keys(every_n_epochs="probe.every_n_epochs", layers="probe.layers"):
+        check_every(cfg.probe.every_n_epochs)
+        look = Look(parts.panels, shown, attack, tuple(cfg.probe.layers)).prepared(parts.module.net)
     look.rehearse(parts.module.net)
     return look
 

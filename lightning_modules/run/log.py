@@ -77,10 +77,11 @@ class RunLog:
             self.page.drop_from(epoch)
 
     def epoch(self, epoch: int, step: int, scalars: Mapping[str, float], views: Sequence[View]) -> None:
-        """Record an epoch: once more in each place, W&B in a single call."""
+        """Record an epoch, or again the one that was recorded last; once in each place, W&B in a single call."""
         for view in views:
             scalars = {**scalars, **view.scalars}
-        self.history.append({"epoch": epoch, "step": step, **scalars})
+        again = bool(self.history) and self.history[-1]["epoch"] == epoch
+        self.history[len(self.history) - again :] = [{"epoch": epoch, "step": step, **scalars}]
         self.keep("write metrics.csv", self._write_csv)
         if self.page is not None:
             self.keep("write the report", lambda: self.page.write_epoch(epoch, step, scalars, views))  # type: ignore[union-attr]
