@@ -1,6 +1,7 @@
 """Understand: what an attack does inside a network, as pure functions of one observation."""
 
 from glassarmor.interpret.modes import reading
+from glassarmor.interpret.network.layouts import Layout, declare_layouts, layouts_of
 from glassarmor.interpret.observation import Forward, Observation, feature_layers, observe, record
 from glassarmor.interpret.signals.cam import (
     CAMTable,
@@ -32,6 +33,7 @@ __all__ = [
     "Forward",
     "Interpretability",
     "KindShares",
+    "Layout",
     "Observation",
     "Overlap",
     "PromotionSuppression",
@@ -43,9 +45,11 @@ __all__ = [
     "cam_table",
     "class_activation_map",
     "conductance",
+    "declare_layouts",
     "feature_layers",
     "interpretability",
     "interpretability_score",
+    "layouts_of",
     "observe",
     "position_effects",
     "reading",

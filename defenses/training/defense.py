@@ -237,7 +237,12 @@ class Defense(nn.Module):
         Args:
             net: in the mode it trains in; maps images in [0,1], (N, C, H, W), to logits (N, K).
             x, y: a batch; x (N, C, H, W) in [0,1], y (N,) int64.
+
+        Under ``torch.no_grad`` and ``torch.inference_mode``, where Lightning validates and tests, the value is the same.
         """
+        if torch.is_inference_mode_enabled():  # no attack and no signal without gradients; copies can have them
+            with torch.inference_mode(False), torch.no_grad():
+                return self(net, x.clone(), y.clone())
         x, y, _ = checked(net, x, y, numbers=False)
         if not self.prepared:
             self.prepare(net, x[:2], y[:2])

@@ -51,7 +51,9 @@ class Atom:
     def cut(self, first: int) -> tuple[Atom, Atom]:
         atom = self.root()
         if first not in atom.cuts:
-            atom.cuts[first] = (Atom(first, whole=atom), Atom(atom.size // first, whole=atom))
+            # Of rows cut into patches the outer part is rows of patches still.
+            outer = Atom(first, atom.role if atom.role in ("H", "W") else "", whole=atom)
+            atom.cuts[first] = (outer, Atom(atom.size // first, whole=atom))
         return atom.cuts[first]
 
     def surely_units(self) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 
 from glassarmor.defenses.threat import Threat
 from glassarmor.interpret.modes import reading
+from glassarmor.interpret.network.layouts import declare_layouts
 from glassarmor.interpret.storage import read_object, write_atomic
 from glassarmor.lightning_modules.networks.build import load_weights
 from glassarmor.lightning_modules.run.console import clear_errors, console
@@ -61,6 +62,7 @@ def load(run: str | Path, checkpoint: str = "best", trust: bool = False) -> Load
     one = (0.0,) * channels, (1.0,) * channels  # the weights bring mean and deviation along
     net = instantiate(config["network"])(num_classes=len(classes), in_channels=channels, mean=one[0], std=one[1])
     net = reading(net, config.get("output"))
+    declare_layouts(net, config.get("layouts") or {})
     load_weights(net, weights)
     return Loaded(net.eval(), instantiate(config["threat"]), tuple(classes))
 

@@ -28,6 +28,7 @@ FIXED: Final = {  # key of the config → what another value would be; with anot
     "freeze": "other weights that learn",
     "lr_factors": "an optimiser of other groups",
     "output": "another network",
+    "layouts": "other signals",
     "name": "another folder",
     "out": "another folder",
 }

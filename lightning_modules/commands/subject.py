@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,6 +18,7 @@ from glassarmor.datamodules.fingerprint import fingerprint
 from glassarmor.datamodules.images import ImageDataModule, ProbeBatch
 from glassarmor.defenses.options import require_one_of, require_whole
 from glassarmor.interpret.modes import reading
+from glassarmor.interpret.network.layouts import declare_layouts
 from glassarmor.interpret.storage import check_links, check_name, file_name, read_object
 from glassarmor.lightning_modules.callbacks.look import Look, ProbeSet
 from glassarmor.lightning_modules.networks.build import load_weights, make_network
@@ -100,7 +102,7 @@ def completed(cfg: DictConfig, run: Path | None) -> DictConfig:
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     saved = OmegaConf.create(read_config(run, "checkpoint", cfg.trust) if run is not None else {})
-    for key in ("data", "network", "threat", "budget", "channels_last", "regularizers", "output"):
+    for key in ("data", "network", "threat", "budget", "channels_last", "regularizers", "output", "layouts"):
         if cfg.get(key) is None and saved.get(key) is not None:
             cfg[key] = saved[key]
     if run is not None and cfg.get("data") is not None and cfg.data == saved.get("data"):
@@ -122,9 +124,15 @@ def completed(cfg: DictConfig, run: Path | None) -> DictConfig:
 
 
 def network_of(cfg: DictConfig) -> Callable[..., nn.Module]:
-    """What makes the network of a config, which returns its logits alone."""
+    """What makes the network of a config, which returns its logits alone, its layers' axes declared."""
     factory = instantiate(cfg.network)
-    return lambda **about: reading(factory(**about), cfg.get("output"))
+
+    def make(**about: Any) -> nn.Module:
+        net = reading(factory(**about), cfg.get("output"))
+        declare_layouts(net, cfg.get("layouts") or {})
+        return net
+
+    return make
 
 
 def command_of(run: Path | None) -> str:

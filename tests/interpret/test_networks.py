@@ -284,6 +284,21 @@ def test_the_drawing_of_the_net(name: str) -> None:
     assert drawn.unused == 0 or name.startswith("GoogLeNet")
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_defense_has_the_same_value_where_lightning_validates(mode) -> None:
+    family, net = built("ViT (torchvision)")
+    x, _, y = images(family)
+    terms = {"pse": PSE(), "sensitivity": UnitSensitivity(), "cam": CAMDiscrepancy()}
+
+    def value() -> float:
+        torch.manual_seed(0)
+        return float(Defense(PGD(Linf(0.03), steps=2), {"ce": AdversarialCE()}, terms)(net, x, y).loss.detach())
+
+    expected = value()
+    with mode():
+        assert value() == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_cannot_be_told_is_refused_with_what_to_say() -> None:
     class Silent(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

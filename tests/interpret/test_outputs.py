@@ -30,8 +30,6 @@ from glassarmor.interpret import feature_layers, observe, reading
 from glassarmor.interpret.concepts.dissection import dissect
 from glassarmor.interpret.modes import logits_in, undisturbed
 from glassarmor.interpret.network.structure import structure
-from glassarmor.interpret.views import PSEPanel
-from glassarmor.lightning_modules.callbacks.look import Look, ProbeSet
 from glassarmor.lightning_modules.classifier import RobustClassifier
 from glassarmor.lightning_modules.networks import SmallCNN
 from glassarmor.lightning_modules.networks.check import check_network
@@ -240,14 +238,12 @@ def test_a_wrapped_net_is_seen_and_trained_as_the_net_itself(kind: str) -> None:
 def test_half_floats_are_refused_in_one_sentence_by_every_door(kind: torch.dtype) -> None:
     net, x, y, threat = small().to(kind), torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), Linf(0.1)
     concepts = procedural_concepts(count=8, size=16, channels=3)
-    look = Look({"pse": PSEPanel()}, ProbeSet(x, y, tuple("abcd"), tuple("abc")), PGD(threat, steps=1))
     for door in (
         lambda: PGD(threat, steps=1)(net, x, y),
         lambda: observe(net, x, x, y),
         lambda: evaluate_robustness(net, x, y, threat, suite="probe"),
         lambda: structure(net, x),
         lambda: dissect(net, concepts, ["stage3"]),
-        lambda: look.prepared(net),
         lambda: Defense(None, {"ce": AdversarialCE()})(net, x, y),
     ):
         with pytest.raises(ValueError, match=r"net: .*fp32.* net\.float\(\) casts them"):
