@@ -32,6 +32,25 @@ def check_images(net: nn.Module, images: Tensor, labels: Tensor, threat: Threat)
     return predict(net, images[:2].to(device_of(net)), classes).shape[1]
 
 
+class _Rows(nn.Module):
+    """A net of rows of features (N, D), for images of one row, (N, 1, 1, D)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x.flatten(1))
+        return logits
+
+
+def as_images(net: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """Rows of features (N, D) as images of one row, and a net that takes them; images and their net as they are."""
+    if isinstance(x, Tensor) and x.dim() == 2:
+        return _Rows(net).train(net.training), x[:, None, None]
+    return net, x
+
+
 def answered(logits: Tensor, y: Tensor) -> Tensor:
     """Rightly, and with numbers alone: (N,) bool; argmax takes what is not a number for the largest."""
     return (logits.argmax(1) == y) & logits.isfinite().all(1)

@@ -26,7 +26,16 @@ from glassarmor.defenses.evaluation.corruptions import corrupted_accuracy
 from glassarmor.defenses.evaluation.examples import FelledExamples
 from glassarmor.defenses.evaluation.fingerprint import described, net_hash, settings_hash, tensors_hash
 from glassarmor.defenses.evaluation.gradient import Reachable, has_gradient
-from glassarmor.defenses.evaluation.inputs import answered, check_images, counted, device_of, fooled, full_precision, predict
+from glassarmor.defenses.evaluation.inputs import (
+    answered,
+    as_images,
+    check_images,
+    counted,
+    device_of,
+    fooled,
+    full_precision,
+    predict,
+)
 from glassarmor.defenses.evaluation.sampling import stratified_rows, wilson
 from glassarmor.defenses.evaluation.suite import Suite, SuiteName, SuiteSettings, without_gradient
 from glassarmor.defenses.threat import Threat
@@ -202,7 +211,7 @@ def evaluate_robustness(
 
     Args:
         net: images in [0,1] to logits; fp32.
-        images: (N, C, H, W) in [0,1], on any device; labels: (N,) int64.
+        images: (N, C, H, W) in [0,1], or rows of features (N, D) in [0,1], on any device; labels: (N,) int64.
         threat: Linf or L2.
         suite: a name of :func:`make_suite`, or a suite of your own.
         subset: judge so many, drawn with the classes in their shares; by default the suite's number, at most all.
@@ -218,7 +227,8 @@ def evaluate_robustness(
         ValueError: see :func:`check_images`; also a subset or a batch size out of range, or an unknown suite.
     """
     settings = SuiteSettings(suite, subset, batch_size, seed, terms, twin, corruptions)
-    with answering(net) as module:
+    with answering(net) as answers:
+        module, images = as_images(answers, images)
         return run_suite(module, images, labels, threat, settings, state=state, progress=progress, fallen=fallen)
 
 

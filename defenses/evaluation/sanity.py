@@ -37,6 +37,7 @@ from glassarmor.defenses.evaluation.gradient import (
     watched,
     zero_gradients,
 )
+from glassarmor.defenses.evaluation.inputs import as_images
 from glassarmor.defenses.evaluation.sampling import luck
 from glassarmor.defenses.threat import Threat
 from glassarmor.interpret.inputs import answer, borrowed, checked
@@ -268,7 +269,7 @@ def sanity_checks(
     the global random generator.
 
     Args:
-        net: images (N, C, H, W) in [0,1] → logits (N, K).
+        net: images (N, C, H, W), or rows of features (N, D), in [0,1] → logits (N, K).
         x, y: a sample of the images that the accuracy is of, and their labels; 256 are enough, 16 the least.
         threat: the ball of the claim.
         transfer_from: another net for these images, an undefended twin at best; without it that check is left out.
@@ -289,7 +290,8 @@ def sanity_checks(
     Logits that are not finite, that are the same for all images, or never rightly largest make the net invalid, and nothing
     more is asked of it.  So does a clean accuracy that a guesser reaches; of that net no attack is asked.
     """
-    with answering(net) as net:
+    with answering(net) as module:
+        net, x = as_images(module, x)
         x, y, labels = _require(net, x, y, threat, held)
         devices = [] if x.device.type == "cpu" else [x.device]
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices, device_type=x.device.type):

@@ -570,3 +570,17 @@ def test_settings_are_described_and_hashes_tell_nets_apart() -> None:
     strided, dilated = (nn.Conv2d(1, 1, 3, **option) for option in ({"stride": 2}, {"dilation": 2}))
     dilated.load_state_dict(strided.state_dict())
     assert net_hash(strided) != net_hash(dilated)
+
+
+@pytest.mark.parametrize("suite", ["probe", "standard"])
+def test_rows_of_features_are_judged_as_in_closed_form(suite):
+    """A linear rule on two of 20 features: an example stands as long as the ball, cut by the box, keeps their order."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(20, 2, bias=False), torch.rand(64, 20)
+    with torch.no_grad():
+        net.weight.zero_()
+        net.weight[:, :2] = torch.tensor([[-9.0, 9.0], [9.0, -9.0]])
+    y = (x[:, 0] > x[:, 1]).long()
+    larger, smaller = x[:, :2].amax(1), x[:, :2].amin(1)
+    stands = (larger - 0.1).clamp_min(0) > (smaller + 0.1).clamp_max(1)
+    assert evaluate_robustness(net, x, y, Linf(0.1), suite=suite).accuracy == float(stands.float().mean())
