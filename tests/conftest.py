@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from hydra._internal.hydra import Hydra
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -17,6 +21,28 @@ settings.register_profile(
 )
 settings.load_profile("glassarmor")
 
+
+def _compose_faster() -> None:
+    """Hundreds of tests start a command in this process, and each would read the same thirty YAML files three times.
+
+    Hydra composes once to ask for ``hydra.mode``, which nothing here sets, and then again; and no file changes meanwhile.
+    """
+    parse, known = yaml.load, {}
+
+    def load(stream: Any, Loader: Any) -> Any:
+        text = stream.read() if hasattr(stream, "read") else stream
+        key = (text, Loader.__name__)
+        if Loader.__name__ != "OmegaConfLoader":
+            return parse(text, Loader)
+        if key not in known:
+            known[key] = parse(text, Loader)
+        return copy.deepcopy(known[key])
+
+    yaml.load = load
+    Hydra.get_mode = lambda self, config_name, overrides: None
+
+
+_compose_faster()
 
 LONG = (
     "test_run.py",

@@ -398,6 +398,7 @@ def test_a_collapsed_run_says_so_first_with_its_alarm_and_a_command(browser: Bro
         assert complaints == []
 
 
+@pytest.mark.long
 def test_two_networks_on_one_axis(browser: Browser, tmp_path: Path) -> None:
     """Nets of other layers and hostile names; each is drawn with the other's lines over it."""
     evil = '<img src=x onerror="alert(1)">'

@@ -71,7 +71,13 @@ def forwards(*overrides: str) -> tuple[float, int]:
     return passes, attack.steps if isinstance(attack, PGD) else 0
 
 
-@pytest.mark.parametrize(("defense", "regularizers"), list(itertools.product(BUDGET, REGULARIZERS)))
+EVERY_PAIR = [  # a third of the pairs, every word of both among them, is enough for each run of the fast tests
+    pytest.param(*pair, marks=[] if (i + i // len(REGULARIZERS)) % 3 == 0 else [pytest.mark.long])
+    for i, pair in enumerate(itertools.product(BUDGET, REGULARIZERS))
+]
+
+
+@pytest.mark.parametrize(("defense", "regularizers"), EVERY_PAIR)
 def test_every_defense_takes_every_regularizer_within_its_budget(defense: str, regularizers: str) -> None:
     overrides = [*SMALL, f"defense={defense}", f"regularizers={regularizers}", "panels=[]"]
     bare, regularised = BUDGET[defense]
@@ -87,6 +93,7 @@ def test_every_defense_takes_every_regularizer_within_its_budget(defense: str, r
     assert passes == expected(taken.attack.steps if isinstance(taken.attack, PGD) else 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("defense", [name for name in BUDGET if name != "none"])
 def test_other_terms_and_options_stay_in_budget(defense: str) -> None:
     bare, regularised = BUDGET[defense]
@@ -108,7 +115,14 @@ def test_terms_that_need_no_attack_stay_in_budget() -> None:
     assert forwards("defense=none", "regularizers=[local_linearity]", search)[0] == 1 + 3 + 4
 
 
-@pytest.mark.parametrize("network", [n for n in options("network") if not n.startswith(("wrn", "imported"))])
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(n, marks=[pytest.mark.long] if n in ("preact_resnet18", "cifs", "fsr") else [])
+        for n in options("network")
+        if not n.startswith(("wrn", "imported"))
+    ],
+)
 def test_every_network_steps(network: str) -> None:
     small = [s for s in SMALL if not s.startswith("network.")]
     name = ["network.name=squeezenet1_1"] if network == "torchvision" else []

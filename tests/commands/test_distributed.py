@@ -246,6 +246,7 @@ def wait_for_drawing(rank: int, out: Path, patience: bool) -> None:
     (out / f"{rank}.done").touch()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("patience", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_others_wait_while_the_leader_draws(patience, tmp_path: Path) -> None:
     codes = wait_for(start_two(tmp_path / "said", wait_for_drawing, tmp_path, patience), tmp_path / "said")
@@ -353,6 +354,7 @@ def test_the_final_table_counts_every_test_image_as_one_process_would(runs) -> N
             assert results[name][attack] == pytest.approx(float(right.double().mean()))
 
 
+@pytest.mark.long
 def test_a_signal_to_the_leader_ends_both_and_both_go_on_where_they_were(runs, tmp_path: Path) -> None:
     _, two = runs
     plans = ({("step", 1): partial(raise_signal, signal.SIGTERM)}, {})

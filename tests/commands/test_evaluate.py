@@ -164,6 +164,7 @@ def test_a_masked_net_is_attacked_through_its_mask(run: Path, tmp_path: Path, mo
     assert found["scalars"]["masking/outcome/clean_acc/as it was"] == found["scalars"]["outcome/clean_acc"]
 
 
+@pytest.mark.long
 def test_a_mask_can_spare_the_detectors(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     masking = ("masking.by=random", "masking.share=0.25", "masking.images=20", "masking.concepts=protect_detectors")
     command(monkeypatch, evaluate, "images=12", "panels=[outcome]", f"checkpoint={run}", f"out={tmp_path}", *masking)
@@ -178,6 +179,7 @@ def test_a_mask_can_spare_the_detectors(run: Path, tmp_path: Path, monkeypatch: 
     assert int(detectors[chosen].sum()) == max(0, len(chosen) - spared)  # detectors only where nothing else is left
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "attack",  # one of each kind; that each YAML makes an attack, tests/contracts/test_attacks.py sees
     [
@@ -215,6 +217,7 @@ def test_what_is_no_file_of_weights_is_said_to_be_none(tmp_path: Path) -> None:
         assert "weights_only" not in str(error.value)  # torch's advice to unpickle anything
 
 
+@pytest.mark.long
 def test_two_networks_are_set_on_one_axis(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A net against the same net: both columns say the same; pictures for papers are there, as PNG and as SVG."""
     words = ("images=12", "threads=1", "panels=[profiles]", f"checkpoint={run}", f"out={tmp_path}")

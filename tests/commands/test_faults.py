@@ -83,6 +83,7 @@ def held_step(folder: Path) -> int:
 OFTEN = (("step", 3), ("write", 2), ("log", 1), ("rename", 2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "places"),
     [(TRADES, (("write", 2), ("log", 2))), *(pytest.param(kind, OFTEN, marks=pytest.mark.long) for kind in KINDS)],
@@ -159,6 +160,7 @@ def test_a_signal_ends_a_sweep_with_its_member(tmp_path: Path) -> None:
     assert held_step(next((tmp_path / "runs").iterdir())) == 2
 
 
+@pytest.mark.long
 def test_a_bad_checkpoint_is_replaced_by_the_one_before_or_the_best(whole, tmp_path: Path) -> None:
     arguments = [*options(RESTLESS), f"out={tmp_path}", "name=cut"]
     assert run(tmp_path / "log", *arguments, plan={("log", 3): DIE}) == -signal.SIGKILL  # 11 steps held, two epochs judged

@@ -220,6 +220,7 @@ def test_kill_minus_nine_and_resume(run: Path, tmp_path: Path) -> None:
     assert_same(weights(run), weights(tmp_path / "killed"))
 
 
+@pytest.mark.long
 def test_a_finished_run_can_be_trained_longer(run: Path, tmp_path: Path, monkeypatch) -> None:
     command(monkeypatch, *QUICK, *BARE, f"out={tmp_path}", "name=more", "compare_undefended=false", "trainer.max_epochs=1")
     path = tmp_path / "more" / "run.json"
@@ -309,6 +310,7 @@ def test_what_a_diverged_run_names_is_there(every, health, holds, tmp_path: Path
     assert all((kept / f"{name}.ckpt").is_file() for name in named)
 
 
+@pytest.mark.long
 def test_a_network_without_defense_that_diverges_takes_nothing_with_it(tmp_path: Path, monkeypatch, capsys) -> None:
     original = train.RobustClassifier.training_step
 

@@ -77,6 +77,7 @@ def test_weights_are_judged_and_everything_is_written(
     assert "holds an evaluation already" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_the_panels_explain_the_images_by_which_the_suite_felled_them(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,6 +171,7 @@ def fit(folder: Path, resume: Path | None = None) -> dict[str, torch.Tensor]:
     return parts.module.state_dict()
 
 
+@pytest.mark.long
 def test_a_run_resumes_exactly_between_two_replays(tmp_path):
     """20 of 24 steps: in the second epoch, after the second of three replays."""
     whole = fit(tmp_path / "whole")

@@ -114,6 +114,7 @@ def test_the_same_step_draws_the_same_noise_and_another_step_another():
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TERMS)
 def test_each_lowers_what_it_measures(name):
     def value_after(live: bool) -> float:

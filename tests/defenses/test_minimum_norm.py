@@ -56,6 +56,7 @@ def test_carlini_wagner_finds_the_shortest_way_to_the_boundary(objective, confid
     assert (along > 0.99).all()
 
 
+@pytest.mark.long
 def test_carlini_wagner_where_the_box_bites():
     """Pixels at 0 and 1 that should leave the box; the best point from a slow projection in float64."""
     net, _, y, w = binary()

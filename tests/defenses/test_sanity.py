@@ -178,6 +178,7 @@ class HalfFloats(Planted):
 HALF_FLOATS = [(torch.bfloat16, True), pytest.param(torch.bfloat16, False, marks=pytest.mark.long), (torch.float16, False)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "autocast"), HALF_FLOATS, ids=["bf16 autocast", "bf16 images", "fp16 images"])
 @either
 def test_rounding_inside_is_said_and_is_no_more_than_suspicious(robust, kind, autocast):

@@ -238,6 +238,7 @@ class Rounded(nn.Module):
         return self.net((x * 64).round() / 64)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", CUTS)
 def test_a_net_without_gradient_is_judged_by_square(how: str) -> None:
     net, threat = mlp(5), Linf(0.05)
@@ -405,6 +406,7 @@ def test_images_without_finite_logits_are_counted_and_never_robust() -> None:
     assert found.record()["unanswered"] == found.unanswered
 
 
+@pytest.mark.long
 def test_the_whole_adaptive_suite_runs_and_is_the_worst_case() -> None:
     net = conv_bn().eval()
     x = torch.rand(3, 3, 8, 8, generator=seeded(4)) * 0.8 + 0.1

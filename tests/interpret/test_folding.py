@@ -446,6 +446,7 @@ def test_a_step_never_waits_for_the_device(loss, sensitivity, low):
     assert not WAITS & set(seen.names())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("low", [False, True])
 def test_a_compiled_net_is_attacked_as_the_net_itself(low):
     """Folded weights reach the graph, which is compiled once, and nothing of it stays in the defense's state."""

@@ -75,6 +75,7 @@ def test_what_cannot_be_compared(call, words) -> None:
         call()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_p_values_under_the_null_are_uniform(seeds: int) -> None:
     draws = np.random.default_rng(seeds).normal(size=(4000, seeds))

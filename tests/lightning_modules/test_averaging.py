@@ -101,6 +101,7 @@ def test_training_goes_on_from_the_weights_themselves(run, tmp_path: Path, monke
     assert [key for key in plain if not torch.equal(plain[key], current[key])] == []
 
 
+@pytest.mark.long
 def test_an_interrupted_run_resumes_exactly(run, tmp_path: Path, monkeypatch) -> None:
     original, seen = train.RobustClassifier.training_step, 0
 

@@ -435,6 +435,7 @@ def test_parallel_coordinates_place_every_value_between_least_and_most() -> None
         parallel_figure(["weight", "acc", "same"], rows, ["a", "a", "b"], "cost")
 
 
+@pytest.mark.long
 def test_flows_of_runs_share_one_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the dashboards drew at each run's last epoch, side by side; left out where the probe images differ."""
     folders = [make_run(tmp_path / name, [0.1, 0.6, 0.4], f"seed={i}") for i, name in enumerate(("one", "two", "other"))]

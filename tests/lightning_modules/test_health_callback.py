@@ -148,6 +148,7 @@ def test_a_net_that_falls_back_to_guessing_is_rolled_back_with_half_the_rate(tmp
     assert not isinstance(run.module.defense.attack, NFGSM)
 
 
+@pytest.mark.long
 def test_a_net_that_never_learns_raises_the_alarm_after_its_grace(tmp_path: Path) -> None:
     run = Fit(tmp_path / "run", "health.grace=12", "health.actions.guessing=warn", script=[GUESS] * 4)
     (alarm,) = run.events("alarm")
@@ -352,6 +353,7 @@ def test_what_is_proposed_is_a_command_that_changes_what_it_says(kind: str) -> N
 COLLAPSED = {**ILL, "pgd": 0.0, "gap": 0.8}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("start", [{"nonfinite": 0.0, "dead": 0.9}, ILL])
 def test_an_untrained_net_is_a_place_to_go_back_to_for_one_that_withstands_nothing(tmp_path: Path, start: dict) -> None:
     run = Fit(tmp_path / "run", "trainer.max_epochs=3", script=[start, COLLAPSED, COLLAPSED, WELL], trial=8)
@@ -413,6 +415,7 @@ def test_where_no_measure_helps_the_run_goes_on_as_configured_from_its_best_stat
     assert run.trainer.optimizers[0].param_groups[0]["initial_lr"] == pytest.approx(0.1), "the rate, too"
 
 
+@pytest.mark.long
 def test_a_net_that_only_guesses_is_stopped_where_rollbacks_cannot_help(tmp_path: Path) -> None:
     words = ("trainer.max_epochs=10", "health.grace=4", "health.most=2")
     run = Fit(tmp_path / "run", *words, script=[GUESS] * 11, trial=4)

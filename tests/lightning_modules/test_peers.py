@@ -278,6 +278,7 @@ def test_a_head_may_be_named() -> None:
     torch.testing.assert_close(term(obs), F.cross_entropy(obs.adv.acts[term.layers[0]], wrong, reduction="none"))
 
 
+@pytest.mark.long
 @own
 def test_every_part_of_the_gate_learns_and_the_whole_learns_the_task(gate) -> None:
     net, (x, y) = small(gate), squares()
