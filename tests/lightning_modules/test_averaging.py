@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 
-from glassarmor.interpret.views.view import Probe
+from glassarmor.interpret.views.view import Probe, View
 from glassarmor.lightning_modules.callbacks import health as health_module
 from glassarmor.lightning_modules.callbacks.averaging import Averaging
 from glassarmor.lightning_modules.callbacks.checkpointing import Checkpoints
@@ -139,8 +139,9 @@ def test_the_dashboard_shows_the_average_and_the_checkpoint_is_written_after_it(
             order.append("checkpoint")
             super()._save_checkpoint(trainer, path)
 
-    def panel(probe: Probe) -> None:
+    def panel(probe: Probe) -> View:
         shown.append({key: value.clone() for key, value in probe.net.state_dict().items()})
+        return View("panel", "Panel", "", ())
 
     few = parts.data.probe(2)
     attack = instantiate(cfg.probe.attack)
@@ -154,8 +155,9 @@ def test_the_dashboard_shows_the_average_and_the_checkpoint_is_written_after_it(
     trainer.fit(parts.module, datamodule=parts.data)
     assert order == ["dashboard", "checkpoint"]
     kept = torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"]
-    assert [key for key, value in shown[0].items() if not torch.equal(value, kept[f"net.{key}"])] == []
-    assert all(torch.equal(value, parts.module.net.state_dict()[key]) for key, value in shown[0].items())
+    assert len(shown) == 2  # rehearsed, then drawn
+    assert [key for key, value in shown[1].items() if not torch.equal(value, kept[f"net.{key}"])] == []
+    assert all(torch.equal(value, parts.module.net.state_dict()[key]) for key, value in shown[1].items())
 
 
 def test_who_sees_which_weights_and_in_which_order(tmp_path: Path, monkeypatch) -> None:
