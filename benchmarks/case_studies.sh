@@ -22,6 +22,12 @@ compare() { # NAME, robust checkpoint, standard run, images; the undefended net 
 train digits_none defense=none panels=[] val_attack.steps=10
 train digits_trades defense=trades panels=[] val_attack.steps=10
 compare digits digits_trades digits_none 200
+# A vision transformer: clean first, then robust by TRADES with a radius that grows; with the whole radius at once it fails.
+vit=(network=small_vit network.patch_size=8 network.depth=3 network.width=48 optimizer=adamw optimizer.lr=0.002 panels=[])
+train vit_none "${vit[@]}" defense=none trainer.max_epochs=30
+train vit_trades "${vit[@]}" defense=trades defense.attack.steps=5 health=off trainer.max_epochs=40 "weights=$out/vit_none" \
+    '+defense.eps_share={_target_:glassarmor.defenses.Ramp,start:0.1,end:1.0,epochs:20}'
+compare vit vit_trades vit_none 128
 if [ $# -gt 1 ]; then
     deep=(experiment=cifar10_cpu "data.path=$2" "panels=[training,pse,units,sensitivity,profiles]"
         trainer.max_epochs=8 trainer.limit_train_batches=100)

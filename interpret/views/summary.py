@@ -127,6 +127,10 @@ def summarised(values: Mapping[str, float]) -> tuple[list[str], list[Rows]]:
             f"Class activation maps: the attack moves the true class's by {told(found[0], 'logits')} and the target's by "
             f"{told(found[1], 'logits')} (mean of |difference|); the true class's keeps a cosine of {told(found[2])}."
         )
+    if found := left.take("cam/explained"):
+        sentences.append(
+            f"The means of the maps move by {told(found[0], '%')} of what the logits do; 100 %: they are these."
+        )
     score = [f"cam/interpretability{kind}" for kind in ("", "_chance", "_shuffled", "_swapped", "_target")]
     if found := left.take(*score):
         own, chance, shuffled, swapped, target = (told(value, "%") for value in found)

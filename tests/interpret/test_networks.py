@@ -27,6 +27,8 @@ from glassarmor.interpret.concepts.dissection import dissect
 from glassarmor.interpret.network.layouts import UnknownLayout, declare_layouts, layouts_of
 from glassarmor.interpret.network.structure import structure
 from glassarmor.interpret.profiles.background import background_features
+from glassarmor.interpret.views.panels.cam import CAMPanel, exact
+from glassarmor.interpret.views.view import Probe
 from tests.reference.families import FAMILIES, Cells, Family, Registers, canonical, images
 
 LARGE = {"EfficientNet", "MobileNet v3", "GoogLeNet with auxiliary heads", "MaxViT", "Swin v2"}
@@ -297,6 +299,21 @@ def test_a_defense_has_the_same_value_where_lightning_validates(mode) -> None:
     expected = value()
     with mode():
         assert value() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "exactly"),
+    [("flatten and linear head", "3", True), ("ViT (torchvision)", "encoder.layers.encoder_layer_1", False)],
+)
+def test_the_cam_panel_says_whether_its_maps_sum_to_the_logit(name: str, layer: str, exactly: bool) -> None:
+    family, net = built(name)
+    x, x_adv, y = images(family)
+    obs = observe(net, x, x_adv, y, layers=[layer])
+    probe = Probe(net, obs, (layer,), ("a", "b", "c"), tuple("abcde"), {})
+    view = CAMPanel(layer)(probe)
+    assert exact(view.scalars["cam/explained"]) == exactly
+    assert ("The mean of a map is the class's logit" in view.how_to_read) == exactly
+    assert ("logits, the target's by" in view.headline) == exactly
 
 
 def test_what_cannot_be_told_is_refused_with_what_to_say() -> None:

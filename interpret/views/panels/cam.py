@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from glassarmor.interpret.observation import Label, Side
+from glassarmor.interpret.observation import Label, Observation, Side
 from glassarmor.interpret.signals.cam import Interpretability, class_activation_map, interpretability
 from glassarmor.interpret.signals.overlap import Overlap, region_overlap
 from glassarmor.interpret.signals.pse import KIND_NAMES
@@ -16,6 +16,8 @@ from glassarmor.interpret.views.draw.figures import maps_figure
 from glassarmor.interpret.views.rows import image_columns, numpy, row_titles
 from glassarmor.interpret.views.view import Probe, View
 
+LABELS: tuple[Label, ...] = ("true", "target")
+EXACT = 0.05  # how far from all of the logit's change the maps' means may be to be called the logit
 TITLE = "Class activation"
 MAPS: dict[str, tuple[Label, Side]] = {  # the four maps of the paper's image-level question
     "true class, clean": ("true", "clean"),
@@ -68,8 +70,9 @@ class CAMPanel:
             probe.grid(self.grid),
             quantile=self.quantile,
         )
-        scalars = summarise(cams) | summarise_scores(scores)
-        title = headline(cams, layer) + score_sentence(scores)
+        explained = explained_change(probe.obs, cams)
+        scalars = summarise(cams) | {"cam/explained": explained} | summarise_scores(scores)
+        title = headline(cams, layer, explained) + score_sentence(scores)
         drawing = maps_figure(maps, {"class evidence": self.limit}, title)
         return View(
             name=self.name,
@@ -94,8 +97,8 @@ class CAMPanel:
             ),
             drawing=drawing,
             scalars=scalars,
-            how_to_read="Orange places speak for the class, blue ones against it; the mean of a map is the class's logit "
-            "up to the bias (exact where pooling and a linear head follow). Differences are adversarial minus clean. The "
+            how_to_read=f"Orange places speak for the class, blue ones against it: gradient times activation, place by "
+            f"place. {mean_sentence(explained)} Differences are adversarial minus clean. The "
             "interpretability score is the share of the perturbation's norm inside the discriminative region of a map; it "
             "says something only where it beats its controls.",
         )
@@ -109,11 +112,10 @@ def last_map(probe: Probe) -> str | None:
 
 def measure(probe: Probe, layer: str) -> dict[tuple[Label, Side], Tensor]:
     """Maps (N, h, w) of both labels on both sides."""
-    labels: tuple[Label, ...] = ("true", "target")
     sides: tuple[Side, ...] = ("clean", "adv")
     return {
         (label, side): class_activation_map(probe.obs, layer, label=label, side=side).detach()
-        for label in labels
+        for label in LABELS
         for side in sides
     }
 
@@ -228,13 +230,42 @@ def overlap_table(overlap: Overlap) -> Table:
     )
 
 
-def headline(cams: dict[tuple[Label, Side], Tensor], layer: str) -> str:
+def explained_change(obs: Observation, cams: dict[tuple[Label, Side], Tensor]) -> float:
+    """Of the change of both logits under attack, the part by which the maps' means change: 1 where they sum to the logits.
+
+    The slope through the origin of Δ mean(map) on Δ logit over all images and both labels; NaN if no logit changes.
+    """
+    mean = torch.cat([change(cams, label).mean((1, 2)) for label in LABELS])
+    logit = torch.cat([(obs.logit(label, "adv") - obs.logit(label, "clean")).detach() for label in LABELS])
+    return float((mean * logit).sum() / logit.square().sum())
+
+
+def exact(explained: float) -> bool:
+    return abs(explained - 1) < EXACT
+
+
+def mean_sentence(explained: float) -> str:
+    """What the mean of a map is, as measured."""
+    if exact(explained):
+        return f"The mean of a map is the class's logit up to the bias: it moves by {100 * explained:.0f} % of the logit."
+    if explained != explained:
+        return "No logit changed, so what the mean of a map is cannot be told."
+    return (
+        f"The mean of a map is not the logit here: it moves by {100 * explained:.0f} % of what the logit does, so read "
+        "where, and not how much."
+    )
+
+
+def headline(cams: dict[tuple[Label, Side], Tensor], layer: str, explained: float) -> str:
     lost, gained = float(change(cams, "true").mean()), float(change(cams, "target").mean())
     similarity = summarise(cams)["cam/similarity_true"]
     kept = "keeps its place" if similarity > 0.9 else "partly moves" if similarity > 0.6 else "is torn apart"
+    amounts = f"it changes by {_signed(lost)} logits, the target's by {_signed(gained)}."
+    if not exact(explained):
+        amounts = "how much of a logit that is, this layer's maps do not say."
     return (
         f"Under attack the evidence for the true class {kept} at layer {layer} (map similarity "
-        f"{_signed(similarity)[1:]}); it changes by {_signed(lost)} logits, the target's by {_signed(gained)}."
+        f"{_signed(similarity)[1:]}); {amounts}"
     )
 
 
