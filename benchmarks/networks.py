@@ -1,6 +1,7 @@
 """Which signals each family of networks has: writes ``docs/networks.md``.
 
-    python -m benchmarks.networks
+    python -m benchmarks.networks            the table
+    python -m benchmarks.networks --kernel   what attention that can be differentiated twice costs
 
 Every cell is computed: a signal that refuses a layer says so, in the sentence a user would get.  That the numbers are
 right is tested: ``tests/interpret/test_networks.py`` compares all of them with hooks and gradients of its own.
@@ -8,6 +9,9 @@ right is tested: ``tests/interpret/test_networks.py`` compares all of them with 
 
 from __future__ import annotations
 
+import statistics
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +32,10 @@ from glassarmor.interpret import (
     unit_sensitivity,
 )
 from glassarmor.interpret.concepts.dissection import dissect
+from glassarmor.interpret.modes import twice_differentiable
 from glassarmor.interpret.profiles.background import background_features
 from glassarmor.interpret.profiles.profiles import activation_profiles
+from glassarmor.lightning_modules.networks import small_vit
 from tests.reference.families import FAMILIES, images
 
 PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
@@ -88,7 +94,29 @@ def row(name: str, notes: list[str]) -> str:
     return " | ".join((name, f"`{layer}`", read, str(layout.prefix or ""), grid, *cells))
 
 
+def kernel_cost(rounds: int = 12) -> float:
+    """CPU seconds of a training step of ``small_vit`` with the attention kernel that can be differentiated twice, over those
+    with torch's own choice: the median of paired rounds.
+    """
+    net = small_vit(num_classes=10, in_channels=1, mean=(0.5,), std=(0.5,))
+    x, y = torch.rand(64, 1, 32, 32), torch.arange(64) % 10
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for twice in (False, True):
+            begin = time.process_time()
+            with twice_differentiable(twice):
+                logits = net(x)
+            nn.functional.cross_entropy(logits, y).backward()
+            seconds.append(time.process_time() - begin)
+        ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios)
+
+
 def main() -> None:
+    if "--kernel" in sys.argv:
+        print(f"a step with the twice differentiable kernel: {kernel_cost():.2f} times")
+        return
     notes: list[str] = []
     rows = [row(name, notes) for name in FAMILIES]
     columns = ("network", "last default layer", "axes", "tokens without a place", "map", *SIGNALS)

@@ -425,8 +425,8 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
         ValueError: no layer can be observed.
     """
     layouts = layouts_of(net, x)
-    seen: dict[str, torch.Size] = {}
-    cells: dict[str, torch.Size] = {}
+    seen: dict[str, tuple[int, ...]] = {}
+    cells: dict[str, tuple[int, ...]] = {}
     hidden: dict[str, nn.Module] = {}
 
     def keep(name: str, module: nn.Module, output: object) -> None:
@@ -435,7 +435,7 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
             return
         if layout.calls > 1:
             if layout.recurrent:
-                cells[name] = torch.Size((*found.shape, layout.calls))
+                cells[name] = (layout.calls,)
             return
         shape = layout.view(found).shape
         if len(shape) == 2:
@@ -445,7 +445,7 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
         pools = isinstance(module, _AdaptiveAvgPoolNd | _AdaptiveMaxPoolNd)
         mapped = layout.spatial or (len(shape) == 3 and layout.axes.endswith("C"))
         if len(shape) > 2 and mapped and shape[1] > max(3, x.shape[1]) and not pools and (min(shape[2:]) > 1):
-            seen[name] = shape
+            seen[name] = layout.grid if layout.spatial else tuple(shape[2:])
 
     handles = [
         module.register_forward_hook(lambda m, _i, output, name=name: keep(name, m, output))
@@ -457,14 +457,14 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
     finally:
         for handle in handles:
             handle.remove()
-    stages: dict[torch.Size, list[str]] = {}
-    for name, shape in (seen or cells).items():
-        stages[shape[2:]] = [*stages.pop(shape[2:], []), name]  # so that the order is that of the last layers
+    stages: dict[tuple[int, ...], list[str]] = {}
+    for name, places in (seen or cells).items():
+        stages[places] = [*stages.pop(places, []), name]  # so that the order is that of the last layers
     modules = dict(net.named_modules())
     chosen = [
         name
-        for size, names in stages.items()
-        for name in (_blocks(names, modules, layouts) if len(size) == 1 else names[-1:])
+        for names in stages.values()
+        for name in (_blocks(names, modules, layouts) if len(layouts[names[-1]].axes) == 3 else names[-1:])
     ]
     chosen = chosen or _hidden_layers(hidden)
     if not chosen:

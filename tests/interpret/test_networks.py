@@ -31,7 +31,10 @@ from glassarmor.interpret.views.panels.cam import CAMPanel, exact
 from glassarmor.interpret.views.view import Probe
 from tests.reference.families import FAMILIES, Cells, Family, Registers, canonical, images
 
-LARGE = {"EfficientNet", "MobileNet v3", "GoogLeNet with auxiliary heads", "MaxViT", "Swin v2"}
+LARGE = {
+    *("EfficientNet", "MobileNet v3", "GoogLeNet with auxiliary heads", "MaxViT", "Swin v2"),
+    *("hybrid of ResNet and ViT (timm)", "Swin (timm)", "ConvNeXt (timm)", "MLP-Mixer (timm)"),
+}
 NAMES = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.long] if name in LARGE else []) for name in FAMILIES]
 )

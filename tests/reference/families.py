@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import timm
 import torch
 import torchvision.models as models
 from torch import Tensor, nn
@@ -136,6 +137,10 @@ class Registers(nn.Module):
         return self.head(tokens[:, 0])
 
 
+def of_timm(name: str, **options: object) -> nn.Module:
+    return timm.create_model(name, pretrained=False, num_classes=5, **options)
+
+
 def vit() -> nn.Module:
     net = models.VisionTransformer(32, 8, 3, 2, 12, 16, num_classes=5)
     nn.init.normal_(net.heads.head.weight)  # zero as built
@@ -165,6 +170,7 @@ def googlenet() -> nn.Module:
         return models.GoogLeNet(num_classes=5, aux_logits=True, init_weights=False)
 
 
+TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2}
 SWIN = {"features.0": "NHWC", "features.1.0": "NHWC", "features.1.0.mlp.0": "NHWC", "features.3": "NHWC", "norm": "NHWC"}
 ROWS = {"embed": "NTC", "encoder.layers.0": "NTC", "encoder.layers.1.linear1": "NTC", "encoder": "NTC", "head": "NC"}
 FAMILIES: dict[str, Family] = {
@@ -172,14 +178,14 @@ FAMILIES: dict[str, Family] = {
         vit,
         {"conv_proj": "NCHW", "encoder.layers.encoder_layer_0": "NTC", "encoder.layers.encoder_layer_1.mlp.0": "NTC",
          "encoder.layers.encoder_layer_2": "NTC", "heads": "NC"},
-        ("conv_proj", "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"),
+        ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"),
         prefix={"encoder.layers.encoder_layer_0": 1, "encoder.layers.encoder_layer_1.mlp.0": 1,
                 "encoder.layers.encoder_layer_2": 1},
     ),
     "ViT with registers, own attention": Family(
         Registers,
         {"embed": "NTC", "norm": "NTC", "qkv": "NTC", "out": "NTC", "drop": "NCTT"},
-        ("embed", "out"),
+        ("out",),
         prefix={"norm": 3, "qkv": 3, "out": 3},
     ),
     "Swin": Family(
@@ -217,13 +223,50 @@ FAMILIES: dict[str, Family] = {
     "GoogLeNet with auxiliary heads": Family(
         googlenet, {"conv1": "NCHW", "inception3b": "NCHW", "inception5b": "NCHW"}, (), (3, 64, 64)
     ),
+    "ViT (timm), mean of tokens, registers": Family(
+        lambda: of_timm("vit_small_patch16_224", **TIMM, global_pool="avg", class_token=False, reg_tokens=2),
+        {"patch_embed": "NTC", "blocks.0": "NTC", "blocks.1.attn.q_norm": "NCTC", "blocks.2.mlp.fc1": "NTC"},
+        ("blocks.0", "blocks.1"),
+        prefix={"blocks.0": 2, "blocks.1.attn.q_norm": 2, "blocks.2.mlp.fc1": 2},
+    ),
+    "DeiT, distilled (timm)": Family(
+        lambda: of_timm("deit_tiny_distilled_patch16_224", **TIMM),
+        {"patch_embed": "NTC", "blocks.0": "NTC", "blocks.1.attn": "NTC"},
+        ("blocks.0", "blocks.1"),
+        prefix={"blocks.0": 2, "blocks.1.attn": 2},
+    ),
+    "hybrid of ResNet and ViT (timm)": Family(
+        lambda: of_timm("vit_tiny_r_s16_p8_224", img_size=64, embed_dim=12, depth=2, num_heads=2),
+        {"patch_embed.backbone": "NCHW", "patch_embed": "NTC", "blocks.0": "NTC"},
+        ("patch_embed.backbone.norm", "patch_embed.backbone", "blocks.0"),
+        (3, 64, 64),
+        prefix={"blocks.0": 1},
+    ),
+    "Swin (timm)": Family(
+        lambda: of_timm(
+            "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 2)
+        ),
+        {"layers.0": "NHWC", "layers.0.blocks.1.mlp.fc1": "NTC", "layers.1": "NHWC"},
+        ("layers.0", "norm"),
+    ),
+    "MLP-Mixer (timm)": Family(
+        lambda: timm.models.MlpMixer(img_size=32, patch_size=8, embed_dim=12, num_blocks=2, num_classes=5),
+        {"stem": "NTC", "blocks.0": "NTC", "blocks.1.mlp_channels.fc1": "NTC"},
+        ("blocks.0", "blocks.1"),
+    ),
+    "ConvNeXt (timm)": Family(
+        lambda: of_timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 12, 12)),
+        {"stages.0": "NCHW", "stages.1.blocks.0.mlp.fc1": "NCHW", "stages.2": "NCHW"},
+        (),
+        (3, 64, 64),
+    ),
     "flatten and linear head": Family(flattened, {"1": "NCHW", "3": "NCHW", "5": "NC"}, ("1", "3")),
     "weight norm": Family(lambda: convolutions(weight_norm), {"0": "NCHW", "3": "NCHW"}, ("1", "3")),
     "spectral norm": Family(lambda: convolutions(spectral_norm), {"0": "NCHW", "3": "NCHW"}, ("1", "3")),
     "MLP-Mixer": Family(
         Mixer,
         {"patches": "NCHW", "blocks.0": "NTC", "blocks.0.tokens": "NCT", "blocks.1.channels.0": "NTC", "norm": "NTC"},
-        ("patches", "blocks.0", "blocks.1"),
+        ("blocks.0", "blocks.1"),
     ),
     "row transformer": Family(lambda: Rows(True), ROWS, ("encoder.layers.0", "encoder.layers.1"), (1, 16, 16)),
     "row transformer, sequence first": Family(
@@ -258,6 +301,7 @@ def images(family: Family, n: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, T
 
 
 def canonical(output: Tensor, axes: str) -> Tensor:
-    """(N, C, positions…) of an output whose axes are known."""
-    order = [axes.index("N"), axes.index("C"), *(i for i, axis in enumerate(axes) if axis not in "NC")]
-    return output.permute(order)
+    """(N, C, positions…) of an output whose axes are known; two axes of units become one."""
+    units = [i for i, axis in enumerate(axes) if axis == "C"]
+    order = [axes.index("N"), *units, *(i for i, axis in enumerate(axes) if axis not in "NC")]
+    return output.permute(order).flatten(1, len(units))
