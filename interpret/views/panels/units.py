@@ -180,7 +180,7 @@ def _details(probe: Probe, layers: list[LayerUnits], shown: dict[str, np.ndarray
     if not spatial:
         return None, ()
     count = min(SHOWN_IMAGES, len(probe.ids))
-    largest = min(SIDE, max(obs.layout(name).grid[-1] for name in spatial))
+    largest = min(SIDE, max(max(obs.layout(name).grid) for name in spatial))
     titles: list[str] = []
     cells: list[list[np.ndarray]] = [[] for _ in range(3 * count)]
     rows: list[int] = []
