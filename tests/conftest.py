@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers and their children share two cores
 
 import pytest
 import torch

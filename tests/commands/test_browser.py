@@ -376,6 +376,7 @@ def test_a_program_that_is_not_the_pages_does_not_run(browser: Browser, tmp_path
     page.close()
 
 
+@pytest.mark.long
 def test_a_collapsed_run_says_so_first_with_its_alarm_and_a_command(browser: Browser, tmp_path: Path) -> None:
     report = ReportPage(tmp_path, "run")
     ill = health_view({"gap": 0.4}, {"gap": 0.2}, "catastrophic overfitting: …", 8, "", "hold <b>", "python train.py x=1")

@@ -118,7 +118,7 @@ def test_terms_that_need_no_attack_stay_in_budget() -> None:
 @pytest.mark.parametrize(
     "network",
     [
-        pytest.param(n, marks=[pytest.mark.long] if n in ("preact_resnet18", "cifs", "fsr") else [])
+        pytest.param(n, marks=[pytest.mark.long] if n in ("preact_resnet18", "cifs", "fsr", "timm", "cas") else [])
         for n in options("network")
         if not n.startswith(("wrn", "imported"))
     ],

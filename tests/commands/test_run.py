@@ -329,6 +329,7 @@ def test_a_network_without_defense_that_diverges_takes_nothing_with_it(tmp_path:
     assert "the network without defense is left out of the table: training diverged at step 0" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_weights_that_are_not_finite_are_marked_and_never_the_best(tmp_path: Path, monkeypatch, capsys) -> None:
     """A last step ruins nets that withstand nothing: the last epoch says one class, 10 % right, and is not the best one."""
     original = train.RobustClassifier.on_train_batch_end
@@ -514,7 +515,13 @@ def clash(setting: str, overrides: list[str]) -> bool:
     return setting.split(".")[0] in groups
 
 
-@pytest.mark.parametrize(("overrides", "words"), ERRORS, ids=[" ".join(o) for o, _ in ERRORS])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        pytest.param(overrides, words, id=" ".join(overrides), marks=[pytest.mark.long] if i % 3 == 2 else [])
+        for i, (overrides, words) in enumerate(ERRORS)
+    ],
+)
 def test_bad_input_gets_one_clear_message(overrides, words, tmp_path: Path, monkeypatch, capsys) -> None:
     bare = [] if any(o.startswith(("panels", "wandb")) for o in overrides) else BARE
     with pytest.raises(SystemExit) as stop:

@@ -163,6 +163,7 @@ def test_an_evaluation_in_l2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert int((fell & standing).sum()) == 0
 
 
+@pytest.mark.long
 def test_a_masked_net_is_judged_through_its_mask(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("suite=probe", "images=40", "panels=[]", f"checkpoint={weights}", f"out={tmp_path / 'out'}")
     masking = ("masking.by=margin", "masking.share=0.75", "masking.images=20", "masking.layers=[stage2,stage3]")
@@ -211,6 +212,7 @@ def test_progress_is_told_with_a_terminal_and_without(terminal: bool, monkeypatc
         ]
 
 
+@pytest.mark.long
 def test_a_stopped_command_goes_on(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = (
         "suite=probe",

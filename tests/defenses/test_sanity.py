@@ -191,6 +191,7 @@ def test_rounding_inside_is_said_and_is_no_more_than_suspicious(robust, kind, au
     assert "gradients beat Square" in {check.name for check in report.checks}, "the attacks have run"
 
 
+@pytest.mark.long
 def test_what_a_rounding_net_detaches_is_called_out_all_the_same():
     class Half(Planted):
         def forward(self, x: Tensor) -> Tensor:

@@ -574,7 +574,7 @@ def test_settings_are_described_and_hashes_tell_nets_apart() -> None:
     assert net_hash(strided) != net_hash(dilated)
 
 
-@pytest.mark.parametrize("suite", ["probe", "standard"])
+@pytest.mark.parametrize("suite", ["probe", pytest.param("standard", marks=pytest.mark.long)])
 def test_rows_of_features_are_judged_as_in_closed_form(suite):
     """A linear rule on two of 20 features: an example stands as long as the ball, cut by the box, keeps their order."""
     torch.manual_seed(0)

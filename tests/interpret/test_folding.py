@@ -470,6 +470,7 @@ def test_a_compiled_net_is_attacked_as_the_net_itself(low):
     assert len(list(compiled.modules())) == len(list(plain.modules()))
 
 
+@pytest.mark.long
 def test_hooks_on_a_compiled_net_run_outside_of_it():
     """One that counts passes, as a run's cost is counted, is compiled neither into the graph nor anew for each count."""
     torch._dynamo.reset()

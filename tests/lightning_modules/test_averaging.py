@@ -93,6 +93,7 @@ def test_the_average_is_what_selects(run) -> None:
     assert float(rows[best]["val/robust_acc"]) == max(float(row["val/robust_acc"]) for row in rows)
 
 
+@pytest.mark.long
 def test_training_goes_on_from_the_weights_themselves(run, tmp_path: Path, monkeypatch) -> None:
     folder, _ = run
     command(monkeypatch, *QUICK[:-1], f"out={tmp_path}", "name=plain")

@@ -136,6 +136,7 @@ def test_a_net_that_guesses_is_not_kept_as_healthy_and_raises_no_alarm_before_th
     assert healthy_step(run) == 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reading", [GUESS, {**KNOW, "one_class": 0.97}])
 def test_a_net_that_falls_back_to_guessing_is_rolled_back_with_half_the_rate(tmp_path: Path, reading: dict) -> None:
     run = Fit(tmp_path / "run", script=[GUESS, KNOW, reading, KNOW])
@@ -200,6 +201,7 @@ def test_a_rollback_is_exact_and_the_schedule_goes_on(tmp_path: Path, ema: float
     assert run.trainer.global_step == 12, "the run goes to its end"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("after", [8, pytest.param(10, marks=pytest.mark.long)])
 def test_a_resumed_run_knows_what_it_learned(tmp_path: Path, after: int) -> None:
     """Cut right after the collapse, before the rollback, or after it: the same weights as without a cut."""
@@ -221,6 +223,7 @@ def test_a_resumed_run_knows_what_it_learned(tmp_path: Path, after: int) -> None
     assert [e["step"] for e in again.events("reading")] == [e["step"] for e in whole.events("reading")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("harm", "last"), [("cut short", False), ("missing", True)])
 def test_a_healthy_state_that_cannot_be_read_ends_no_run(tmp_path: Path, capsys, harm: str, last: bool) -> None:
     """Damaged before the alarm is told (at the end), or between the alarm and the step that would begin from it."""
@@ -315,6 +318,7 @@ def test_warn_and_stop(tmp_path: Path) -> None:
     assert answer.command == "python train.py regularizers=[sensitivity,grad_align]"
 
 
+@pytest.mark.long
 def test_a_net_with_masked_gradients_is_not_kept_as_healthy_by_a_reading_that_does_not_look(tmp_path: Path) -> None:
     masked, clear = {**WELL, "noise_wins": 0.5}, {**WELL, "noise_wins": 0.0}
     run = Fit(tmp_path / "run", "trainer.max_epochs=4", script=[clear, clear, masked, WELL, WELL])

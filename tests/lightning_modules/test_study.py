@@ -356,7 +356,10 @@ def test_a_file_that_is_no_study(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.long] if path.stem in ("search", "parts") else []) for path in STUDIES],
+    [
+        pytest.param(path, marks=[pytest.mark.long] if path.stem in ("search", "parts", "confirm") else [])
+        for path in STUDIES
+    ],
     ids=lambda path: path.stem,
 )
 def test_every_study_composes_and_its_members_compare(path: Path) -> None:
