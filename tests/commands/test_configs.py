@@ -149,6 +149,7 @@ def test_imported_network_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     step(*small, "network=imported", "network.target=my_models:make", "+network.args.classes=10", "panels=[]")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("group", "name"),
     [(g, n) for g in ("optimizer", "scheduler", "threat", "regularizers") for n in options(g)],

@@ -191,6 +191,7 @@ def test_the_random_numbers_belong_to_the_seed_and_the_call(name: str) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @each
 def test_the_images_are_the_same_without_gradients_and_in_inference_mode(name: str, context: type) -> None:

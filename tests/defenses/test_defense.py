@@ -167,6 +167,7 @@ def test_a_term_still_at_weight_0_does_not_disturb_the_gradient_of_another(name)
     assert equal(alone, beside)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "regularizers"), PAIRS)
 def test_the_same_step_twice_gives_the_same_weights(name, regularizers):
     first, second = (train(name, REGULARIZERS[regularizers](), steps=2)[0] for _ in range(2))

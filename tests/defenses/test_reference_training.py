@@ -14,6 +14,7 @@ from tests.reference.paired import BUDGET, METHODS, SIZES, Trained, trained
 TINY = ("network.width=0.25", "data.train_limit=96", "data.test_limit=20", "data.batch_size=32")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["Free-AT", "N-FGSM", "NuAT"])
 def test_the_first_steps_are_those_of_the_plain_loop(name: str) -> None:
     """Weight by weight, over every batch of some epochs: losses, attacks, draws, optimiser and schedule are the same."""

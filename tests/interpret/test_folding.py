@@ -408,6 +408,7 @@ def test_an_attack_casts_each_weight_once():
     assert casts(1) == casts(5) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize(
     "loss",

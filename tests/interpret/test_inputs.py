@@ -279,6 +279,7 @@ IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
 ALL = {**DOORS, "observe": observed}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("door", ALL)
 def test_a_net_that_changes_its_images_in_place_changes_nobody_elses(door: str) -> None:
     net, x, _ = sample()

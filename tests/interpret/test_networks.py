@@ -34,6 +34,7 @@ from tests.reference.families import FAMILIES, Cells, Family, Registers, canonic
 LARGE = {
     *("EfficientNet", "MobileNet v3", "GoogLeNet with auxiliary heads", "MaxViT", "Swin v2"),
     *("hybrid of ResNet and ViT (timm)", "Swin (timm)", "ConvNeXt (timm)", "MLP-Mixer (timm)"),
+    *("DenseNet", "DeiT, distilled (timm)", "spectral norm", "own cell in a loop", "row transformer"),
 }
 NAMES = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.long] if name in LARGE else []) for name in FAMILIES]

@@ -70,6 +70,7 @@ TELLS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("always", [True, False], ids=["always", "in training alone"])
 @pytest.mark.parametrize("tell", TELLS)
 def test_every_door_reads_the_same_logits(tell: str, always: bool) -> None:

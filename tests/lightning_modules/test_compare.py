@@ -172,6 +172,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
+@pytest.mark.long
 def test_the_table_says_what_scipy_says(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command(monkeypatch, *runs, "--out", tmp_path / "page", "--baseline", "trades")
     view = read_script(tmp_path / "page" / "data" / "epoch_00000.js")["views"][0]

@@ -374,6 +374,7 @@ def worse(pgd: float) -> dict[str, float]:
     return {**ILL, "pgd": pgd, "gap": 0.8 - pgd}
 
 
+@pytest.mark.long
 def test_a_measure_is_on_trial_and_undone_where_it_does_not_help(tmp_path: Path) -> None:
     """Collapsed at step 8 with 10 %; N-FGSM is given until step 16 and ends at 5 %; two steps take its place."""
     script = [WELL, WELL, ILL, worse(0.05), worse(0.05), WELL, WELL]
