@@ -22,7 +22,7 @@ compare() { # NAME, robust checkpoint, standard run, images; the undefended net 
 train digits_none defense=none panels=[] val_attack.steps=10
 train digits_trades defense=trades panels=[] val_attack.steps=10
 compare digits digits_trades digits_none 200
-# A vision transformer: clean first, then robust by TRADES with a radius that grows; with the whole radius at once it fails.
+# A vision transformer: clean first, then robust by TRADES with a radius that grows.
 vit=(network=small_vit network.patch_size=8 network.depth=3 network.width=48 optimizer=adamw optimizer.lr=0.002 panels=[])
 train vit_none "${vit[@]}" defense=none trainer.max_epochs=30
 train vit_trades "${vit[@]}" defense=trades defense.attack.steps=5 health=off trainer.max_epochs=40 "weights=$out/vit_none" \

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from glassarmor.defenses.options import require_number, require_one_of
 from glassarmor.defenses.training.defense import Defense
-from glassarmor.interpret.modes import evaluating
-from glassarmor.interpret.network.axes import tensors_in
+from glassarmor.interpret.modes import evaluating, is_compiled
 from glassarmor.interpret.network.layouts import Layout, layouts_of, plain_layout
-from glassarmor.interpret.observation import Observation, find_layers, observe, record, replaced
+from glassarmor.interpret.observation import Observation, entry_of, find_layers, observe, record, replaced
 from glassarmor.interpret.signals.conductance import conductance
 from glassarmor.interpret.signals.running import RunningSensitivity
 from glassarmor.interpret.signals.sensitivity import EPS, SILENT, equal_norm_noise
@@ -189,8 +188,10 @@ def masked(net: nn.Module, mask: UnitMask) -> nn.Module:
     that is masked at the same layers.
 
     Raises:
-        ValueError: an unknown layer, or one that is masked already; in the forward, another number of units.
+        ValueError: a compiled net, an unknown layer, or one that is masked already; in the forward, another number of units.
     """
+    if is_compiled(net):
+        raise ValueError("mask: expected a net that torch.compile has not compiled; mask the one it was made from")
     twin = copy.deepcopy(net)
     for layer, module in find_layers(twin, list(mask.keep), key="mask").items():
         if "unit_keep" in module._buffers:
@@ -206,8 +207,10 @@ def masked(net: nn.Module, mask: UnitMask) -> nn.Module:
 def _answer(module: nn.Module, inputs: Any, output: Any) -> Any:
     # A function of the module, no closure: copies and pickles of the net carry their own mask.
     keep, fill = module.get_buffer("unit_keep"), module.get_buffer("unit_fill")
-    found = next(tensors_in(output))
-    layout: Layout = module.__dict__["unit_layout"] or plain_layout(found)
+    known: Layout | None = module.__dict__["unit_layout"]
+    found = entry_of(output, known)
+    assert found is not None
+    layout = known or plain_layout(found)
     values = layout.view(found)
     if values.dim() < 2 or values.shape[1] != len(keep):
         raise ValueError(f"mask: made for {len(keep)} units, but the layer gives shape {tuple(found.shape)}")

@@ -109,15 +109,18 @@ def answering(net: nn.Module | Callable[[Tensor], Any]) -> Iterator[nn.Module]:
             hook.remove()
 
 
+def is_compiled(net: nn.Module) -> bool:
+    """Whether ``torch.compile`` compiled the net or a part of it; hooks that come later are then not called."""
+    return isinstance(net, torch._dynamo.OptimizedModule) or any(m._compiled_call_impl is not None for m in net.modules())
+
+
 @contextmanager
 def uncompiled(net: nn.Module) -> Iterator[None]:
     """Inside, a net that ``torch.compile`` compiled runs as it was written.
 
     A compiled one shows nothing to hooks that came later, and has no second derivative.
     """
-    wrapped = isinstance(net, torch._dynamo.OptimizedModule)
-    compiled = wrapped or any(module._compiled_call_impl is not None for module in net.modules())
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+    with torch.compiler.set_stance("force_eager") if is_compiled(net) else nullcontext():
         yield
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -121,10 +122,10 @@ class _Recording:
         self.steps: dict[str, list[Tensor]] = {}
 
     def keep(self, name: str, output: object) -> object:
-        found = next(tensors_in(output), None)
+        layout = self.layouts.get(name)
+        found = entry_of(output, layout)
         if found is None:
             raise ValueError(f"layers: {name!r} returned {type(output).__name__}, expected a tensor")
-        layout = self.layouts.get(name)
         if layout is not None and layout.recurrent:
             return replaced(output, found, self._step(name, found, layout))
         if name in self.acts:
@@ -171,15 +172,21 @@ class _Recording:
             )
 
 
+def entry_of(output: object, layout: Layout | None) -> Tensor | None:
+    """Of the tensors that a layer returned the one that is recorded: by default the first."""
+    return next(itertools.islice(tensors_in(output), 0 if layout is None else layout.entry, None), None)
+
+
 def replaced(output: object, found: Tensor, by: Tensor) -> object:
-    """The layer's output with its first tensor replaced."""
+    """The layer's output with one of its tensors replaced."""
     if output is found:
         return by
     if isinstance(output, Mapping):
-        changed = {key: by if value is found else value for key, value in output.items()}
+        changed = {key: replaced(value, found, by) for key, value in output.items()}
         return changed if type(output) is dict else type(output)(**changed)
-    assert isinstance(output, (list, tuple))
-    items = [by if item is found else item for item in output]
+    if not isinstance(output, (list, tuple)):
+        return output
+    items: list[Any] = [replaced(item, found, by) for item in output]
     return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
@@ -295,7 +302,9 @@ class Observation:
             if self.joined is not None:
                 forward, labels = self.joined, labels.repeat(2)
             if not forward.logits.requires_grad:
-                raise ValueError("this observation holds no graph; observe under enable_grad")
+                raise ValueError(
+                    f"this observation holds no graph that leads from {layer!r} to the logits; observe under enable_grad"
+                )
             # The backward passes the later layers anyway; the earlier ones would cost the rest of the network.
             names = list(forward.acts)[list(forward.acts).index(layer) :]
             sources = forward.acts.differentiable(names) if isinstance(forward.acts, Activations) else None
@@ -430,7 +439,8 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
     hidden: dict[str, nn.Module] = {}
 
     def keep(name: str, module: nn.Module, output: object) -> None:
-        found, layout = next(tensors_in(output), None), layouts.get(name)
+        layout = layouts.get(name)
+        found = entry_of(output, layout)
         if found is None or layout is None or not name:
             return
         if layout.calls > 1:
@@ -438,7 +448,7 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
                 cells[name] = (layout.calls,)
             return
         shape = layout.view(found).shape
-        if len(shape) == 2:
+        if len(shape) == 2 or isinstance(module, nn.RNNBase):
             hidden[name] = module
         # More channels than an image has: padding, resizing and normalising modules are not features.
         # Adaptive pooling belongs to the head: on small images it can even enlarge the map.
@@ -468,7 +478,10 @@ def feature_layers(net: nn.Module, x: Tensor) -> tuple[str, ...]:
     ]
     chosen = chosen or _hidden_layers(hidden)
     if not chosen:
-        raise ValueError("layers: no layer of the network can be observed; name the layers to observe")
+        raise ValueError(
+            "layers: no layer of the network can be observed; name the layers to observe, or say with layouts= what the "
+            "axes of one are"
+        )
     return tuple(chosen)
 
 
@@ -488,6 +501,7 @@ def _blocks(names: Sequence[str], modules: Mapping[str, nn.Module], layouts: Map
 
 
 def _hidden_layers(hidden: Mapping[str, nn.Module]) -> list[str]:
-    """Of layers (N, C): the activations; else the linear layers but the last, which gives the logits."""
+    """Of layers without places: the activations; else states of recurrent layers; else linear layers but the last."""
     active = [name for name, module in hidden.items() if type(module).__module__ == "torch.nn.modules.activation"]
-    return active or [name for name, module in hidden.items() if isinstance(module, nn.Linear)][:-1]
+    states = [name for name, module in hidden.items() if isinstance(module, nn.RNNBase)]
+    return active or states or [name for name, module in hidden.items() if isinstance(module, nn.Linear)][:-1]

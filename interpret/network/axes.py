@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +28,8 @@ class Atom:
         self.same: Atom | None = None
         self.cuts: dict[int, tuple[Atom, Atom]] = {}
         self.stands_for: Axis | None = None
+        self.origin: Atom | None = None  # of an axis whose entries were put elsewhere (rolled, flipped): the axis before
+        self.moves: dict[object, Atom] = {}
         self.parts: list[tuple[int, Axis | None]] = []
 
     def root(self) -> Atom:
@@ -37,13 +40,14 @@ class Atom:
 
     def join(self, other: Atom) -> None:
         a, b = self.root(), other.root()
-        if a is b or a.size != b.size:
-            return
+        if a is b or a.size != b.size or (a.origin is not b.origin and (a.role or a.origin) and (b.role or b.origin)):
+            return  # of two orders of one axis none is the other
         if not a.role and b.role:
             a, b = b, a
         b.same = a
         a.units = max(a.units, b.units)
         a.whole = a.whole or b.whole
+        a.origin = a.origin or b.origin
         a.stands_for = a.stands_for or b.stands_for
         a.parts = a.parts or b.parts
         a.cuts = {**b.cuts, **a.cuts}
@@ -55,6 +59,16 @@ class Atom:
             outer = Atom(first, atom.role if atom.role in ("H", "W") else "", whole=atom)
             atom.cuts[first] = (outer, Atom(atom.size // first, whole=atom))
         return atom.cuts[first]
+
+    def moved(self, by: object, back: object) -> Atom:
+        """The axis with its entries elsewhere; what is moved back is the axis itself again."""
+        atom = self.root()
+        if atom.origin is not None and atom.origin.moves.get(back) is atom:
+            return atom.origin
+        if by not in atom.moves:
+            atom.moves[by] = Atom(atom.size, units=atom.surely_units())
+            atom.moves[by].origin = atom
+        return atom.moves[by]
 
     def surely_units(self) -> int:
         atom = self.root()
@@ -162,9 +176,13 @@ class AxisTrace(TorchFunctionMode):
         shape = zip(x.shape[1:], roles or "", strict=False)
         self.known: dict[int, tuple[Tensor, Axes]] = {}
         self._keep(x, [(self.batch,), *(fresh(size, role) for size, role in shape)])
-        self.outputs: dict[str, list[Tensor]] = {}
+        self.outputs: dict[str, list[list[Tensor]]] = {}  # by layer and call; of several tensors all
+        self.logits: object = None
+        self.calls: Counter[str] = Counter()
+        self._reads: Counter[int] = Counter()
+        self._read_before: dict[str, list[int]] = {}  # of the tensors of the first call, when it ended
         self.repeated: set[str] = set()  # layers that ran again on something else than what they had given
-        self._versions: dict[str, list[int]] = {}
+        self._versions: dict[str, list[list[int]]] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> AxisTrace:
@@ -192,23 +210,34 @@ class AxisTrace(TorchFunctionMode):
         return self.known[id(tensor)][1] if isinstance(tensor, Tensor) and id(tensor) in self.known else None
 
     def _end(self, name: str, _module: nn.Module, args: object, kwargs: object, output: object) -> None:
-        if (first := next(tensors_in(output), None)) is None:
-            return
-        if id(first) not in self.known:
-            read = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self.known]
-            if not read:
-                return  # it works on weights, as parametrisations do
-            # It worked out of sight, e.g. as TorchScript.
-            self._keep(first, next((self.axes(tensor) for tensor in read if tensor.shape == first.shape), None))
+        self.calls[name] += 1
+        made = list(tensors_in(output))
+        read = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self.known]
+        if not made or (not read and id(made[0]) not in self.known):
+            return  # nothing, or made of weights alone, as parametrisations do
+        for tensor in made:
+            if id(tensor) not in self.known:  # it worked out of sight, e.g. as TorchScript
+                self._keep(tensor, next((self.axes(other) for other in read if other.shape == tensor.shape), None))
         before = self.outputs.setdefault(name, [])
-        if before and not any(tensor is before[-1] for tensor in tensors_in((args, kwargs))):
+        if before and not any(tensor is other for tensor in read for other in before[-1]):
             self.repeated.add(name)
-        before.append(first)
-        self._versions.setdefault(name, []).append(first._version)
+        before.append(made)
+        self._versions.setdefault(name, []).append([tensor._version for tensor in made])
+        self._read_before.setdefault(name, [self._reads[id(tensor)] for tensor in made])
 
-    def overwritten(self, name: str) -> bool:
+    def entry(self, name: str) -> int | None:
+        """Which of the tensors that the layer returns: the only one, else the first that is read; None: none is."""
+        made = self.outputs[name][0]
+        if len(made) == 1:
+            return 0
+        after = zip(made, self._read_before[name], strict=True)
+        read = [self._reads[id(tensor)] > before or tensor is self.logits for tensor, before in after]
+        return read.index(True) if any(read) else None
+
+    def overwritten(self, name: str, entry: int) -> bool:
         """Whether an output of the layer was written into after the layer had returned it."""
-        return any(t._version != then for t, then in zip(self.outputs[name], self._versions[name], strict=True))
+        calls = zip(self.outputs[name], self._versions[name], strict=True)
+        return any(made[entry]._version != then[entry] for made, then in calls)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -216,6 +245,7 @@ class AxisTrace(TorchFunctionMode):
         made = list(tensors_in(result))
         inputs = list(tensors_in((args, kwargs)))
         read = [tensor for tensor in inputs if id(tensor) in self.known]
+        self._reads.update(id(tensor) for tensor in read)
         if not made or not read or all(id(tensor) in self.known for tensor in made):
             return result
         name = str(getattr(func, "__name__", "")).strip("_")
@@ -265,7 +295,12 @@ class AxisTrace(TorchFunctionMode):
 
     def axes_of(self, name: str) -> dict[str, Any] | str:
         """Fields of the layer's :class:`.Layout`; or, in words, why its axes cannot be told apart."""
-        output = self.outputs[name][0]
+        if self.calls[name] > len(self.outputs[name]):
+            return "it runs on the images and on weights alike"
+        entry = self.entry(name)
+        if entry is None:
+            return f"of the {len(self.outputs[name][0])} tensors that it returns the network reads none"
+        output = self.outputs[name][0][entry]
         axes = [resolved(axis) for axis in self.known[id(output)][1]]
         shape = tuple(output.shape)
         with_images = [i for i, axis in enumerate(axes) if self.batch in axis]
@@ -278,7 +313,11 @@ class AxisTrace(TorchFunctionMode):
         others = [i for i in range(len(axes)) if i != images]
         units = _unit_axes(axes, others) if len(others) > 1 else others
         if not units:
-            return f"nothing in the network tells which axis of its shape {shape} holds units"
+            said = "".join("N" if i == images else "?" for i in range(len(axes)))
+            return (
+                f"nothing in the network tells which axis of its shape {shape} holds units; say it: "
+                f'layouts={{"{name}": "{said}"}} with C for units and other letters for places in place of each ?'
+            )
         letters = ["N" if i == images else "C" if i in units else _letter(axes[i]) for i in range(len(axes))]
         at = [i for i in others if i not in units]
         places = [axes[i] for i in at]
@@ -292,7 +331,7 @@ class AxisTrace(TorchFunctionMode):
         ):
             letters[at[0]], letters[at[1]] = "H", "W"  # a map of one row or column is one still
             grid = (shape[at[0]], shape[at[1]])
-        return {"axes": "".join(letters), "fold": fold, "prefix": prefix, "grid": grid}
+        return {"axes": "".join(letters), "fold": fold, "prefix": prefix, "grid": grid, "entry": entry}
 
 
 def _letter(axis: Axis) -> str:
@@ -383,7 +422,7 @@ def _moved(trace: AxisTrace, func: Any, args: Any, kwargs: Any, made: list[Tenso
     moved: list[Axes | None] = []
     for result in tensors_in(func(twin, *args[1:], **kwargs)):
         if result._base is None and result is not twin:
-            return None  # picked by an index tensor
+            return [_indexed(axes, args[0].shape, args[1:], tensor) for tensor in made]
         new: Axes = []
         for size, stride in zip(result.shape, result.stride(), strict=True):
             source = next((i for i, prime in enumerate(primes) if stride and stride % prime == 0), None)
@@ -393,10 +432,35 @@ def _moved(trace: AxisTrace, func: Any, args: Any, kwargs: Any, made: list[Tenso
                 new.append(axes[source])
             else:
                 whole = resolved(axes[source])
-                part = fresh(size, role_of(whole), max((atom.surely_units() for atom in whole), default=0))
+                # Every second row spans the image still; a stretch of rows does not.
+                role = role_of(whole) if stride > primes[source] else ""
+                part = fresh(size, role, max((atom.surely_units() for atom in whole), default=0))
                 new.append(_without_prefix(whole, args, size) or part)
         moved.append(new)
     return moved
+
+
+def _anew(axis: Axis) -> Axis:
+    """The same units or images, but places that nobody knows."""
+    axis = resolved(axis)
+    return fresh(size_of(axis), units=max((atom.surely_units() for atom in axis), default=0))
+
+
+def _indexed(axes: Axes, shape: Sequence[int], args: Any, result: Tensor) -> Axes | None:
+    """One axis picked by a list or a tensor of numbers, the others whole: that one is in another order."""
+    index = args[0] if len(args) == 1 and isinstance(args[0], tuple) else tuple(args)
+    at = [i for i, each in enumerate(index) if not isinstance(each, slice)]
+    if (
+        len(at) != 1
+        or result.dim() != len(axes)
+        or not all(each == slice(None) for i, each in enumerate(index) if i not in at)
+    ):
+        return None
+    return [_anew_of(axis, size) if i in at else axis for i, (axis, size) in enumerate(zip(axes, result.shape, strict=True))]
+
+
+def _anew_of(axis: Axis, size: int) -> Axis:
+    return fresh(size, units=max((atom.surely_units() for atom in resolved(axis)), default=0))
 
 
 def _without_prefix(whole: Axis, args: Any, size: int) -> Axis | None:
@@ -459,8 +523,55 @@ def _pooled(trace: AxisTrace, func: Any, args: Any, kwargs: Any, made: list[Tens
 
 
 def _padded(trace: AxisTrace, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes | None] | None:
+    """With a border all around rows are rows of the image still; padding on one side alone puts the image into a corner."""
     axes = trace.axes(args[0])
-    return None if axes is None else [_resized(axes, made[0].shape)]
+    if axes is None:
+        return None
+    pad = list(args[1] if len(args) > 1 else kwargs["pad"])
+    sides = {len(axes) - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
+    around = _resized(axes, made[0].shape)
+    off = [abs(sides[i][0] - sides[i][1]) > 1 if i in sides else False for i in range(len(axes))]
+    return [[_anew_of(axes[i], made[0].shape[i]) if off[i] else around[i] for i in range(len(axes))]]
+
+
+def _rolled(trace: AxisTrace, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes | None] | None:
+    axes = trace.axes(args[0])
+    shifts = kwargs.get("shifts", args[1] if len(args) > 1 else None)
+    dims = kwargs.get("dims", args[2] if len(args) > 2 else None)
+    if axes is None or dims is None:
+        return [None]
+    by = dict(zip((d % len(axes) for d in _flat(dims)), _flat(shifts), strict=True))
+    return [
+        [
+            _moved_by(axis, by[i] % size_of(axis), -by[i] % size_of(axis)) if by.get(i) else axis
+            for i, axis in enumerate(axes)
+        ]
+    ]
+
+
+def _flipped(trace: AxisTrace, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes | None] | None:
+    axes = trace.axes(args[0])
+    if axes is None:
+        return None
+    names = {"fliplr": (1,), "flipud": (0,)}
+    dims = names.get(func.__name__) or kwargs.get("dims", args[1:])
+    turned = {d % len(axes) for d in _flat(dims)}
+    return [[_moved_by(axis, "flip", "flip") if i in turned else axis for i, axis in enumerate(axes)]]
+
+
+def _moved_by(axis: Axis, by: object, back: object) -> Axis:
+    axis = resolved(axis)
+    return (axis[0].moved(by, back),) if len(axis) == 1 else _anew(axis)
+
+
+def _sorted(trace: AxisTrace, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes | None] | None:
+    """Another order, or other entries, of one axis; which, only the values tell."""
+    axes = trace.axes(args[0])
+    if axes is None:
+        return None
+    named = [each for each in args[1:] if isinstance(each, int) and not isinstance(each, bool)]
+    dim = kwargs.get("dim", named[-1] if len(named) > (func.__name__ in ("topk", "kthvalue")) else -1) % len(axes)
+    return [[_anew_of(axis, t.shape[i]) if i == dim else axis for i, axis in enumerate(axes)] for t in made]
 
 
 def _second(trace: AxisTrace, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes | None] | None:
@@ -587,8 +698,14 @@ def _repeated(trace: AxisTrace, func: Any, args: Any, kwargs: Any, made: list[Te
 
 
 def _picked(trace: AxisTrace, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes | None] | None:
+    """By a tensor of numbers along one axis, which is then in another order."""
     axes = trace.axes(args[0])
-    return None if axes is None else [_resized(axes, made[0].shape)]
+    if axes is None:
+        return None
+    dim = kwargs.get("dim", args[2] if func.__name__ == "take_along_dim" and len(args) > 2 else args[1]) % len(axes)
+    return [
+        [_anew_of(axis, size) if i == dim else axis for i, (axis, size) in enumerate(zip(axes, made[0].shape, strict=True))]
+    ]
 
 
 def _embedded(trace: AxisTrace, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> list[Axes | None] | None:
@@ -645,6 +762,14 @@ _RULES: dict[str, Rule] = {
     "tile": _repeated,
     "index_select": _picked,
     "gather": _picked,
+    "scatter*": _picked,
+    "roll": _rolled,
+    "flip*": _flipped,
+    "rot90": lambda trace, func, args, kwargs, made: [None],
+    "sort": _sorted,
+    "argsort": _sorted,
+    "msort": lambda trace, func, args, kwargs, made: [None],
+    "topk": _sorted,
     "take_along_dim": _picked,
     "embedding": _embedded,
     "unfold": _patches,

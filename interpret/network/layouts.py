@@ -8,6 +8,7 @@ put tokens there.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from glassarmor.interpret.modes import replaying, rng_state, undisturbed
+from glassarmor.interpret.modes import logits_in, replaying, rng_state, undisturbed
 from glassarmor.interpret.network.axes import AxisTrace
 
 ATTRIBUTE = "_glassarmor_layout"  # on a module: what somebody declared
@@ -34,6 +35,7 @@ class Layout:
         fold: where the first axis holds ``fold`` entries of each image, one after the other (windows): how many.
         prefix: tokens before the grid that stand for no place in the image: class token, registers.
         grid: rows and columns of the positions; empty where they form no map.
+        entry: of several tensors that the layer returns, which: the first that the network reads.
         calls: how often the layer runs in a forward.
         recurrent: whether each call reads what the one before gave: a cell, whose calls are time steps.
         overwritten: whether the net writes into the output afterwards, so that a copy must go on.
@@ -43,6 +45,7 @@ class Layout:
     fold: int = 1
     prefix: int = 0
     grid: tuple[int, ...] = ()
+    entry: int = 0
     calls: int = 1
     recurrent: bool = False
     overwritten: bool = False
@@ -129,16 +132,18 @@ def declare_layouts(net: nn.Module, layouts: Mapping[str, str]) -> None:
         ValueError: an unknown layer; letters without exactly one N, or without C.
     """
     modules = dict(net.named_modules())
-    for name, axes in layouts.items():
-        if name not in modules:
-            raise ValueError(f"layouts: the network has no layer {name!r}")
+    for key, axes in layouts.items():
+        name = str(key)  # in YAML 0 is a number
+        if name not in modules or not name:
+            close = ", ".join(difflib.get_close_matches(name, modules, n=5, cutoff=0.3) or list(modules)[1:8])
+            raise ValueError(f"layouts: the network has no layer {name!r}; close names: {close}")
         letters = isinstance(axes, str) and axes.isalpha() and axes.isupper()
         if not letters or axes.count("N") != 1 or "C" not in axes:
             raise ValueError(
                 f"layouts.{name}: expected a letter for each axis, N for images and C for units, e.g. NTC; found {axes!r}"
             )
         setattr(modules[name], ATTRIBUTE, axes)
-    _LEARNED.pop(net, None)
+    _LEARNED.clear()  # of nets around this one too
 
 
 _LEARNED: WeakKeyDictionary[nn.Module, dict[Any, dict[str, Layout | str]]] = WeakKeyDictionary()
@@ -167,10 +172,7 @@ def layouts_of(net: nn.Module, x: Tensor, layers: Sequence[str] | None = None) -
         if isinstance(layout, Layout):
             found[name] = layout
         elif name in known:
-            raise UnknownLayout(
-                f"layers: which axes of {name!r} are units and which positions cannot be told ({layout}); say it: "
-                f'layouts={{"{name}": "NTC"}}, a letter for each axis, N images, C units, any other a position'
-            )
+            raise UnknownLayout(f"layers: which axes of {name!r} are units and which positions cannot be told: {layout}")
     return found
 
 
@@ -187,14 +189,13 @@ def _learn(net: nn.Module, x: Tensor) -> dict[str, Layout | str]:
         declared = getattr(modules[name], ATTRIBUTE, None)
         learned = trace.axes_of(name)
         layout: Layout | str = Layout(**learned) if isinstance(learned, dict) else learned
-        if declared is not None:
-            shape = trace.outputs[name][0].shape
-            same = isinstance(layout, Layout) and layout.axes == declared
-            layout = layout if same else _declared(declared, tuple(shape), tuple(x.shape))
+        if declared is not None and (isinstance(layout, str) or layout.axes != declared):
+            layout = _declared(declared, trace, name, tuple(x.shape))
         if isinstance(layout, Layout):
             calls = len(trace.outputs[name])
             cell = calls > 1 and layout.axes == "NC" and name not in trace.repeated
-            layout = replace(layout, calls=calls, recurrent=cell, overwritten=trace.overwritten(name))
+            written = trace.overwritten(name, layout.entry)
+            layout = replace(layout, calls=calls, recurrent=cell, overwritten=written)
         found[name] = layout
     return found
 
@@ -204,20 +205,27 @@ def _traced(net: nn.Module, images: Tensor) -> AxisTrace:
     with undisturbed(net), torch.no_grad(), drawing:
         trace = AxisTrace(net, images)
         with trace:
-            net(images)
+            trace.logits = logits_in(net(images))
     return trace
 
 
-def _declared(axes: str, shape: tuple[int, ...], images: tuple[int, ...]) -> Layout | str:
+def _declared(axes: str, trace: AxisTrace, name: str, images: tuple[int, ...]) -> Layout | str:
+    entry = trace.entry(name)
+    if entry is None:
+        return "nothing that it returns is read"
+    shape = tuple(trace.outputs[name][0][entry].shape)
     if len(axes) != len(shape):
         return f"the layouts say {axes}, {len(axes)} axes, but its shape is {shape}"
+    if shape[axes.index("N")] != trace.images:
+        return f"the layouts say {axes}, but in its shape {shape} for {trace.images} images that axis N does not count them"
     places = [size for axis, size in zip(axes, shape, strict=True) if axis not in "NC"]
     if "H" in axes and "W" in axes and len(places) == 2:
-        return Layout(axes, grid=tuple(places)) if axes.index("H") < axes.index("W") else Layout(axes)
+        grid = tuple(places) if axes.index("H") < axes.index("W") else ()
+        return Layout(axes, grid=grid, entry=entry)
     side = math.isqrt(places[0]) if len(places) == 1 else 0
     if side > 1 and images[-1] == images[-2]:
         for prefix in (0, 1, 2):  # a class token, and DeiT's for distillation
             root = math.isqrt(places[0] - prefix)
             if root**2 == places[0] - prefix:
-                return Layout(axes, prefix=prefix, grid=(root, root))
-    return Layout(axes)
+                return Layout(axes, prefix=prefix, grid=(root, root), entry=entry)
+    return Layout(axes, entry=entry)

@@ -18,11 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from glassarmor.interpret.inputs import floats_of
 from glassarmor.interpret.modes import replaying, rng_state, undisturbed
+from glassarmor.interpret.network.axes import tensors_in
 
 MOVES = frozenset({"clone", "contiguous", "double", "float", "half", "reshape", "to", "type_as"})
 PERMUTATIONS = frozenset({"movedim", "moveaxis", "permute", "swapaxes", "swapdims", "transpose"})
-UNITS_FIRST = ("conv", "batch_norm", "instance_norm", "group_norm", "pool", "interpolate", "prelu")
-UNITS_LAST = ("linear", "layer_norm", "rms_norm", "multi_head_attention")
 KINDS = {"add": "add", "sub": "add", "cat": "concat", "concat": "concat", "mul": "multiply", "mean": "pooling"}
 ACTIVATIONS = ("relu", "gelu", "silu", "sigmoid", "tanh", "softmax", "softplus", "elu", "mish", "hardswish")
 
@@ -242,12 +241,12 @@ class _Trace(TorchFunctionMode):
     def _begin(self, name: str, module: nn.Module, args: object, kwargs: object) -> None:
         parent = self.open[-1] if self.open else -1
         self.open.append(len(self.frames))
-        self.frames.append(_Frame(name, module, parent, len(self.events), reads=self._reads(_tensors((args, kwargs)))))
+        self.frames.append(_Frame(name, module, parent, len(self.events), reads=self._reads(tensors_in((args, kwargs)))))
 
     def _end(self, module: nn.Module, _args: object, output: object) -> object:
         index = self.open.pop()
         frame = self.frames[index]
-        tensors = list(_tensors(output))
+        tensors = list(tensors_in(output))
         if len(self.events) == frame.start and frame.reads:  # it passed its input on, or works out of sight (TorchScript)
             weights = frozenset(id(parameter) for parameter in module.parameters())
             self.events.append(_Event("", index, frame.reads, weights, ()))
@@ -272,12 +271,12 @@ class _Trace(TorchFunctionMode):
         return {self.made[id(tensor)][1]: tensor.dim() for tensor in tensors if id(tensor) in self.made}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = list(_tensors((args, kwargs)))
+        inputs = list(tensors_in((args, kwargs)))
         versions = [tensor._version for tensor in inputs]
         result = func(*args, **(kwargs or {}))
         written = [tensor for tensor, version in zip(inputs, versions, strict=True) if tensor._version != version]
         known = {id(tensor) for tensor in inputs}
-        made = [tensor for tensor in _tensors(result) if id(tensor) not in known]
+        made = [tensor for tensor in tensors_in(result) if id(tensor) not in known]
         name = str(getattr(func, "__name__", "operation")).strip("_")
         if not (made or written) or not inputs or name.startswith("new_") or name.endswith("_like"):
             return result
@@ -362,17 +361,6 @@ class _Trace(TorchFunctionMode):
 
     def _shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[1:] if shape[:1] == (self.batch,) else shape
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:

@@ -29,7 +29,8 @@ class Cut:
     ``activation``: (N, C, positions…), read as ``layout`` says.  ``shape``: of the layer's output.
 
     ``below``: the outermost calls that had finished by then and what they returned, in order.  They cannot depend on the
-    layer, so they need not run again; calls under way at the cut, such as the block around the layer, are not among them.
+    layer, so they need not run again (None: this one must); calls under way at the cut, such as the block around the
+    layer, are not among them.
     """
 
     x: Tensor
@@ -38,21 +39,24 @@ class Cut:
     activation: Tensor
     layout: Layout
     shape: torch.Size
-    below: tuple[tuple[nn.Module, Tensor], ...]
+    below: tuple[tuple[nn.Module, Tensor | None], ...]
 
 
 @torch.no_grad()
 def cut(net: nn.Module, layer: str, x: Tensor) -> Cut:
     """Run ``net`` on x (N, C, H, W) in its present mode and remember what lies below ``layer``.
 
-    Batch first: a module whose output is not one tensor of N rows runs again in every rerun (its own modules answer).
+    Batch first: a module whose output is not one tensor with a row an image runs again in every rerun (its own modules
+    answer), and so does one that also runs on weights, such as a norm shared with a position embedding.
 
     Raises:
         ValueError: unknown layer; a layer that did not run, ran twice, or returned no tensor of N rows.
     """
     module = find_layers(net, [layer])[layer]
     layout = layouts_of(net, x, [layer]).get(layer)
-    finished: list[tuple[nn.Module, Tensor]] = []
+    modules = dict(net.named_modules())
+    by_image = {modules[name] for name, known in layouts_of(net, x).items() if known.axes[0] == "N" and known.fold == 1}
+    finished: list[tuple[nn.Module, Tensor | None]] = []
     starts: list[int] = []  # for each call under way, how many had finished when it began
     found: list[Tensor] = []
 
@@ -66,7 +70,7 @@ def cut(net: nn.Module, layer: str, x: Tensor) -> Cut:
                 raise ValueError(f"layers: {layer!r} ran twice in one forward; name a layer that runs once")
             return
         start = starts.pop()
-        if isinstance(output, Tensor) and output.dim() > 0 and len(output) == len(x):
+        if called in by_image and isinstance(output, Tensor) and len(output) == len(x):
             del finished[start:]  # what ran inside this call is no longer called when the call itself answers
             kept = output.clone()  # an in-place operation above may write into the output
             if called is module:
@@ -79,6 +83,8 @@ def cut(net: nn.Module, layer: str, x: Tensor) -> Cut:
                 raise ValueError(f"layers: {layer!r} must return one tensor of {len(x)} rows, found {_describe(output)}")
             del finished[start:]
             found.append(output.clone())
+        else:
+            finished.append((called, None))  # so that a later call of the same module is not taken for this one
 
     handles = [m.register_forward_pre_hook(enter) for m in net.modules()]
     handles += [m.register_forward_hook(leave) for m in net.modules()]
@@ -104,16 +110,16 @@ def rerun(net: nn.Module, at: Cut, activation: Tensor) -> Tensor:
     def repeated(value: Tensor) -> Tensor:
         return value.repeat(times, *[1] * (value.dim() - 1))
 
-    queues: dict[nn.Module, deque[Callable[[], Tensor]]] = {}
+    queues: dict[nn.Module, deque[Callable[[], Tensor] | None]] = {}
     for module, output in at.below:
-        queues.setdefault(module, deque()).append(partial(repeated, output))
+        queues.setdefault(module, deque()).append(None if output is None else partial(repeated, output))
     queues.setdefault(at.layer, deque()).append(lambda: at.layout.restore(activation, at.shape))
     with _answering(queues):
         return net(repeated(at.x)).float()
 
 
 @contextmanager
-def _answering(queues: Mapping[nn.Module, deque[Callable[[], Tensor]]]) -> Iterator[None]:
+def _answering(queues: Mapping[nn.Module, deque[Callable[[], Tensor] | None]]) -> Iterator[None]:
     """Inside, each module answers its first calls from its queue; later calls run (a ReLU may be used again above).
 
     What was kept is the output after the module's hooks; an answer must not go through them again.
@@ -121,7 +127,8 @@ def _answering(queues: Mapping[nn.Module, deque[Callable[[], Tensor]]]) -> Itera
     for module, queue in queues.items():
 
         def answer(*args: object, queue=queue, run=module._call_impl, **kwargs: object) -> object:  # type: ignore[no-untyped-def]
-            return queue.popleft()() if queue else run(*args, **kwargs)
+            kept = queue.popleft() if queue else None
+            return run(*args, **kwargs) if kept is None else kept()
 
         object.__setattr__(module, "_call_impl", answer)  # an instance attribute shadows the class's: forward and hooks
     fast = torch.backends.mha.get_fastpath_enabled()

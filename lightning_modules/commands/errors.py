@@ -116,7 +116,7 @@ def refusal(said: str, words: Sequence[str], configs: Path, name: str) -> str:
         node, place = inner, f"{place}.{first}" if place else first
     keys = [str(k) for k in node if k != "_target_"]
     group, _, last = key.rpartition(".")
-    if group and (configs / group).is_dir() and group not in node and last in keys:
+    if group and not place and (configs / group).is_dir() and group not in node and last in keys:
         return f"{key}: nothing is chosen for {group} here; expected {last}=, which sets it whatever is; found {found}"
     choice = next((f" ({word})" for word in groups if word.partition("=")[0] == place), "")
     if not keys:

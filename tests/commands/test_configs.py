@@ -200,8 +200,6 @@ ON_PURPOSE = {
     "PGD.seed": "each attack of a run its own",
     "NuclearNorm.weight": "the recipe's ramp",
     "LogitPairing.weight": "off until it is asked for",
-    "imported.args": "None stands for it",
-    "timm_net.args": "None stands for it",
     "wide_resnet.depth": "the name of the YAML",
     **dict.fromkeys(
         [f"{name}.augment" for name in ("Arrays", "CIFAR10", "CIFAR100", "Digits", "ImageFolder", "SVHN")],

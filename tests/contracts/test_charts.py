@@ -121,11 +121,14 @@ def test_the_page_gets_strict_json_that_is_safe_inside_a_script(kind: type) -> N
     assert storage.to_json(kept.chart) == written, "stored and encoded again it is the same"
 
 
-@each
+def test_only_what_grows_over_epochs_and_what_is_steered_is_drawn_by_the_page_alone() -> None:
+    """A picture of one epoch holds no trend; of profiles it is made from the measurement, :func:`.flow_figure`."""
+    assert {kind for kind, (_, draw) in CHARTS.items() if draw is None} == {Trend, Profiles}
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, draw) in CHARTS.items() if draw], ids=lambda kind: kind.__name__)
 def test_it_is_drawn_beside_the_page_too(kind: type) -> None:
     chart, draw = CHARTS[kind]
-    if draw is None:
-        pytest.skip("drawn by the page alone")
     drawn = draw(chart)
     if isinstance(drawn, str):
         assert NAME not in drawn, "what has a meaning in Markdown is escaped"

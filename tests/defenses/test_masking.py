@@ -262,3 +262,14 @@ def test_units_by_hand_are_checked(units):
     net, x, _, _ = planted()
     with pytest.raises(ValueError, match=r"masking\.units: expected units 0 to 3 of layer 'units'"):
         mask_of(net, x[:2], "units", units)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_compiled_net_is_refused_for_its_hooks_would_not_be_called(inside) -> None:
+    net = conv_bn().eval()
+    x = batch()[0]
+    mask = mask_of(net, x, "act1", [0])
+    if inside:
+        net.act1.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"mask: expected a net that torch\.compile has not compiled"):
+        masked(net if inside else torch.compile(net, backend="eager"), mask)

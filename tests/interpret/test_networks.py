@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
@@ -320,6 +320,155 @@ def test_the_cam_panel_says_whether_its_maps_sum_to_the_logit(name: str, layer: 
     assert ("logits, the target's by" in view.headline) == exactly
 
 
+class Displaced(nn.Module):
+    """Places put elsewhere between two convolutions; ``move`` works on (N, C, H, W)."""
+
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.moved, self.second = nn.Conv2d(3, 6, 2, 2), nn.Identity(), nn.Conv2d(6, 8, 1)
+        self.move, self.head = move, nn.LazyLinear(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.moved(self.move(self.first(x)))).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("move", "placed"),
+    [
+        (lambda z: z, True),
+        (lambda z: z.relu() + 1, True),
+        (lambda z: z[:, :, ::2, ::2], True),
+        (lambda z: nn.functional.pad(z, (1, 1, 0, 1)), True),
+        (lambda z: z.roll((2, 3), (2, 3)).roll((-2, -3), (2, 3)), True),
+        (lambda z: z.flip(2).flip(2), True),
+        (lambda z: z.flip(1), True),  # units alone
+        (lambda z: z.flip(3), False),
+        (lambda z: torch.flip(z, (2,)), False),
+        (lambda z: z.roll(3, 2), False),
+        (lambda z: torch.roll(z, (1, 1), (2, 3)), False),
+        (lambda z: z[:, :, torch.tensor([3, 1, 0, 2, 4, 5, 6, 7])], False),
+        (lambda z: z.index_select(3, torch.arange(8).flip(0)), False),
+        (lambda z: z.sort(3).values, False),
+        (lambda z: z.topk(8, 2).values, False),
+        (lambda z: z.gather(3, z.argsort(3)), False),
+        (lambda z: nn.functional.pad(z, (0, 5)), False),
+        (lambda z: z[:, :, :4, :4], False),
+        (lambda z: z.flatten(2).flip(2).unflatten(2, (8, 8)), False),
+        (lambda z: torch.rot90(z, 1, (2, 3)), False),
+    ],
+)
+def test_a_map_is_shown_only_where_its_places_are_those_of_the_image(move, placed) -> None:
+    net = Displaced(move)
+    x = torch.rand(2, 3, 16, 16)
+    net(x)
+    layout = layouts_of(net.eval(), x, ["moved"])["moved"]
+    assert layout.axes.startswith("NC")
+    assert layout.spatial == placed
+    assert layouts_of(net, x, ["second"])["second"].spatial == placed
+
+
+class LastState(nn.Module):
+    """The usual classifier of a sequence: it reads the state, not the sequence of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(16, 12, batch_first=True), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x[:, 0])[1][0][-1])
+
+
+class FeaturesFirst(nn.Module):
+    """Returns what nobody reads before what is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(1, 6, 3, padding=1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.body(x)
+        return {"features": features, "logits": self.head(features.mean((2, 3)))}
+
+
+class Pick(nn.Module):
+    def forward(self, output: dict[str, Tensor]) -> Tensor:
+        return output["logits"] * 1
+
+
+def test_of_several_tensors_the_one_that_is_read_is_recorded_trained_and_masked() -> None:
+    torch.manual_seed(0)
+    net = LastState().eval()
+    x = torch.rand(3, 1, 16, 16)
+    x_adv, y = (x + 0.05).clamp(0, 1), torch.arange(3)
+    obs = observe(net, x, x_adv, y, layers=["rnn"])
+    state = net.rnn(x_adv[:, 0])[1][0][-1]
+    torch.testing.assert_close(obs.adv.acts["rnn"].squeeze(2), state)
+    slope = net.head.weight[y].detach()
+    torch.testing.assert_close(obs.layer_gradient("rnn").squeeze(2), slope)
+    found = conductance(net, x, x_adv, y, (y + 1) % 5, layers=["rnn"], steps=2)
+    change = (state - net.rnn(x[:, 0])[1][0][-1]).detach()
+    torch.testing.assert_close(found.units["rnn"].suppression, -slope * change, rtol=1e-3, atol=1e-6)
+    twin = masked(net, mask_of(net, x, "rnn", list(range(11))))
+    with torch.no_grad():
+        kept = state.clone()
+        kept[:, :11] = 0
+        torch.testing.assert_close(twin(x_adv), net.head(kept))
+    assert feature_layers(net, x) == ("rnn",)
+    defense = Defense(PGD(Linf(0.03), steps=1), {"ce": AdversarialCE()}, {"pse": PSE(), "s": UnitSensitivity()})
+    assert defense(net.train(), x, y).loss.isfinite()
+    inside = layouts_of(nn.Sequential(FeaturesFirst(), Pick()), x)
+    assert (inside["0"].entry, inside["0"].axes) == (1, "NC")
+
+
+class SharedNorm(nn.Module):
+    """One norm for the position embedding, which has no row an image, and for the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(1, 16, 12))
+        self.embed, self.norm, self.fc, self.head = nn.Linear(16, 12), nn.LayerNorm(12), nn.Linear(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x[:, 0]) + self.norm(self.place)
+        return self.head(self.fc(self.norm(tokens)).mean(1))
+
+
+@pytest.mark.parametrize("n", [3, 1, 16])  # also as many images as the embedding has rows, and as places
+def test_patching_keeps_the_calls_of_a_shared_module_apart(n: int) -> None:
+    torch.manual_seed(0)
+    net = SharedNorm().eval()
+    x = torch.rand(n, 1, 16, 16)
+    x_adv, y = (x + 0.1 * torch.randn(x.shape)).clamp(0, 1), torch.arange(n) % 5
+    found = unit_patching(net, x, x_adv, y, (y + 1) % 5, layer="fc")
+    with torch.no_grad():
+        clean, act = (net.fc(net.norm(net.embed(z[:, 0]) + net.norm(net.place))) for z in (x, x_adv))
+        for unit in (0, 7):
+            patched = act.clone()
+            patched[..., unit] = clean[..., unit]
+            by_hand = (net(x_adv) - net.head(patched.mean(1))).gather(1, ((y + 1) % 5)[:, None])[:, 0]
+            torch.testing.assert_close(found.promotion[:, unit], by_hand, rtol=1e-3, atol=1e-5)
+    with pytest.raises(UnknownLayout, match="it runs on the images and on weights alike"):
+        observe(net, x, x, y, layers=["norm"])
+
+
+class Windows(nn.Module):
+    """Rows in two windows, all first ones before all second ones; and together again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mark, self.head = nn.Identity(), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat(self.mark(torch.cat(x[:, 0].split(8, 1))).chunk(2), 1).mean(1))
+
+
+def test_a_declaration_that_does_not_count_the_images_is_refused() -> None:
+    net, x, y = Windows(), torch.rand(3, 1, 16, 16), torch.arange(3)
+    declare_layouts(net, {"mark": "NTC"})
+    with pytest.raises(UnknownLayout, match=r"shape \(6, 8, 16\) for 3 images that axis N does not count them"):
+        observe(net, x, x, y, layers=["mark"])
+
+
 def test_what_cannot_be_told_is_refused_with_what_to_say() -> None:
     class Silent(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -327,7 +476,7 @@ def test_what_cannot_be_told_is_refused_with_what_to_say() -> None:
 
     net = nn.Sequential(Silent(), nn.Flatten(), nn.Linear(16 * 9, 5))
     x = torch.rand(2, 1, 16, 16)
-    with pytest.raises(UnknownLayout, match=r'units and which positions cannot be told .*layouts=\{"0": "NTC"\}'):
+    with pytest.raises(UnknownLayout, match=r'units and which positions cannot be told: .*layouts=\{"0": "N\?\?"\}'):
         observe(net, x, x, torch.tensor([0, 1]), layers=["0"])
     declare_layouts(net, {"0": "NTC"})
     assert observe(net, x, x, torch.tensor([0, 1]), layers=["0"]).adv.acts["0"].shape == (2, 9, 16)
