@@ -119,7 +119,7 @@ class Dashboard(pl.Callback):
         }
         for optimizer in trainer.optimizers[:1]:
             scalars["train/lr"] = float(optimizer.param_groups[0]["lr"])
-        last = trainer.should_stop or epoch + 1 == trainer.max_epochs
+        last = trainer.should_stop or 0 < (trainer.max_epochs or -1) <= epoch + 1
         drawn = last or epoch % self.every_n_epochs == 0
         self._record(pl_module, epoch, int(trainer.global_step), scalars, drawn)
 
